@@ -1,0 +1,164 @@
+//! The commands. `main` maps an error to its exit code and does nothing else.
+
+mod check;
+mod enqueue;
+mod run;
+mod show;
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::config::check::Resolved;
+use crate::config::{self, Problem, Settings};
+
+/// Turns create-checkout jobs from RabbitMQ into Creem checkout links: no job lost, never two
+/// links for one `request_id`.
+#[derive(Debug, Parser)]
+#[command(name = "checkout-worker", version, propagate_version = true)]
+struct Arguments {
+    /// A TOML file over the built-in defaults; the environment wins over both.
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve: take jobs, ask Creem, publish replies, until SIGTERM.
+    Run(run::Arguments),
+    /// Say everything that is wrong with configuration and surroundings, each with its fix.
+    Check(check::Arguments),
+    /// Put jobs into a queue: one by flags, or many from NDJSON.
+    Enqueue(Box<enqueue::Arguments>),
+    /// Tell what the ledger knows of one `request_id`.
+    Show(show::Arguments),
+}
+
+/// Why a command failed, by exit code.
+#[derive(Debug)]
+enum Failure {
+    /// 1
+    Failed(anyhow::Error),
+    /// 2
+    Usage(String),
+    /// 78
+    Configuration(Vec<Problem>),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+type Outcome = Result<(), Failure>;
+
+/// The program.
+#[must_use]
+pub fn main() -> ExitCode {
+    // Two providers can be in a dependency graph; naming one makes every TLS user agree.
+    if rustls::crypto::aws_lc_rs::default_provider().install_default().is_err() {
+        say_error("TLS was set up twice (a bug)");
+    }
+    let arguments = Arguments::parse();
+    let file = arguments.config.as_deref();
+    let outcome = match &arguments.command {
+        Command::Run(command) => run::run(file, command),
+        Command::Check(command) => check::run(file, command),
+        Command::Enqueue(command) => enqueue::run(file, command),
+        Command::Show(command) => show::run(file, command),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure::Failed(error)) => {
+            say_error(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+        Err(Failure::Usage(text)) => {
+            say_error(&text);
+            ExitCode::from(2)
+        }
+        Err(Failure::Configuration(problems)) => {
+            for problem in problems {
+                say_error(&problem.to_string());
+            }
+            ExitCode::from(78)
+        }
+    }
+}
+
+/// One line on standard error.
+fn say_error(text: &str) {
+    #[expect(clippy::print_stderr, reason = "this is how a command speaks")]
+    {
+        eprintln!("checkout-worker: {text}");
+    }
+}
+
+/// One line on standard output.
+fn say(text: &str) {
+    use std::io::Write as _;
+    // A reader that went away (`| head`) is no error of ours.
+    drop(writeln!(std::io::stdout(), "{text}"));
+}
+
+/// The environment as a map; what is not UTF-8 cannot be one of our settings.
+fn environment() -> BTreeMap<String, String> {
+    std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect()
+}
+
+fn settings(file: Option<&std::path::Path>) -> Result<Settings, Failure> {
+    config::load(file, &environment()).map_err(Failure::Configuration)
+}
+
+fn resolved(file: Option<&std::path::Path>) -> Result<Resolved, Failure> {
+    config::resolve(&settings(file)?).map_err(Failure::Configuration)
+}
+
+/// Standing in for what a command does not need: `enqueue` and `show` work without a Creem key.
+fn resolved_without_key(
+    file: Option<&std::path::Path>,
+    mode: Option<&str>,
+) -> Result<Resolved, Failure> {
+    let mut settings = settings(file)?;
+    let stand_in = match mode {
+        Some("prod") => "creem_stand_in",
+        Some(_) => "creem_test_stand_in",
+        None => "",
+    };
+    if settings.creem.api_key.is_none() || !stand_in.is_empty() {
+        settings.creem.api_key = Some(config::secret(if stand_in.is_empty() {
+            "creem_test_stand_in"
+        } else {
+            stand_in
+        }));
+        settings.creem.base_url = None;
+    }
+    config::resolve(&settings).map_err(Failure::Configuration)
+}
+
+/// A runtime for a command.
+fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().enable_all().worker_threads(2).build()?;
+    let result = runtime.block_on(work);
+    // Threads of libraries may hang on a dead peer; nothing of ours is left to do.
+    runtime.shutdown_background();
+    Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Arguments::command().debug_assert();
+    }
+}

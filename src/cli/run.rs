@@ -1,0 +1,160 @@
+//! `run`: the only place where all parts meet.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Context as _;
+use tokio_util::task::TaskTracker;
+
+use super::{Failure, Outcome, block_on, resolved};
+use crate::clock::{SharedClock, SystemClock};
+use crate::config::check::Resolved;
+use crate::creem::Client;
+use crate::job::Lane;
+use crate::ledger::Ledger;
+use crate::ledger::sqlite::SqliteLedger;
+use crate::lifecycle::Stages;
+use crate::observe::health::Health;
+use crate::observe::{admin, logging, metrics};
+use crate::pace::Pacer;
+use crate::rabbit::Publisher;
+use crate::rabbit::consumer::Plan;
+use crate::retry::Pauses;
+use crate::worker::gate::Gate;
+use crate::worker::intake::Intake;
+use crate::worker::journey::Journey;
+use crate::worker::settle::Settler;
+use crate::worker::turns::Turns;
+use crate::worker::{LaneSize, Worker, describe};
+
+/// Serve.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// The lanes to serve.
+    #[arg(long, value_delimiter = ',', default_value = "interactive,bulk", value_parser = lane)]
+    lanes: Vec<Lane>,
+    /// Serve with a new ledger even if the broker redelivers jobs that some worker had taken
+    /// before: links of theirs may exist that this ledger does not know.
+    #[arg(long)]
+    accept_empty_ledger: bool,
+}
+
+fn lane(text: &str) -> Result<Lane, String> {
+    Lane::parse(text).ok_or_else(|| "a lane is `interactive` or `bulk`".to_owned())
+}
+
+pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
+    let mut settings = resolved(file)?;
+    settings.lanes.retain(|size| arguments.lanes.contains(&size.lane));
+    logging::install(settings.log.0, &settings.log.1)
+        .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
+    let handle = metrics::install().context("the metrics recorder cannot be installed")?;
+    let clock: SharedClock = Arc::new(SystemClock);
+    let ledger = open_ledger(&settings, &clock)?;
+    block_on(serve(settings, ledger, clock, handle, arguments.accept_empty_ledger))?
+}
+
+fn open_ledger(settings: &Resolved, clock: &SharedClock) -> Result<Arc<dyn Ledger>, Failure> {
+    let ledger = SqliteLedger::open(&settings.ledger, clock.clone(), |commit| {
+        metrics::ledger_commit(commit.size, commit.took, commit.ambiguous, commit.orphans);
+    })?;
+    metrics::start_from(ledger.identity().ambiguous_attempts, ledger.identity().orphan_sessions);
+    Ok(Arc::new(ledger))
+}
+
+async fn serve(
+    settings: Resolved,
+    ledger: Arc<dyn Ledger>,
+    clock: SharedClock,
+    handle: metrics_exporter_prometheus::PrometheusHandle,
+    accept_empty_ledger: bool,
+) -> Outcome {
+    let health = Health::default();
+    let stages = Stages::default();
+    let background = TaskTracker::new();
+    let (address, admin) = admin::bind(settings.listen, health.clone(), handle)
+        .await
+        .with_context(|| format!("http.listen: {} cannot be bound", settings.listen))?;
+    background.spawn(admin);
+    background.spawn(stages.follow_signals(settings.grace).context("no signals")?);
+    let stopping = (stages.soft.clone(), health.clone());
+    background.spawn(async move {
+        stopping.0.cancelled().await;
+        stopping.1.set_stopping();
+    });
+    tracing::info!(
+        version = env!("CARGO_PKG_VERSION"),
+        mode = settings.creem.mode.as_str(),
+        creem = %settings.creem.base_url,
+        ledger = %settings.ledger.display(),
+        lanes = describe(&settings.lanes),
+        http = %address,
+        "starting"
+    );
+    let worker =
+        assemble(&settings, ledger, clock, health, &stages, &background, accept_empty_ledger)?;
+    worker.run(stages.soft.clone(), stages.hard.clone()).await?;
+    Ok(())
+}
+
+fn assemble(
+    settings: &Resolved,
+    ledger: Arc<dyn Ledger>,
+    clock: SharedClock,
+    health: Health,
+    stages: &Stages,
+    background: &TaskTracker,
+    accept_empty_ledger: bool,
+) -> Result<Worker, Failure> {
+    let name = |role: &str| format!("checkout-worker {} {role}", std::process::id());
+    let (publisher, keep) = Publisher::new(
+        settings.amqp.clone(),
+        name("publish"),
+        settings.backoff,
+        stages.hard.clone(),
+    );
+    background.spawn(keep);
+    let identity = ledger.identity().clone();
+    let lanes: Vec<LaneSize> = settings.lanes.clone();
+    let pauses = Pauses::from_intervals(identity.pauses);
+    Ok(Worker {
+        plan: Plan {
+            options: settings.amqp.clone(),
+            name: name("consume"),
+            topology: settings.topology.clone(),
+            declare: settings.declare,
+            exclusive: true,
+            lanes: lanes.iter().map(|size| size.lane).collect(),
+        },
+        lanes,
+        intake: Intake {
+            rules: settings.job.clone(),
+            replies: settings.replies.clone(),
+            mode: settings.creem.mode,
+            key: identity.key.clone(),
+        },
+        journey: Journey {
+            rules: settings.journey,
+            creem: Client::new(&settings.creem)?,
+            pacer: Pacer::new(settings.per_second),
+            gate: Arc::new(Gate::new(clock.clone(), pauses)),
+            turns: Turns::default(),
+            clock: clock.clone(),
+            stop: stages.soft.clone(),
+            ledger: ledger.clone(),
+        },
+        settler: Settler {
+            publisher,
+            topology: settings.topology.clone(),
+            backoff: settings.backoff,
+            clock: clock.clone(),
+            ledger,
+            key: identity.key,
+        },
+        backoff: settings.backoff,
+        retention: settings.retention,
+        health,
+        clock,
+        accept_empty_ledger,
+    })
+}

@@ -1,0 +1,567 @@
+//! Rules between the settings. Everything that is wrong is said at once, each with its fix.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use secrecy::{ExposeSecret as _, SecretString};
+use url::Url;
+
+use super::sections::{self, Settings};
+use crate::creem;
+use crate::job::success_url::{self, is_loopback};
+use crate::job::{Lane, Mode, Rules};
+use crate::ledger::OnUnknown;
+use crate::observe::logging::Format;
+use crate::rabbit::envelope::ReplyRules;
+use crate::rabbit::{self, Topology};
+use crate::retry::{Backoff, Policy};
+use crate::worker::LaneSize;
+use crate::worker::journey::{LaneRules, Rules as JourneyRules};
+
+/// RabbitMQ caps the prefetch of quorum queues here.
+const MAX_PREFETCH: i64 = 2_000;
+/// The default timeout of RabbitMQ for an ack; a job must be done well before.
+const ACK_TIMEOUT: Duration = Duration::from_mins(30);
+
+/// Something that is wrong, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    what: String,
+    fix: String,
+}
+
+impl Problem {
+    /// A problem and its fix.
+    #[must_use]
+    pub fn new(what: impl Into<String>, fix: impl Into<String>) -> Self {
+        Self { what: what.into(), fix: fix.into() }
+    }
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.what, self.fix)
+    }
+}
+
+/// The settings as the parts of the worker take them.
+#[derive(Debug, Clone)]
+pub struct Resolved {
+    /// The broker.
+    pub amqp: rabbit::Options,
+    /// Names on the broker.
+    pub topology: Topology,
+    /// Whether to declare them.
+    pub declare: bool,
+    /// Reply addresses.
+    pub replies: ReplyRules,
+    /// Creem.
+    pub creem: creem::Options,
+    /// The ledger's file.
+    pub ledger: PathBuf,
+    /// How long outcomes are kept.
+    pub retention: Duration,
+    /// Job bodies.
+    pub job: Rules,
+    /// Journeys.
+    pub journey: JourneyRules,
+    /// The lanes and their sizes.
+    pub lanes: Vec<LaneSize>,
+    /// Calls a second.
+    pub per_second: Option<f64>,
+    /// Delays.
+    pub backoff: Backoff,
+    /// The HTTP server.
+    pub listen: std::net::SocketAddr,
+    /// The end.
+    pub grace: Duration,
+    /// The log.
+    pub log: (Format, String),
+}
+
+/// Checks all rules and turns the settings into what the parts take.
+///
+/// # Errors
+/// Everything that is wrong.
+pub fn resolve(settings: &Settings) -> Result<Resolved, Vec<Problem>> {
+    let mut problems = Vec::new();
+    let amqp = check_amqp(settings, &mut problems);
+    let creem = check_creem(settings, &mut problems);
+    let ledger = check_ledger(settings, &mut problems);
+    check_times(settings, &mut problems);
+    let backoff = check_retry(settings, &mut problems);
+    let lanes = check_lanes(settings, &mut problems);
+    let topology = check_topology(settings, &mut problems);
+    let job =
+        check_job(settings, creem.as_ref().map_or(Mode::Test, |creem| creem.mode), &mut problems);
+    if let Some(rate) = settings.rate_limit.per_second
+        && !(rate.is_finite() && (0.001..=1_000_000.0).contains(&rate))
+    {
+        problems.push(Problem::new(
+            "`rate_limit.per_second` is not a number of calls",
+            "give 0.001 to 1000000, or leave it out",
+        ));
+    }
+    let (Some(creem), Some(ledger), Some(backoff), true) =
+        (creem, ledger, backoff, problems.is_empty())
+    else {
+        return Err(problems);
+    };
+    Ok(Resolved {
+        amqp,
+        declare: settings.topology.declare,
+        replies: ReplyRules { topology: topology.clone(), allow: settings.replies.allow.clone() },
+        topology,
+        journey: journey(settings, backoff),
+        creem,
+        ledger,
+        retention: settings.ledger.retention.0,
+        job,
+        lanes,
+        per_second: settings.rate_limit.per_second,
+        backoff,
+        listen: settings.http.listen,
+        grace: settings.shutdown.grace.0,
+        log: (log_format(settings), settings.log.level.clone()),
+    })
+}
+
+/// How the log is written; known before anything else is checked.
+#[must_use]
+pub const fn log_format(settings: &Settings) -> Format {
+    match settings.log.format {
+        sections::Format::Auto => Format::Auto,
+        sections::Format::Text => Format::Text,
+        sections::Format::Json => Format::Json,
+    }
+}
+
+fn journey(settings: &Settings, backoff: Backoff) -> JourneyRules {
+    let lane = |lane: sections::Lane| LaneRules {
+        policy: Policy {
+            max_attempts: u32::try_from(settings.retry.max_attempts).unwrap_or(u32::MAX),
+            max_elapsed: lane.max_elapsed.0,
+            backoff,
+        },
+        max_age: lane.max_age.map(|age| age.0),
+    };
+    JourneyRules {
+        interactive: lane(settings.lanes.interactive),
+        bulk: lane(settings.lanes.bulk),
+        on_unknown: match settings.creem.on_unknown {
+            sections::OnUnknown::Retry => OnUnknown::Retry,
+            sections::OnUnknown::Park => OnUnknown::Park,
+        },
+        request_timeout: settings.creem.request_timeout.0,
+        retention: settings.ledger.retention.0,
+    }
+}
+
+fn check_amqp(settings: &Settings, problems: &mut Vec<Problem>) -> rabbit::Options {
+    let options =
+        rabbit::Options { url: settings.amqp.url.clone(), heartbeat: settings.amqp.heartbeat.0 };
+    if !(1..=300).contains(&options.heartbeat.as_secs()) {
+        problems.push(Problem::new(
+            "`amqp.heartbeat` is out of bounds",
+            "give 1s to 300s; 10s to 15s are usual",
+        ));
+    }
+    match rabbit::link::uris(&options) {
+        Err(error) => problems
+            .push(Problem::new(error.to_string(), "give amqp://user:password@host:port/vhost")),
+        Ok(uris) => {
+            for uri in uris {
+                let loopback = is_local(&uri.authority.host);
+                let user = &uri.authority.userinfo;
+                if !loopback && user.username == "guest" && user.password == "guest" {
+                    problems.push(Problem::new(
+                        format!("`amqp.url` uses guest:guest for {}", uri.authority.host),
+                        "RabbitMQ lets guest in from loopback only: make a user of the worker's own",
+                    ));
+                }
+            }
+        }
+    }
+    options
+}
+
+fn is_local(host: &str) -> bool {
+    host == "localhost"
+        || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
+fn check_creem(settings: &Settings, problems: &mut Vec<Problem>) -> Option<creem::Options> {
+    let Some(key) = settings.creem.api_key.as_ref().filter(|key| !key.expose_secret().is_empty())
+    else {
+        problems.push(Problem::new(
+            "there is no Creem API key",
+            "set CREEM_API_KEY, or CREEM_API_KEY_FILE to a file that holds it",
+        ));
+        return None;
+    };
+    let mode = mode_of(key, problems)?;
+    let base_url = base_url(settings, mode, problems)?;
+    let proxy = match settings.creem.proxy.as_deref().map(Url::parse).transpose() {
+        Ok(proxy) => proxy,
+        Err(error) => {
+            problems.push(Problem::new(
+                format!("`creem.proxy` is not a URL ({error})"),
+                "give http://host:port",
+            ));
+            None
+        }
+    };
+    let ca_pem = settings.creem.ca_file.as_ref().and_then(|path| match std::fs::read(path) {
+        Ok(pem) => Some(pem),
+        Err(error) => {
+            problems.push(Problem::new(
+                format!("`creem.ca_file`: {} cannot be read: {error}", path.display()),
+                "check the path",
+            ));
+            None
+        }
+    });
+    let sum =
+        settings.lanes.interactive.concurrency.saturating_add(settings.lanes.bulk.concurrency);
+    let options = creem::Options {
+        base_url,
+        api_key: key.clone(),
+        mode,
+        request_timeout: settings.creem.request_timeout.0,
+        proxy,
+        ca_pem,
+        concurrency: usize::try_from(sum).unwrap_or(1),
+        checkout_hosts: settings.creem.checkout_hosts.clone(),
+    };
+    if let Err(error) = creem::Client::new(&options) {
+        problems.push(Problem::new(error.to_string(), "correct the setting that it names"));
+    }
+    Some(options)
+}
+
+fn mode_of(key: &SecretString, problems: &mut Vec<Problem>) -> Option<Mode> {
+    let key = key.expose_secret();
+    if key.trim() != key || key.chars().any(char::is_control) {
+        problems.push(Problem::new(
+            "the Creem API key has white space around or in it",
+            "give the key alone",
+        ));
+        None
+    } else if key.starts_with("creem_test_") {
+        Some(Mode::Test)
+    } else if key.starts_with("creem_") {
+        Some(Mode::Live)
+    } else {
+        problems.push(Problem::new(
+            "the Creem API key does not begin with creem_",
+            "copy it again from Creem's dashboard",
+        ));
+        None
+    }
+}
+
+fn base_url(settings: &Settings, mode: Mode, problems: &mut Vec<Problem>) -> Option<Url> {
+    let own = match mode {
+        Mode::Test => "https://test-api.creem.io",
+        Mode::Live => "https://api.creem.io",
+    };
+    let text = settings.creem.base_url.as_deref().unwrap_or(own);
+    let mut wrong = |what: String, fix: &str| {
+        problems.push(Problem::new(what, fix));
+        None
+    };
+    let Ok(url) = Url::parse(text) else {
+        return wrong(
+            "`creem.base_url` is not a URL".to_owned(),
+            "give https://host, or leave it out",
+        );
+    };
+    let Some(host) = url.host() else {
+        return wrong(
+            "`creem.base_url` names no host".to_owned(),
+            "give https://host, or leave it out",
+        );
+    };
+    if !url.username().is_empty()
+        || url.password().is_some()
+        || url.query().is_some()
+        || url.fragment().is_some()
+    {
+        return wrong(
+            "`creem.base_url` holds more than a host and a path".to_owned(),
+            "give https://host, or leave it out",
+        );
+    }
+    match url.scheme() {
+        "https" => {}
+        "http" if is_loopback(&host) => {}
+        _ => {
+            return wrong(
+                "`creem.base_url` is not https".to_owned(),
+                "plain http is for loopback only: key and buyers' addresses would travel in the clear",
+            );
+        }
+    }
+    let other = match mode {
+        Mode::Test => "api.creem.io",
+        Mode::Live => "test-api.creem.io",
+    };
+    if url.host_str() == Some(other) {
+        let what = format!("the API key is of mode {mode}, but `creem.base_url` is {other}");
+        return wrong(what, "take the key of that world, or leave creem.base_url out");
+    }
+    Some(url)
+}
+
+fn check_ledger(settings: &Settings, problems: &mut Vec<Problem>) -> Option<PathBuf> {
+    let url = settings.ledger.url.expose_secret();
+    match url.split_once(':') {
+        Some(("sqlite", path))
+            if !path.is_empty() && !path.starts_with(':') && !path.contains('?') =>
+        {
+            Some(PathBuf::from(path))
+        }
+        Some(("postgres" | "postgresql", _)) => {
+            problems.push(Problem::new(
+                "`ledger.url` asks for PostgreSQL, which this version does not have yet",
+                "give sqlite:PATH",
+            ));
+            None
+        }
+        _ => {
+            problems.push(Problem::new(
+                "`ledger.url` is not usable",
+                "give sqlite:PATH, e.g. sqlite:data/ledger.db",
+            ));
+            None
+        }
+    }
+}
+
+fn check_times(settings: &Settings, problems: &mut Vec<Problem>) {
+    let timeout = settings.creem.request_timeout.0;
+    let shown = humantime::format_duration;
+    if !(Duration::from_millis(100)..=Duration::from_mins(2)).contains(&timeout) {
+        problems.push(Problem::new(
+            format!("`creem.request_timeout` is {}", shown(timeout)),
+            "give 100ms to 120s",
+        ));
+    }
+    let grace = settings.shutdown.grace.0;
+    let least = timeout + Duration::from_secs(5);
+    if grace < least {
+        problems.push(Problem::new(
+            format!("`shutdown.grace` is {}, shorter than `creem.request_timeout` ({}) and 5s to settle", shown(grace), shown(timeout)),
+            format!("give at least {}", shown(least)),
+        ));
+    }
+    let retention = settings.ledger.retention.0;
+    let longest = [settings.lanes.interactive, settings.lanes.bulk]
+        .map(|lane| lane.max_elapsed.0)
+        .into_iter()
+        .max()
+        .unwrap_or_default();
+    let least = longest + Duration::from_hours(24);
+    if retention < least {
+        problems.push(Problem::new(
+            format!(
+                "`ledger.retention` is {}, and jobs are tried for up to {}",
+                shown(retention),
+                shown(longest)
+            ),
+            format!(
+                "give at least {}: a job that outlives its row could get a second link",
+                shown(least)
+            ),
+        ));
+    }
+}
+
+fn check_retry(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Backoff> {
+    if !(1..=1000).contains(&settings.retry.max_attempts) {
+        problems.push(Problem::new(
+            format!("`retry.max_attempts` is {}", settings.retry.max_attempts),
+            "give 1 to 1000",
+        ));
+    }
+    let (first, longest) = (settings.retry.first.0, settings.retry.longest.0);
+    if longest > ACK_TIMEOUT {
+        problems.push(Problem::new("`retry.longest` is longer than 30m", "give at most 30m"));
+    }
+    match Backoff::try_new(first, longest) {
+        Ok(backoff) => Some(backoff),
+        Err(why) => {
+            problems.push(Problem::new(
+                format!("`retry.first` and `retry.longest` do not fit: {why}"),
+                "give e.g. 250ms and 60s",
+            ));
+            None
+        }
+    }
+}
+
+fn check_lanes(settings: &Settings, problems: &mut Vec<Problem>) -> Vec<LaneSize> {
+    let lanes =
+        [(Lane::Interactive, settings.lanes.interactive), (Lane::Bulk, settings.lanes.bulk)];
+    let mut sizes = Vec::new();
+    for (lane, section) in lanes {
+        match u16::try_from(section.concurrency) {
+            Ok(concurrency) if (1..=MAX_PREFETCH).contains(&section.concurrency) => sizes.push(LaneSize { lane, concurrency }),
+            _ => problems.push(Problem::new(
+                format!("`lanes.{lane}.concurrency` is {}", section.concurrency),
+                format!("give 1 to {MAX_PREFETCH}, which is the most that a quorum queue lets out unacked"),
+            )),
+        }
+        if section.max_elapsed.0.is_zero() {
+            problems.push(Problem::new(
+                format!("`lanes.{lane}.max_elapsed` is zero"),
+                "give the time a job may be tried",
+            ));
+        }
+    }
+    sizes
+}
+
+fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -> Topology {
+    let prefix = &settings.topology.prefix;
+    let name = |text: &str, most: usize| {
+        (1..=most).contains(&text.len())
+            && text.bytes().all(|byte| {
+                byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-' | b':')
+            })
+    };
+    if !name(prefix, 64) || prefix.starts_with("amq.") {
+        problems.push(Problem::new(
+            "`topology.prefix` is not usable",
+            "give 1-64 letters, digits, dots, dashes or underscores, not beginning with amq.",
+        ));
+    }
+    let topology =
+        Topology::new(prefix, settings.replies.queue.as_deref(), &settings.replies.exchange);
+    if !name(&topology.replies_queue, 255) || topology.denies_replies_to(&topology.replies_queue) {
+        problems.push(Problem::new(
+            "`replies.queue` is not usable",
+            "give a queue name that is none of the worker's own",
+        ));
+    }
+    if !topology.replies_exchange.is_empty() && !name(&topology.replies_exchange, 255) {
+        problems.push(Problem::new(
+            "`replies.exchange` is not usable",
+            "give an exchange name, or leave it empty for the default exchange",
+        ));
+    }
+    topology
+}
+
+fn check_job(settings: &Settings, mode: Mode, problems: &mut Vec<Problem>) -> Rules {
+    let job = &settings.job;
+    let mut bounded = |key: &str, value: i64, most: i64| {
+        if !(1..=most).contains(&value) {
+            problems
+                .push(Problem::new(format!("`job.{key}` is {value}"), format!("give 1 to {most}")));
+        }
+        value.clamp(1, most)
+    };
+    let max_bytes = bounded("max_bytes", job.max_bytes, 1024 * 1024);
+    let max_units = bounded("max_units", job.max_units, i64::from(u32::MAX));
+    let loopback_http = mode == Mode::Test;
+    if let Some(url) = &job.success_url
+        && let Err(code) = success_url::check(url, loopback_http, &job.success_hosts)
+    {
+        problems.push(Problem::new(
+            format!("`job.success_url` would be refused in a job ({code})"),
+            "give an https URL as browsers write it",
+        ));
+    }
+    Rules {
+        max_bytes: usize::try_from(max_bytes).unwrap_or(64 * 1024),
+        max_units: u32::try_from(max_units).unwrap_or(u32::MAX),
+        extra_fields: job.extra_fields.clone(),
+        allow_custom_price: job.allow_custom_price,
+        allow_affiliate_code: job.allow_affiliate_code,
+        success_hosts: job.success_hosts.clone(),
+        default_success_url: job.success_url.clone(),
+        loopback_http,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeMap;
+
+    fn with(pairs: &[(&str, &str)]) -> Result<Resolved, String> {
+        let mut environment: BTreeMap<String, String> =
+            [("CREEM_API_KEY".to_owned(), "creem_test_x".to_owned())].into();
+        environment
+            .extend(pairs.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())));
+        let settings =
+            super::super::load(None, &environment).map_err(|problems| format!("{problems:?}"))?;
+        resolve(&settings)
+            .map_err(|problems| problems.iter().map(|problem| problem.to_string() + "\n").collect())
+    }
+
+    #[test]
+    fn the_defaults_need_nothing_but_a_key() {
+        let resolved = with(&[]).unwrap();
+        assert_eq!(resolved.creem.base_url.as_str(), "https://test-api.creem.io/");
+        assert_eq!(
+            with(&[("CREEM_API_KEY", "creem_live")]).unwrap().creem.base_url.as_str(),
+            "https://api.creem.io/"
+        );
+        assert!(with(&[("CREEM_API_KEY", "")]).unwrap_err().contains("no Creem API key"));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_named_with_its_fix() {
+        for (pairs, expected) in [
+            (&[("CREEM_BASE_URL", "https://api.creem.io")][..], "mode test"),
+            (
+                &[("CREEM_API_KEY", "creem_x"), ("CREEM_BASE_URL", "https://test-api.creem.io")],
+                "mode prod",
+            ),
+            (&[("CREEM_BASE_URL", "http://creem.example")], "not https"),
+            (&[("CREEM_BASE_URL", "https://a:b@creem.example")], "more than a host"),
+            (&[("CREEM_API_KEY", "sk_live_x")], "does not begin with creem_"),
+            (&[("CREEM_API_KEY", "creem_test_x ")], "white space"),
+            (&[("CHECKOUT_WORKER__LANES__BULK__CONCURRENCY", "0")], "lanes.bulk.concurrency"),
+            (&[("CHECKOUT_WORKER__LANES__INTERACTIVE__CONCURRENCY", "2001")], "1 to 2000"),
+            (&[("CHECKOUT_WORKER__SHUTDOWN__GRACE", "11s")], "creem.request_timeout"),
+            (&[("CHECKOUT_WORKER__LEDGER__RETENTION", "7h")], "lanes"),
+            (&[("CHECKOUT_WORKER__RETRY__FIRST", "2m")], "retry.first"),
+            (&[("CHECKOUT_WORKER__RETRY__MAX_ATTEMPTS", "0")], "retry.max_attempts"),
+            (&[("CHECKOUT_WORKER__RATE_LIMIT__PER_SECOND", "NaN")], "rate_limit.per_second"),
+            (&[("CHECKOUT_WORKER__RATE_LIMIT__PER_SECOND", "0")], "rate_limit.per_second"),
+            (&[("CHECKOUT_WORKER__REPLIES__QUEUE", "checkout.jobs")], "replies.queue"),
+            (
+                &[("CHECKOUT_WORKER__JOB__SUCCESS_URL", "http://shop.example/")],
+                "success_url_scheme",
+            ),
+            (&[("LEDGER_URL", "postgres://x")], "PostgreSQL"),
+            (&[("LEDGER_URL", "sqlite::memory:")], "ledger.url"),
+            (&[("AMQP_URL", "amqp://guest:guest@rabbit.internal/")], "guest"),
+            (&[("AMQP_URL", "localhost")], "amqp://"),
+            (&[("CHECKOUT_WORKER__AMQP__HEARTBEAT", "0s")], "amqp.heartbeat"),
+        ] {
+            let text = with(pairs).unwrap_err();
+            let hit = if expected == "lanes" {
+                text.contains("ledger.retention")
+            } else {
+                text.contains(expected)
+            };
+            assert!(hit, "{pairs:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn everything_is_said_at_once() {
+        let text = with(&[
+            ("CREEM_API_KEY", ""),
+            ("LEDGER_URL", "x"),
+            ("CHECKOUT_WORKER__RETRY__MAX_ATTEMPTS", "0"),
+        ])
+        .unwrap_err();
+        assert_eq!(text.lines().count(), 3, "{text}");
+    }
+}

@@ -1,0 +1,169 @@
+//! Group commit: one thread owns the store, takes every command that is ready, and makes them
+//! durable together.
+//!
+//! Why a thread and not a lock? A durable write waits for the disk; with one writer that never
+//! lingers, the jobs that arrive during one sync share the next, so the cost of a sync is
+//! divided by the load and an idle worker still answers at once.
+
+use std::thread;
+
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Answer, Command, LedgerError};
+use crate::clock::Millis;
+
+/// Most commands in one commit: past it the sync's share per command is below the cost of the
+/// command itself, and the first of the batch would only wait longer.
+const MOST: usize = 256;
+
+/// A store that applies commands in order and makes them durable together.
+pub trait Store: Send + 'static {
+    /// Applies a batch. The outer error is the whole batch's: nothing of it may be relied on.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn commit(&mut self, batch: &[Command]) -> Result<Committed, LedgerError>;
+
+    /// Removes a small batch of old rows.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn sweep(&mut self, before: Millis) -> Result<usize, LedgerError>;
+}
+
+/// What a batch came to.
+#[derive(Debug)]
+pub struct Committed {
+    /// One answer a command, in order.
+    pub answers: Vec<Result<Answer, LedgerError>>,
+    /// By how many the count of ambiguous attempts grew.
+    pub ambiguous: u64,
+    /// How many orphan sessions are new.
+    pub orphans: u64,
+}
+
+type Waiter<T> = oneshot::Sender<Result<T, LedgerError>>;
+
+enum Work {
+    Apply(Command, Waiter<Answer>),
+    Sweep(Millis, Waiter<usize>),
+}
+
+/// The way to a store's thread.
+#[derive(Debug, Clone)]
+pub struct Group {
+    queue: mpsc::UnboundedSender<Work>,
+}
+
+impl std::fmt::Debug for Work {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Work")
+    }
+}
+
+/// What a commit took, for metrics.
+#[derive(Debug, Clone, Copy)]
+pub struct Commit {
+    /// Commands in it.
+    pub size: usize,
+    /// From the first command's turn to durability.
+    pub took: std::time::Duration,
+    /// By how many the count of ambiguous attempts grew.
+    pub ambiguous: u64,
+    /// How many orphan sessions are new.
+    pub orphans: u64,
+}
+
+impl Group {
+    /// Starts the store's thread; it ends when the last `Group` is dropped. The queue needs no
+    /// bound of its own: each job in flight has at most one command in it.
+    ///
+    /// # Errors
+    /// If the operating system gives no thread.
+    pub fn start(
+        mut store: impl Store,
+        observe: impl Fn(Commit) + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (queue, mut work) = mpsc::unbounded_channel();
+        thread::Builder::new().name("ledger".to_owned()).spawn(move || {
+            while let Some(first) = work.blocking_recv() {
+                turn(&mut store, first, &mut work, &observe);
+            }
+        })?;
+        Ok(Self { queue })
+    }
+
+    /// Carries a command out; the answer comes after the sync.
+    #[must_use]
+    pub fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
+        let (waiter, answer) = oneshot::channel();
+        let sent = self.queue.send(Work::Apply(command, waiter));
+        wait(sent.is_ok(), answer)
+    }
+
+    /// Removes a small batch of old rows.
+    #[must_use]
+    pub fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
+        let (waiter, answer) = oneshot::channel();
+        let sent = self.queue.send(Work::Sweep(before, waiter));
+        wait(sent.is_ok(), answer)
+    }
+}
+
+fn wait<T: Send + 'static>(
+    sent: bool,
+    answer: oneshot::Receiver<Result<T, LedgerError>>,
+) -> BoxFuture<'static, Result<T, LedgerError>> {
+    async move {
+        let gone = || LedgerError::Unavailable("its thread has ended".to_owned());
+        if sent { answer.await.unwrap_or_else(|_| Err(gone())) } else { Err(gone()) }
+    }
+    .boxed()
+}
+
+fn turn(
+    store: &mut impl Store,
+    first: Work,
+    work: &mut mpsc::UnboundedReceiver<Work>,
+    observe: &impl Fn(Commit),
+) {
+    let (mut commands, mut waiters, mut sweeps) = (Vec::new(), Vec::new(), Vec::new());
+    let mut next = Some(first);
+    while let Some(item) = next {
+        match item {
+            Work::Apply(command, waiter) => {
+                commands.push(command);
+                waiters.push(waiter);
+            }
+            Work::Sweep(before, waiter) => sweeps.push((before, waiter)),
+        }
+        next = if commands.len() < MOST { work.try_recv().ok() } else { None };
+    }
+    if !commands.is_empty() {
+        let started = tokio::time::Instant::now();
+        match store.commit(&commands) {
+            Ok(Committed { answers, ambiguous, orphans }) => {
+                observe(Commit {
+                    size: commands.len(),
+                    took: started.elapsed(),
+                    ambiguous,
+                    orphans,
+                });
+                for (waiter, answer) in waiters.into_iter().zip(answers) {
+                    give(waiter, answer);
+                }
+            }
+            Err(error) => waiters.into_iter().for_each(|waiter| give(waiter, Err(error.clone()))),
+        }
+    }
+    for (before, waiter) in sweeps {
+        give(waiter, store.sweep(before));
+    }
+}
+
+/// Answers; whoever stopped waiting finds the result in the ledger when it asks again.
+fn give<T>(waiter: Waiter<T>, answer: Result<T, LedgerError>) {
+    drop(waiter.send(answer));
+}

@@ -1,0 +1,658 @@
+//! The embedded ledger: one SQLite file, one worker process.
+//!
+//! WAL with `synchronous=FULL`: a commit is on the disk when it returns, which grouping makes
+//! cheap. A lock file beside the database keeps a second worker out, while readers such as
+//! `show` and `check` need no lock and work beside a running worker.
+
+use std::fs::{File, OpenOptions, TryLockError};
+use std::path::{Path, PathBuf};
+
+use futures::future::BoxFuture;
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, OptionalExtension as _, TransactionBehavior, params,
+};
+
+use super::group::{Commit, Committed, Group, Store};
+use super::row::{Columns, Row};
+use super::transition::{self, Context, Effect};
+use super::{Answer, Command, Identity, Ledger, LedgerError};
+use crate::clock::{Millis, SharedClock};
+use crate::job::{FingerprintKey, Key, Mode, RequestId};
+
+const SCHEMA: &str = include_str!("schema/sqlite.sql");
+/// `user_version` of the schema above.
+const VERSION: i64 = 1;
+/// `application_id`: "crCW", so that another program's database is not taken for a ledger.
+const APPLICATION: i64 = 0x6372_4357;
+/// How often the time of the last commit is noted, for the account of the time in which the
+/// worker was down.
+const ALIVE_EVERY: Millis = 1_000;
+/// Rows per sweep: short enough that no job notices.
+const SWEEP: i64 = 500;
+
+/// Why a ledger file was not opened. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process has it.
+    #[error(
+        "{0} is in use by another worker (its lock file is held): an embedded ledger serves one `run` at a time; stop the other one, or use a postgres:// ledger for replicas"
+    )]
+    Locked(PathBuf),
+    /// It is not a ledger.
+    #[error(
+        "{0} is not a checkout-worker ledger ({1}): it was left untouched; set ledger.url to another path, or restore the ledger from a backup"
+    )]
+    Foreign(PathBuf, String),
+    /// A newer program wrote it.
+    #[error(
+        "{0} was written by a newer version of this program (schema {1}, this one knows {VERSION}): it was left untouched; run the newer version"
+    )]
+    Newer(PathBuf, i64),
+    /// It has no content.
+    #[error(
+        "{0} exists but is empty (0 bytes): a ledger that lost its content would make second links; restore it from a backup, or delete it and start once with --accept-empty-ledger"
+    )]
+    Empty(PathBuf),
+    /// It is not there.
+    #[error("there is no ledger at {0}: check ledger.url, or start the worker once")]
+    Missing(PathBuf),
+    /// On a file system without dependable locks.
+    #[error(
+        "{0} lies on a network file system ({1}), whose locks cannot be trusted: put the ledger on a local disk, or use a postgres:// ledger"
+    )]
+    Network(PathBuf, String),
+    /// The system said no.
+    #[error(
+        "the ledger {0} cannot be opened: {1}; check that the directory exists, is writable for this user and has space"
+    )]
+    Io(PathBuf, String),
+}
+
+/// An open embedded ledger.
+#[derive(Debug)]
+pub struct SqliteLedger {
+    group: Group,
+    identity: Identity,
+    /// Held as long as the ledger is open; the operating system frees it when the process dies.
+    _lock: File,
+}
+
+impl SqliteLedger {
+    /// Opens, and if need be creates, the ledger at `path`.
+    ///
+    /// # Errors
+    /// See [`OpenError`]; a file that is refused is left as it was.
+    pub fn open(
+        path: &Path,
+        clock: SharedClock,
+        observe: impl Fn(Commit) + Send + 'static,
+    ) -> Result<Self, OpenError> {
+        let io = |error: &dyn std::fmt::Display| OpenError::Io(path.to_owned(), error.to_string());
+        refuse_network(path)?;
+        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            std::fs::create_dir_all(parent).map_err(|error| io(&error))?;
+        }
+        let lock = lock(path)?;
+        if path.metadata().is_ok_and(|file| file.len() == 0) {
+            return Err(OpenError::Empty(path.to_owned()));
+        }
+        let mut connection = Connection::open(path).map_err(|error| io(&error))?;
+        prepare(&mut connection, path)?;
+        let (identity, epoch) = begin(&mut connection, clock.now()).map_err(|error| io(&error))?;
+        let store = SqliteStore { connection, clock, epoch, alive: 0 };
+        let group = Group::start(store, observe).map_err(|error| io(&error))?;
+        Ok(Self { group, identity, _lock: lock })
+    }
+}
+
+impl Ledger for SqliteLedger {
+    fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
+        self.group.execute(command)
+    }
+
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
+        self.group.sweep(before)
+    }
+}
+
+fn lock(path: &Path) -> Result<File, OpenError> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let io = |error: std::io::Error| OpenError::Io(path.to_owned(), error.to_string());
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(PathBuf::from(name))
+        .map_err(io)?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(OpenError::Locked(path.to_owned())),
+        Err(TryLockError::Error(error)) => Err(io(error)),
+    }
+}
+
+/// Refuses network file systems, as far as `/proc/mounts` knows them.
+fn refuse_network(path: &Path) -> Result<(), OpenError> {
+    let Ok(mounts) = std::fs::read_to_string("/proc/mounts") else { return Ok(()) };
+    let parent = path.parent().unwrap_or(path);
+    let whole = std::fs::canonicalize(parent)
+        .unwrap_or_else(|_| std::env::current_dir().unwrap_or_default().join(parent));
+    let kind = mounts
+        .lines()
+        .filter_map(|line| {
+            let mut words = line.split(' ');
+            let (point, kind) = (words.nth(1)?, words.next()?);
+            whole.starts_with(point).then_some((point.len(), kind))
+        })
+        .max_by_key(|(length, _)| *length)
+        .map(|(_, kind)| kind);
+    match kind {
+        Some(kind)
+            if ["nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"].contains(&kind) =>
+        {
+            Err(OpenError::Network(path.to_owned(), kind.to_owned()))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Recognises the file before it changes anything, then sets it up.
+fn prepare(connection: &mut Connection, path: &Path) -> Result<(), OpenError> {
+    let foreign = |error: rusqlite::Error| OpenError::Foreign(path.to_owned(), error.to_string());
+    let io = |error: rusqlite::Error| OpenError::Io(path.to_owned(), error.to_string());
+    let number = |connection: &Connection, name: &str| {
+        connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0))
+    };
+    let application = number(connection, "application_id").map_err(foreign)?;
+    let version = number(connection, "user_version").map_err(foreign)?;
+    let tables: i64 = connection
+        .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
+        .map_err(foreign)?;
+    match (application, tables) {
+        (APPLICATION, _) if version > VERSION => {
+            return Err(OpenError::Newer(path.to_owned(), version));
+        }
+        (APPLICATION, _) | (0, 0) => {}
+        _ => {
+            return Err(OpenError::Foreign(
+                path.to_owned(),
+                "another program's database".to_owned(),
+            ));
+        }
+    }
+    settings(connection).map_err(io)?;
+    if tables == 0 {
+        create(connection).map_err(io)?;
+        sync_directory(path).map_err(|error| OpenError::Io(path.to_owned(), error.to_string()))?;
+    }
+    Ok(())
+}
+
+fn settings(connection: &Connection) -> rusqlite::Result<()> {
+    connection.busy_timeout(std::time::Duration::from_secs(5))?;
+    let mode: String =
+        connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))?;
+    connection.pragma_update(None, "synchronous", "FULL")?;
+    let synchronous: i64 = connection.pragma_query_value(None, "synchronous", |row| row.get(0))?;
+    if mode != "wal" || synchronous != 2 {
+        // Without these a commit would not be durable, and a crash could make a second link.
+        return Err(rusqlite::Error::InvalidParameterName(format!(
+            "the database refuses journal_mode=WAL with synchronous=FULL (it has {mode}, {synchronous})"
+        )));
+    }
+    connection.pragma_update(None, "cache_size", -16_384)
+}
+
+fn create(connection: &mut Connection) -> rusqlite::Result<()> {
+    let mut key = [0_u8; 32];
+    getrandom::fill(&mut key)
+        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?;
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    transaction.execute_batch(SCHEMA)?;
+    transaction.execute("INSERT INTO meta VALUES ('key', ?1)", params![key.as_slice()])?;
+    transaction.pragma_update(None, "application_id", APPLICATION)?;
+    transaction.pragma_update(None, "user_version", VERSION)?;
+    transaction.commit()
+}
+
+/// A new file is durable only when its directory entry is.
+fn sync_directory(path: &Path) -> std::io::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    File::open(parent.unwrap_or_else(|| Path::new(".")))?.sync_all()
+}
+
+/// Begins a new epoch, which voids every lease of earlier ones, and reads what the ledger
+/// knows of itself.
+fn begin(connection: &mut Connection, now: Millis) -> rusqlite::Result<(Identity, u64)> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let epoch = meta_number(&transaction, "epoch")?.unwrap_or(0) + 1;
+    set_meta_number(&transaction, "epoch", epoch)?;
+    if let Some(alive) = meta_number(&transaction, "alive")? {
+        record_pause(&transaction, alive, now)?;
+    }
+    let key: Vec<u8> =
+        transaction.query_row("SELECT value FROM meta WHERE name = 'key'", [], |row| row.get(0))?;
+    let key: [u8; 32] = key.try_into().map_err(|_| {
+        rusqlite::Error::InvalidParameterName("the ledger's key is damaged".to_owned())
+    })?;
+    let unsigned = |number: Option<i64>| u64::try_from(number.unwrap_or(0)).unwrap_or(0);
+    let identity = Identity {
+        key: FingerprintKey::new(key),
+        empty: meta_number(&transaction, "adopted")?.is_none(),
+        ambiguous_attempts: unsigned(meta_number(&transaction, "ambiguous_attempts")?),
+        orphan_sessions: unsigned(meta_number(&transaction, "orphan_sessions")?),
+        pauses: transaction
+            .prepare("SELECT started, ended FROM pause ORDER BY started")?
+            .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
+            .collect::<Result<_, _>>()?,
+    };
+    transaction.commit()?;
+    Ok((identity, u64::try_from(epoch).unwrap_or(0)))
+}
+
+fn meta_number(connection: &Connection, name: &str) -> rusqlite::Result<Option<i64>> {
+    let bytes: Option<Vec<u8>> = connection
+        .prepare_cached("SELECT value FROM meta WHERE name = ?1")?
+        .query_row([name], |row| row.get(0))
+        .optional()?;
+    Ok(bytes.and_then(|bytes| bytes.try_into().ok()).map(i64::from_le_bytes))
+}
+
+fn set_meta_number(connection: &Connection, name: &str, number: i64) -> rusqlite::Result<()> {
+    connection
+        .prepare_cached("INSERT INTO meta VALUES (?1, ?2) ON CONFLICT (name) DO UPDATE SET value = excluded.value")?
+        .execute(params![name, number.to_le_bytes().as_slice()])
+        .map(|_| ())
+}
+
+fn record_pause(connection: &Connection, from: Millis, to: Millis) -> rusqlite::Result<()> {
+    if to <= from {
+        return Ok(());
+    }
+    connection
+        .prepare_cached(
+            "INSERT INTO pause VALUES (?1, ?2) ON CONFLICT (started) DO UPDATE SET ended = max(ended, excluded.ended)",
+        )?
+        .execute([from, to])
+        .map(|_| ())
+}
+
+struct SqliteStore {
+    connection: Connection,
+    clock: SharedClock,
+    epoch: u64,
+    alive: Millis,
+}
+
+impl Store for SqliteStore {
+    fn commit(&mut self, batch: &[Command]) -> Result<Committed, LedgerError> {
+        self.abandon()?;
+        self.apply_all(batch).map_err(|error| unavailable(&error))
+    }
+
+    fn sweep(&mut self, before: Millis) -> Result<usize, LedgerError> {
+        self.abandon()?;
+        let swept = self.connection.execute(
+            "DELETE FROM job WHERE (mode, request_id) IN (
+                 SELECT mode, request_id FROM job
+                 WHERE ended_at IS NOT NULL AND ended_at < ?1 AND state <> 'unresolved'
+                 ORDER BY ended_at LIMIT ?2)",
+            [before, SWEEP],
+        );
+        self.connection
+            .execute("DELETE FROM pause WHERE ended < ?1", [before])
+            .map_err(|error| unavailable(&error))?;
+        swept.map_err(|error| unavailable(&error))
+    }
+}
+
+impl SqliteStore {
+    /// Ends a transaction that an earlier error left open; its callers were told so.
+    fn abandon(&self) -> Result<(), LedgerError> {
+        if self.connection.is_autocommit() {
+            return Ok(());
+        }
+        self.connection.execute_batch("ROLLBACK").map_err(|error| unavailable(&error))
+    }
+
+    fn apply_all(&mut self, batch: &[Command]) -> rusqlite::Result<Committed> {
+        let context = Context { now: self.clock.now(), epoch: Some(self.epoch) };
+        let transaction =
+            self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let (mut ambiguous, mut orphans) = (0_i64, 0_i64);
+        let mut answers = Vec::with_capacity(batch.len());
+        for command in batch {
+            let effect = match apply(&transaction, command, context)? {
+                Ok(effect) => effect,
+                Err(error) => {
+                    answers.push(Err(error));
+                    continue;
+                }
+            };
+            ambiguous += i64::from(effect.ambiguous);
+            orphans += record(&transaction, command, &effect, context.now)?;
+            answers.push(Ok(effect.answer));
+        }
+        for (name, more) in [("ambiguous_attempts", ambiguous), ("orphan_sessions", orphans)] {
+            if more > 0 {
+                let so_far = meta_number(&transaction, name)?.unwrap_or(0);
+                set_meta_number(&transaction, name, so_far + more)?;
+            }
+        }
+        if context.now - self.alive >= ALIVE_EVERY {
+            set_meta_number(&transaction, "alive", context.now)?;
+            self.alive = context.now;
+        }
+        transaction.commit()?;
+        Ok(Committed {
+            answers,
+            ambiguous: ambiguous.cast_unsigned(),
+            orphans: orphans.cast_unsigned(),
+        })
+    }
+}
+
+fn apply(
+    connection: &Connection,
+    command: &Command,
+    context: Context,
+) -> rusqlite::Result<Result<Effect, LedgerError>> {
+    match command {
+        Command::Pause { from, to } => record_pause(connection, *from, *to)?,
+        Command::Probe => set_meta_number(connection, "probed", context.now)?,
+        Command::Adopt(true) => set_meta_number(connection, "adopted", context.now)?,
+        Command::Adopt(false) => {
+            connection.execute("DELETE FROM meta WHERE name = 'adopted'", [])?;
+        }
+        Command::Claim(_) | Command::Settle(_) | Command::Close(_) | Command::Parked { .. } => {}
+    }
+    let row = match command.key() {
+        Some(key) => match load(connection, key)? {
+            Ok(row) => row,
+            Err(error) => return Ok(Err(error)),
+        },
+        None => None,
+    };
+    Ok(Ok(transition::apply(row, command, context)))
+}
+
+/// Writes what an effect changed; returns how many orphans are new.
+fn record(
+    connection: &Connection,
+    command: &Command,
+    effect: &Effect,
+    now: Millis,
+) -> rusqlite::Result<i64> {
+    let Some(key) = command.key() else { return Ok(0) };
+    if let Some(row) = &effect.write {
+        store(connection, key, row)?;
+    }
+    let Some(orphan) = &effect.orphan else { return Ok(0) };
+    let added = connection
+        .prepare_cached(
+            "INSERT OR IGNORE INTO orphan (mode, request_id, fence, checkout_id, reason, found_at)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6)",
+        )?
+        .execute(params![
+            key.mode.as_str(),
+            key.request_id.as_str(),
+            orphan.fence.cast_signed(),
+            orphan.checkout_id,
+            orphan.reason,
+            now
+        ])?;
+    Ok(i64::try_from(added).unwrap_or(0))
+}
+
+const LOAD: &str = "SELECT state, updated_at, ended_at, ambiguous, body, sum FROM job WHERE mode = ?1 AND request_id = ?2";
+
+fn load(connection: &Connection, key: &Key) -> rusqlite::Result<Result<Option<Row>, LedgerError>> {
+    connection
+        .prepare_cached(LOAD)?
+        .query_row([key.mode.as_str(), key.request_id.as_str()], |row| read(row, 0, key))
+        .optional()
+        .map(Option::transpose)
+}
+
+/// Reads and verifies a row whose columns begin at `at`.
+fn read(
+    row: &rusqlite::Row<'_>,
+    at: usize,
+    key: &Key,
+) -> rusqlite::Result<Result<Row, LedgerError>> {
+    let columns = Columns {
+        state: row.get_ref(at)?.as_str()?,
+        updated_at: row.get(at + 1)?,
+        ended_at: row.get(at + 2)?,
+        ambiguous: row.get(at + 3)?,
+        body: row.get_ref(at + 4)?.as_blob()?,
+    };
+    let sum = row.get_ref(at + 5)?.as_blob()?;
+    if sum != columns.checksum(key.mode.as_str(), key.request_id.as_str()) {
+        return Ok(Err(LedgerError::Damaged(format!(
+            "the row of {key} does not match its checksum"
+        ))));
+    }
+    Ok(Row::decode(&columns)
+        .map_err(|what| LedgerError::Damaged(format!("the row of {key} has {what}"))))
+}
+
+fn store(connection: &Connection, key: &Key, row: &Row) -> rusqlite::Result<()> {
+    let body = row.encode();
+    let columns = Columns {
+        state: row.state.as_str(),
+        updated_at: row.updated_at,
+        ended_at: row.ended_at,
+        ambiguous: row.ambiguous,
+        body: &body,
+    };
+    let sum = columns.checksum(key.mode.as_str(), key.request_id.as_str());
+    connection
+        .prepare_cached(
+            "INSERT INTO job (mode, request_id, state, updated_at, ended_at, ambiguous, body, sum)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+             ON CONFLICT (mode, request_id) DO UPDATE SET state = excluded.state,
+                 updated_at = excluded.updated_at, ended_at = excluded.ended_at,
+                 ambiguous = excluded.ambiguous, body = excluded.body, sum = excluded.sum",
+        )?
+        .execute(params![
+            key.mode.as_str(),
+            key.request_id.as_str(),
+            columns.state,
+            columns.updated_at,
+            columns.ended_at,
+            columns.ambiguous,
+            columns.body,
+            sum.as_slice()
+        ])
+        .map(|_| ())
+}
+
+/// Sorts SQLite's errors into "later" and "never".
+fn unavailable(error: &rusqlite::Error) -> LedgerError {
+    let extended = if let rusqlite::Error::SqliteFailure(failure, _) = error {
+        failure.extended_code
+    } else {
+        0
+    };
+    let synced = [rusqlite::ffi::SQLITE_IOERR_FSYNC, rusqlite::ffi::SQLITE_IOERR_DIR_FSYNC];
+    match error.sqlite_error_code() {
+        Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => {
+            LedgerError::Damaged(error.to_string())
+        }
+        // After a failed sync nobody can say which pages are on the disk: only a restart, which
+        // reads them back, may go on.
+        _ if synced.contains(&extended) => LedgerError::Damaged(format!(
+            "a disk sync failed ({error}); restart the worker once the disk is well"
+        )),
+        Some(ErrorCode::DiskFull) => {
+            LedgerError::Unavailable(format!("the disk is full ({error}): free some space"))
+        }
+        Some(ErrorCode::ReadOnly) => {
+            LedgerError::Unavailable(format!("the file is read-only ({error}): make it writable"))
+        }
+        _ => LedgerError::Unavailable(error.to_string()),
+    }
+}
+
+/// A look into a ledger file beside a running worker: read-only and without its lock.
+#[derive(Debug)]
+pub struct Inspector {
+    connection: Connection,
+}
+
+/// An orphan as it is shown.
+#[derive(Debug, Clone)]
+pub struct KnownOrphan {
+    /// Creem's id of the session.
+    pub checkout_id: String,
+    /// Why nobody was given it.
+    pub reason: String,
+    /// When it was recorded.
+    pub found_at: Millis,
+}
+
+/// What a check of the whole file found.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// Rows read.
+    pub rows: u64,
+    /// Rows per state.
+    pub states: std::collections::BTreeMap<String, u64>,
+    /// Ambiguous attempts in the rows.
+    pub ambiguous_attempts: u64,
+    /// Orphan sessions recorded.
+    pub orphan_sessions: u64,
+    /// What is wrong, at most a hundred lines.
+    pub damage: Vec<String>,
+}
+
+impl Inspector {
+    /// Opens a ledger file for reading.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        if !path.exists() {
+            return Err(OpenError::Missing(path.to_owned()));
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let foreign =
+            |error: rusqlite::Error| OpenError::Foreign(path.to_owned(), error.to_string());
+        let connection = Connection::open_with_flags(path, flags).map_err(foreign)?;
+        connection.busy_timeout(std::time::Duration::from_secs(5)).map_err(foreign)?;
+        let number =
+            |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        if number("application_id").map_err(foreign)? != APPLICATION {
+            return Err(OpenError::Foreign(
+                path.to_owned(),
+                "another program's database".to_owned(),
+            ));
+        }
+        match number("user_version").map_err(foreign)? {
+            version if version > VERSION => Err(OpenError::Newer(path.to_owned(), version)),
+            _ => Ok(Self { connection }),
+        }
+    }
+
+    /// Reads one job's row.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub fn row(&self, key: &Key) -> Result<Option<Row>, LedgerError> {
+        load(&self.connection, key).map_err(|error| unavailable(&error))?
+    }
+
+    /// The sessions nobody was given for one job.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub fn orphans(&self, key: &Key) -> Result<Vec<KnownOrphan>, LedgerError> {
+        let query = || {
+            self.connection
+                .prepare("SELECT checkout_id, reason, found_at FROM orphan WHERE mode = ?1 AND request_id = ?2 ORDER BY id")?
+                .query_map([key.mode.as_str(), key.request_id.as_str()], |row| {
+                    Ok(KnownOrphan { checkout_id: row.get(0)?, reason: row.get(1)?, found_at: row.get(2)? })
+                })?
+                .collect::<Result<_, _>>()
+        };
+        query().map_err(|error| unavailable(&error))
+    }
+
+    /// Visits every row; a damaged one comes as an error.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub fn rows(
+        &self,
+        mut visit: impl FnMut(Key, Result<Row, LedgerError>),
+    ) -> Result<(), LedgerError> {
+        let mut query = || -> rusqlite::Result<()> {
+            let mut statement = self.connection.prepare(
+                "SELECT mode, request_id, state, updated_at, ended_at, ambiguous, body, sum FROM job",
+            )?;
+            let mut rows = statement.query([])?;
+            while let Some(row) = rows.next()? {
+                let (mode, id): (String, String) = (row.get(0)?, row.get(1)?);
+                let (Some(mode), Ok(request_id)) = (Mode::parse(&mode), RequestId::parse(&id))
+                else {
+                    let unknown = Key {
+                        mode: Mode::Test,
+                        request_id: RequestId::parse("damaged")
+                            .map_err(|_| rusqlite::Error::InvalidQuery)?,
+                    };
+                    visit(
+                        unknown,
+                        Err(LedgerError::Damaged("a row's key is not a job's".to_owned())),
+                    );
+                    continue;
+                };
+                let key = Key { mode, request_id };
+                let row = read(row, 2, &key)?;
+                visit(key, row);
+            }
+            Ok(())
+        };
+        query().map_err(|error| unavailable(&error))
+    }
+
+    /// Reads the whole file: SQLite's own integrity check, then every row's checksum.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let mut report = Report::default();
+        let integrity = || -> rusqlite::Result<Vec<String>> {
+            self.connection
+                .prepare("PRAGMA integrity_check(20)")?
+                .query_map([], |row| row.get(0))?
+                .collect::<Result<_, _>>()
+        };
+        match integrity() {
+            Ok(lines) => report.damage.extend(lines.into_iter().filter(|line| line != "ok")),
+            Err(error) => report.damage.push(error.to_string()),
+        }
+        let visited = self.rows(|_, row| {
+            report.rows += 1;
+            match row {
+                Ok(row) => {
+                    *report.states.entry(row.state.as_str().to_owned()).or_default() += 1;
+                    report.ambiguous_attempts += u64::from(row.ambiguous);
+                }
+                Err(error) if report.damage.len() < 100 => report.damage.push(error.to_string()),
+                Err(_) => {}
+            }
+        });
+        if let Err(error) = visited {
+            report.damage.push(error.to_string());
+        }
+        report.orphan_sessions = self
+            .connection
+            .query_row("SELECT count(*) FROM orphan", [], |row| row.get::<_, i64>(0))
+            .map_or(0, i64::cast_unsigned);
+        report
+    }
+}

@@ -1,0 +1,393 @@
+//! The state machine, pure: a row and a command go in, an answer and a changed row come out.
+//!
+//! One machine for all back-ends: what SQLite and PostgreSQL differ in is how rows are loaded,
+//! locked and made durable, never what a command means.
+
+use super::row::{Row, State};
+use super::{
+    Answer, Attempt, Claim, ClaimRequest, Claimant, CloseRequest, Command, Lease, Next, OnUnknown,
+    Settle, SettleRequest,
+};
+use crate::clock::{Millis, as_millis};
+use crate::job::key::Comparison;
+use crate::job::reply::{self, Facts};
+use crate::job::{Ending, Key, Problem, Status};
+
+/// How often a process may end while it is sending one job before that job is taken for the
+/// cause. A crash costs every job of the prefetch window its turn, so a poison job must stop.
+pub const MOST_CRASHES: u32 = 5;
+
+/// What the back-end knows besides the row.
+#[derive(Debug, Clone, Copy)]
+pub struct Context {
+    /// The ledger's clock.
+    pub now: Millis,
+    /// This worker process, where the ledger belongs to one process at a time: leases of other
+    /// epochs are void at once. `None` where many workers share it and only time voids a lease.
+    pub epoch: Option<u64>,
+}
+
+/// A session that Creem is known to hold and that nobody is given.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Orphan {
+    /// The claim that made it.
+    pub fence: u64,
+    /// Creem's id.
+    pub checkout_id: String,
+    /// Why it is not handed out.
+    pub reason: String,
+}
+
+/// What a command comes to.
+#[derive(Debug)]
+pub struct Effect {
+    /// For the caller.
+    pub answer: Answer,
+    /// The row to write, if it changed.
+    pub write: Option<Row>,
+    /// An orphan to record.
+    pub orphan: Option<Orphan>,
+    /// By how much the count of ambiguous attempts grew.
+    pub ambiguous: u32,
+}
+
+impl Effect {
+    fn keep(answer: Answer) -> Self {
+        Self { answer, write: None, orphan: None, ambiguous: 0 }
+    }
+
+    fn claim(claim: Claim) -> Self {
+        Self::keep(Answer::Claim(claim))
+    }
+}
+
+/// Applies a command to its row.
+#[must_use]
+pub fn apply(row: Option<Row>, command: &Command, context: Context) -> Effect {
+    let before = row.as_ref().map_or(0, |row| row.ambiguous);
+    let mut effect = match command {
+        Command::Claim(request) => claim(row, request, context),
+        Command::Settle(request) => settle(row, request, context),
+        Command::Close(request) => close(row, request, context),
+        Command::Parked { fence, .. } => parked(row, *fence),
+        Command::Pause { .. } | Command::Probe | Command::Adopt(_) => Effect::keep(Answer::Done),
+    };
+    if let Some(written) = &mut effect.write {
+        written.updated_at = context.now;
+        effect.ambiguous = written.ambiguous.saturating_sub(before);
+    }
+    effect
+}
+
+/// What the stored state allows a new arrival to do.
+enum Arrival {
+    /// Nothing stands in the way; the row so far, if there is one.
+    Free(Option<Row>),
+    /// The answer is fixed.
+    Answered(Claim),
+}
+
+fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
+    let who = &request.claimant;
+    if let Some(row) = &row
+        && row.state == State::Sending
+        && row.token == request.token
+    {
+        // The same claim again: its first commit happened, only the answer was lost.
+        return Effect::claim(Claim::Granted(lease_of(row)));
+    }
+    let row = match arrive(row, who, context) {
+        Arrival::Answered(claim) => return Effect::claim(claim),
+        Arrival::Free(row) => row,
+    };
+    if let Some(row) = &row
+        && row.state == State::Waiting
+        && row.not_before > context.now
+    {
+        return Effect::claim(Claim::Waiting { until: row.not_before });
+    }
+    let mut row = match row.map(|row| take_over(row, context)) {
+        None => open(who, context),
+        Some(row) => row,
+    };
+    if row.state == State::Sending
+        && let Some(ending) = last_word_of_a_takeover(&row, request)
+    {
+        return end(row, &who.key, ending, who.on_unknown, context, |stored| {
+            Answer::Claim(Claim::Settled(stored))
+        });
+    }
+    row.state = State::Sending;
+    row.fence += 1;
+    row.token = request.token;
+    row.epoch = context.epoch.unwrap_or(0);
+    row.lease_until = context.now.saturating_add(as_millis(request.lease));
+    row.attempts += 1;
+    row.ended_at = None;
+    let granted = Claim::Granted(lease_of(&row));
+    Effect { write: Some(row), ..Effect::claim(granted) }
+}
+
+/// A dead attempt was taken over: may another one follow?
+fn last_word_of_a_takeover(row: &Row, request: &ClaimRequest) -> Option<Ending> {
+    if request.claimant.on_unknown == OnUnknown::Park {
+        let text = "a call to Creem was cut off and may have made a checkout";
+        return Some(Ending::Unresolved(Problem::new("outcome_unknown", text)));
+    }
+    if row.crashes >= MOST_CRASHES {
+        let text = format!("the worker ended {} times while it was sending this job", row.crashes);
+        return Some(Ending::Unresolved(Problem::new("crashes_worker", text)));
+    }
+    if row.attempts.saturating_sub(row.throttled) >= request.max_attempts {
+        let text = format!("{} attempts were made, and the last one was cut off", row.attempts);
+        return Some(Ending::Unresolved(Problem::new("attempts_exhausted", text)));
+    }
+    None
+}
+
+fn arrive(row: Option<Row>, who: &Claimant, context: Context) -> Arrival {
+    let Some(row) = row else { return Arrival::Free(None) };
+    let same = match row.fingerprint.compare(&who.fingerprint) {
+        Comparison::Same => true,
+        Comparison::Differs(fields) => {
+            return if frees_the_id(&row) {
+                Arrival::Free(Some(reopen(&row, who, context)))
+            } else {
+                Arrival::Answered(Claim::Conflict(fields))
+            };
+        }
+        // Written by a newer version: neither "same" nor "conflict" may be said. The newer
+        // worker will serve it; here it waits.
+        Comparison::Unknown => false,
+    };
+    if !same {
+        return Arrival::Answered(Claim::Busy { until: context.now.saturating_add(30_000) });
+    }
+    match row.state {
+        State::Sending if alive(&row, context) => {
+            Arrival::Answered(Claim::Busy { until: row.lease_until })
+        }
+        State::Sending | State::Waiting => Arrival::Free(Some(row)),
+        State::Ended(status) => match row.stored(&who.key) {
+            Some(stored) if keeps(status, who, stored.ended_at) => {
+                Arrival::Answered(Claim::Settled(stored))
+            }
+            Some(_) | None => Arrival::Free(Some(reopen(&row, who, context))),
+        },
+    }
+}
+
+/// Whether an ended row answers this copy with what it holds, rather than being tried afresh.
+fn keeps(status: Status, who: &Claimant, ended_at: Millis) -> bool {
+    // A redelivery, or a copy picked up before the outcome was made, was never sent again.
+    let sent_again = !who.redelivered && who.picked_up_at > ended_at;
+    match status {
+        // The last two are never stored; if a row says so all the same, repeat what it holds.
+        Status::Succeeded | Status::Invalid | Status::Conflict => true,
+        Status::Unresolved => !sent_again || who.on_unknown == OnUnknown::Park,
+        Status::Rejected | Status::Expired | Status::Failed | Status::Cancelled => !sent_again,
+    }
+}
+
+/// Whether an id is free for another body: the job ended, and certainly without a session.
+fn frees_the_id(row: &Row) -> bool {
+    let ended_without = matches!(
+        row.state,
+        State::Ended(Status::Rejected | Status::Expired | Status::Failed | Status::Cancelled)
+    );
+    ended_without && row.ambiguous == 0
+}
+
+fn alive(row: &Row, context: Context) -> bool {
+    let same_process = context.epoch.is_none_or(|epoch| epoch == row.epoch);
+    same_process && row.lease_until > context.now
+}
+
+/// An attempt that nobody will report on any more may have made a session.
+fn take_over(mut row: Row, context: Context) -> Row {
+    if row.state == State::Sending {
+        row.ambiguous += 1;
+        if context.epoch.is_some_and(|epoch| epoch != row.epoch) {
+            row.crashes += 1;
+        }
+    }
+    row
+}
+
+fn open(who: &Claimant, context: Context) -> Row {
+    Row {
+        state: State::Waiting,
+        fence: 0,
+        token: [0; 16],
+        epoch: 0,
+        lease_until: 0,
+        not_before: 0,
+        fingerprint: who.fingerprint.clone(),
+        lane: who.lane,
+        campaign: who.campaign.clone(),
+        product_id: who.product_id.clone(),
+        attempts: 0,
+        throttled: 0,
+        ambiguous: 0,
+        crashes: 0,
+        opened_at: who.picked_up_at.min(context.now),
+        created_at: context.now,
+        updated_at: context.now,
+        ended_at: None,
+        checkout_id: None,
+        reply: None,
+        code: None,
+        parked: false,
+    }
+}
+
+/// The job was sent again: a new outcome begins. What is known of sessions stays.
+fn reopen(row: &Row, who: &Claimant, context: Context) -> Row {
+    let Row { fence, ambiguous, created_at, .. } = *row;
+    Row { fence, ambiguous, created_at, ..open(who, context) }
+}
+
+fn lease_of(row: &Row) -> Lease {
+    Lease {
+        fence: row.fence,
+        token: row.token,
+        attempt: row.attempts,
+        throttled: row.throttled,
+        ambiguous: row.ambiguous,
+        opened_at: row.opened_at,
+    }
+}
+
+fn settle(row: Option<Row>, request: &SettleRequest, context: Context) -> Effect {
+    let lease = &request.lease;
+    let mut row = match row {
+        Some(row) if row.fence == lease.fence && row.token == lease.token => row,
+        // The fence moved on (or the row is gone): somebody else decides now.
+        Some(_) | None => return zombie(request),
+    };
+    match row.state {
+        State::Sending => {}
+        // The same settle again: its first commit happened, only the answer was lost.
+        State::Waiting => {
+            return Effect::keep(Answer::Settle(Settle::Waiting { until: row.not_before }));
+        }
+        State::Ended(_) => {
+            return match row.stored(&request.key) {
+                Some(stored) => Effect::keep(Answer::Settle(Settle::Ended(stored))),
+                None => zombie(request),
+            };
+        }
+    }
+    match &request.attempt {
+        Attempt::Known => {}
+        Attempt::NotSent => row.attempts = row.attempts.saturating_sub(1),
+        Attempt::Throttled => row.throttled += 1,
+        Attempt::Ambiguous { .. } => row.ambiguous += 1,
+    }
+    let ambiguous = matches!(request.attempt, Attempt::Ambiguous { .. });
+    let mut effect = match &request.next {
+        Next::Wait { .. } if ambiguous && request.on_unknown == OnUnknown::Park => {
+            let text = "Creem's answer never came, and it may have made a checkout";
+            let ending = Ending::Unresolved(Problem::new("outcome_unknown", text));
+            end(row, &request.key, ending, request.on_unknown, context, settled)
+        }
+        Next::Wait { until } => {
+            row.state = State::Waiting;
+            row.not_before = *until;
+            row.lease_until = 0;
+            let answer = Answer::Settle(Settle::Waiting { until: *until });
+            Effect { write: Some(row), ..Effect::keep(answer) }
+        }
+        Next::End(ending) => {
+            end(row, &request.key, ending.clone(), request.on_unknown, context, settled)
+        }
+    };
+    effect.orphan = orphan(request, None);
+    effect
+}
+
+fn settled(stored: super::Stored) -> Answer {
+    Answer::Settle(Settle::Ended(stored))
+}
+
+/// A result that came too late touches no row; a session it brought is an orphan. The attempt
+/// was counted as ambiguous when it was taken over.
+fn zombie(request: &SettleRequest) -> Effect {
+    let late = "its worker had lost the lease";
+    let orphan = match &request.next {
+        Next::End(Ending::Succeeded { checkout_id, .. }) => Some(Orphan {
+            fence: request.lease.fence,
+            checkout_id: checkout_id.clone(),
+            reason: late.to_owned(),
+        }),
+        Next::End(_) | Next::Wait { .. } => orphan(request, Some(late)),
+    };
+    Effect { orphan, ..Effect::keep(Answer::Settle(Settle::Zombie)) }
+}
+
+fn orphan(request: &SettleRequest, reason: Option<&str>) -> Option<Orphan> {
+    let Attempt::Ambiguous { checkout_id: Some(id), reason: why } = &request.attempt else {
+        return None;
+    };
+    Some(Orphan {
+        fence: request.lease.fence,
+        checkout_id: id.clone(),
+        reason: reason.unwrap_or(why).to_owned(),
+    })
+}
+
+fn close(row: Option<Row>, request: &CloseRequest, context: Context) -> Effect {
+    let who = &request.claimant;
+    let row = match arrive(row, who, context) {
+        Arrival::Answered(claim) => return Effect::claim(claim),
+        Arrival::Free(row) => row,
+    };
+    let mut row = match row.map(|row| take_over(row, context)) {
+        None => open(who, context),
+        Some(row) => row,
+    };
+    row.fence += 1;
+    end(row, &who.key, request.ending.clone(), who.on_unknown, context, |stored| {
+        Answer::Claim(Claim::Settled(stored))
+    })
+}
+
+/// Stores an ending with the bytes of its reply, in one write.
+fn end(
+    mut row: Row,
+    key: &Key,
+    ending: Ending,
+    on_unknown: OnUnknown,
+    context: Context,
+    answer: impl FnOnce(super::Stored) -> Answer,
+) -> Effect {
+    let ending = ending.honest(row.ambiguous);
+    let facts = Facts {
+        key,
+        product_id: &row.product_id,
+        attempts: row.attempts,
+        created_at: context.now,
+        park: on_unknown == OnUnknown::Park,
+    };
+    row.reply = Some(reply::encode(&ending, facts));
+    row.code = ending.problem().map(|problem| problem.code.clone());
+    row.state = State::Ended(ending.status());
+    row.ended_at = Some(context.now);
+    row.lease_until = 0;
+    row.parked = false;
+    row.checkout_id = match ending {
+        Ending::Succeeded { checkout_id, .. } => Some(checkout_id),
+        Ending::Rejected(_) | Ending::Expired(_) | Ending::Failed(_) | Ending::Unresolved(_) => {
+            None
+        }
+    };
+    let stored = row.stored(key).expect("a row that was just ended has an outcome");
+    Effect { write: Some(row), ..Effect::keep(answer(stored)) }
+}
+
+fn parked(row: Option<Row>, fence: u64) -> Effect {
+    let write = row
+        .filter(|row| row.fence == fence && !row.parked && matches!(row.state, State::Ended(_)))
+        .map(|row| Row { parked: true, ..row });
+    Effect { write, ..Effect::keep(Answer::Done) }
+}

@@ -1,0 +1,133 @@
+//! Alive, ready, and the sentence that says why not.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::job::Lane;
+
+/// What the parts of the worker report about themselves. Cheap to clone; all clones are one.
+#[derive(Debug, Clone, Default)]
+pub struct Health(Arc<Mutex<Parts>>);
+
+#[derive(Debug)]
+struct Parts {
+    broker: Result<(), String>,
+    publishing: Result<(), String>,
+    ledger: Result<(), String>,
+    key: Result<(), String>,
+    waiting: Option<String>,
+    stopping: bool,
+    next: u64,
+    in_flight: HashMap<u64, (Lane, Instant)>,
+}
+
+impl Default for Parts {
+    fn default() -> Self {
+        Self {
+            broker: Err("no session with the broker yet".to_owned()),
+            publishing: Err("no publishing connection yet".to_owned()),
+            ledger: Ok(()),
+            key: Ok(()),
+            waiting: None,
+            stopping: false,
+            next: 0,
+            in_flight: HashMap::new(),
+        }
+    }
+}
+
+/// One delivery in the works; ends when it is dropped.
+#[derive(Debug)]
+pub struct InFlight {
+    health: Health,
+    number: u64,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.health.locked().in_flight.remove(&self.number);
+    }
+}
+
+impl Health {
+    /// The session that takes jobs.
+    pub fn set_broker(&self, state: Result<(), String>) {
+        self.locked().broker = state;
+    }
+
+    /// The connection that publishes.
+    pub fn set_publishing(&self, state: Result<(), String>) {
+        self.locked().publishing = state;
+    }
+
+    /// The ledger.
+    pub fn set_ledger(&self, state: Result<(), String>) {
+        self.locked().ledger = state;
+    }
+
+    /// Creem's opinion of the key.
+    pub fn set_key(&self, state: Result<(), String>) {
+        self.locked().key = state;
+    }
+
+    /// Another worker is in the way.
+    pub fn set_waiting(&self, why: Option<String>) {
+        self.locked().waiting = why;
+    }
+
+    /// The worker stops: no longer ready.
+    pub fn set_stopping(&self) {
+        self.locked().stopping = true;
+    }
+
+    /// A delivery is being worked on.
+    #[must_use]
+    pub fn begin(&self, lane: Lane) -> InFlight {
+        let mut parts = self.locked();
+        let number = parts.next;
+        parts.next += 1;
+        parts.in_flight.insert(number, (lane, Instant::now()));
+        drop(parts);
+        InFlight { health: self.clone(), number }
+    }
+
+    /// How many deliveries of a lane are in the works.
+    #[must_use]
+    pub fn in_flight(&self, lane: Lane) -> usize {
+        self.locked().in_flight.values().filter(|(of, _)| *of == lane).count()
+    }
+
+    /// Age of the oldest delivery in the works; zero without one.
+    #[must_use]
+    pub fn oldest(&self) -> Duration {
+        self.locked().in_flight.values().map(|(_, since)| since.elapsed()).max().unwrap_or_default()
+    }
+
+    /// Why the worker is not ready, a sentence each; nothing if it is.
+    #[must_use]
+    pub fn not_ready(&self) -> Vec<String> {
+        let parts = self.locked();
+        let named = [
+            ("broker", &parts.broker),
+            ("publishing", &parts.publishing),
+            ("ledger", &parts.ledger),
+            ("creem key", &parts.key),
+        ];
+        let mut reasons: Vec<String> = named
+            .into_iter()
+            .filter_map(|(name, state)| state.as_ref().err().map(|why| format!("{name}: {why}")))
+            .collect();
+        reasons.extend(parts.waiting.iter().cloned());
+        if parts.stopping {
+            reasons.push("the worker is stopping".to_owned());
+        }
+        reasons
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Parts> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,266 @@
+//! Taking jobs: one connection, one channel per lane, as many unacked deliveries as the lane has
+//! permits.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use lapin::message::Delivery as RawDelivery;
+use lapin::options::{
+    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
+    QueueDeclareOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Connection, Consumer};
+use tokio_util::sync::CancellationToken;
+
+use super::link::{self, LinkError, Options, short};
+use super::topology::Topology;
+use crate::job::Lane;
+
+/// For any single answer of the broker.
+const ANSWER: Duration = Duration::from_secs(15);
+
+/// A message that was delivered and not yet acked.
+#[derive(Debug)]
+pub struct Delivery {
+    /// Where it came from.
+    pub lane: Lane,
+    /// The body.
+    pub body: Arc<[u8]>,
+    /// The properties.
+    pub properties: BasicProperties,
+    /// Whether the broker delivered it before.
+    pub redelivered: bool,
+    /// Cancelled when the session that delivered it is over: it cannot be acked any more and
+    /// will be delivered again.
+    pub session: CancellationToken,
+    raw: RawDelivery,
+}
+
+/// What became of an ack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Acked {
+    /// Sent to the broker.
+    Sent,
+    /// The channel is gone: the message will come again.
+    TooLate,
+}
+
+impl Delivery {
+    /// Tells the broker that the message is dealt with.
+    pub async fn ack(&self) -> Acked {
+        sent(self.raw.acker.ack(BasicAckOptions { multiple: false })).await
+    }
+
+    /// Gives the message back, to be delivered again.
+    pub async fn give_back(&self) -> Acked {
+        sent(self.raw.acker.nack(BasicNackOptions { multiple: false, requeue: true })).await
+    }
+}
+
+/// An ack's future resolves when the frame is on its way; the deadline is for a broker that has
+/// blocked the connection.
+async fn sent(ack: impl Future<Output = lapin::Result<bool>>) -> Acked {
+    match tokio::time::timeout(ANSWER, ack).await {
+        Ok(Ok(true)) => Acked::Sent,
+        Ok(Ok(false) | Err(_)) | Err(_) => Acked::TooLate,
+    }
+}
+
+/// Why a session could not begin.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum OpenError {
+    /// Another worker with an embedded ledger serves the lane.
+    #[error(
+        "another worker with an embedded ledger serves the {0} lane (its exclusive queue {1} exists); waiting until it is gone. For several workers use a postgres:// ledger"
+    )]
+    Guarded(Lane, String),
+    /// The broker is not there, or says no.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+}
+
+/// One connection's life as a consumer.
+pub struct Session {
+    connection: Connection,
+    /// Cancelled when the session is over.
+    pub over: CancellationToken,
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Session").field("over", &self.over.is_cancelled()).finish_non_exhaustive()
+    }
+}
+
+/// What a session needs from the configuration.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// How to reach the broker.
+    pub options: Options,
+    /// Names the connection for operators.
+    pub name: String,
+    /// What there is on the broker.
+    pub topology: Topology,
+    /// Whether to declare it.
+    pub declare: bool,
+    /// Whether only one worker may serve a lane (embedded ledger).
+    pub exclusive: bool,
+    /// The lanes to serve.
+    pub lanes: Vec<Lane>,
+}
+
+impl Session {
+    /// Connects, claims the lanes and makes sure that the topology is there.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub async fn open(plan: &Plan) -> Result<Self, OpenError> {
+        let connection = link::connect(&plan.options, &plan.name).await?;
+        if plan.exclusive {
+            for lane in &plan.lanes {
+                guard(&connection, &plan.topology, *lane).await?;
+            }
+        }
+        if plan.declare {
+            in_time(async {
+                let channel = connection.create_channel().await?;
+                plan.topology.declare(&channel).await?;
+                channel.close(200, "declared".into()).await.map_err(LinkError::from)
+            })
+            .await?;
+        }
+        Ok(Self { connection, over: CancellationToken::new() })
+    }
+
+    /// Starts to consume a lane with at most `prefetch` unacked deliveries.
+    ///
+    /// # Errors
+    /// If the broker says no.
+    pub async fn consume(
+        &self,
+        topology: &Topology,
+        lane: Lane,
+        prefetch: u16,
+    ) -> Result<Intake, LinkError> {
+        let queue = topology.jobs(lane);
+        in_time(async {
+            let channel = self.connection.create_channel().await?;
+            channel.basic_qos(prefetch, BasicQosOptions { global: false }).await?;
+            let options = BasicConsumeOptions {
+                no_local: false,
+                no_ack: false,
+                exclusive: false,
+                nowait: false,
+            };
+            let consumer = channel
+                .basic_consume(short(&queue)?, short("")?, options, FieldTable::default())
+                .await?;
+            Ok(Intake { lane, queue, channel, consumer, over: self.over.clone() })
+        })
+        .await
+    }
+
+    /// Says goodbye to the broker, which then gives every unacked delivery to somebody else.
+    pub async fn close(&self) {
+        self.over.cancel();
+        // A broker that does not answer any more loses nothing by our leaving.
+        drop(
+            tokio::time::timeout(Duration::from_secs(2), self.connection.close(200, "done".into()))
+                .await,
+        );
+    }
+}
+
+async fn in_time<T>(work: impl Future<Output = Result<T, LinkError>>) -> Result<T, LinkError> {
+    let late = || {
+        LinkError::Broken(format!(
+            "the broker did not answer within {}",
+            humantime::format_duration(ANSWER)
+        ))
+    };
+    tokio::time::timeout(ANSWER, work).await.unwrap_or_else(|_| Err(late()))
+}
+
+/// An exclusive queue exists as long as its connection: nobody else can declare it meanwhile.
+async fn guard(connection: &Connection, topology: &Topology, lane: Lane) -> Result<(), OpenError> {
+    let name = topology.guard(lane);
+    let options = QueueDeclareOptions {
+        passive: false,
+        durable: false,
+        exclusive: true,
+        auto_delete: true,
+        nowait: false,
+    };
+    let declared = in_time(async {
+        let channel = connection.create_channel().await?;
+        match channel.queue_declare(short(&name)?, options, FieldTable::default()).await {
+            Ok(_) => Ok(true),
+            Err(error) if error.is_amqp_soft_error() && error.to_string().contains("LOCKED") => {
+                Ok(false)
+            }
+            Err(error) => Err(error.into()),
+        }
+    });
+    if declared.await? { Ok(()) } else { Err(OpenError::Guarded(lane, name)) }
+}
+
+/// One lane's deliveries.
+pub struct Intake {
+    lane: Lane,
+    queue: String,
+    channel: Channel,
+    consumer: Consumer,
+    over: CancellationToken,
+}
+
+impl std::fmt::Debug for Intake {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Intake").field("queue", &self.queue).finish_non_exhaustive()
+    }
+}
+
+impl Intake {
+    /// The next delivery.
+    ///
+    /// # Errors
+    /// When the channel or the connection broke, or the broker ended the consumer (the queue was
+    /// deleted).
+    pub async fn next(&mut self) -> Result<Delivery, LinkError> {
+        match self.consumer.next().await {
+            Some(Ok(delivery)) => Ok(self.wrap(delivery)),
+            Some(Err(error)) => Err(error.into()),
+            None => Err(LinkError::Broken(format!(
+                "the broker ended the consumer of {} (was the queue deleted?)",
+                self.queue
+            ))),
+        }
+    }
+
+    fn wrap(&self, mut raw: RawDelivery) -> Delivery {
+        Delivery {
+            lane: self.lane,
+            body: std::mem::take(&mut raw.data).into(),
+            properties: std::mem::take(&mut raw.properties),
+            redelivered: raw.redelivered,
+            session: self.over.clone(),
+            raw,
+        }
+    }
+
+    /// Stops the flow of deliveries and gives back what was not looked at yet.
+    pub async fn cancel(mut self) {
+        let tag = self.consumer.tag();
+        let cancelled = self.channel.basic_cancel(tag, BasicCancelOptions { nowait: false });
+        if !matches!(tokio::time::timeout(ANSWER, cancelled).await, Ok(Ok(()))) {
+            return;
+        }
+        // What is buffered still comes, then the stream ends.
+        while let Ok(Some(Ok(delivery))) =
+            tokio::time::timeout(Duration::from_millis(200), self.consumer.next()).await
+        {
+            self.wrap(delivery).give_back().await;
+        }
+    }
+}

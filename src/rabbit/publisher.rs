@@ -1,0 +1,319 @@
+//! Publishing that is known to have arrived: mandatory, confirmed, and every return matched to
+//! its own message.
+//!
+//! Why not simply await lapin's confirm? When publishes overlap, lapin hands a returned message
+//! to whichever confirm resolves next (4.12.3, `acknowledgement.rs`): an unroutable reply then
+//! looks like an acknowledged one, and the job would be acked with nobody told. The broker sends
+//! every return before its own confirm, so once *all* confirms of a batch are in, all of its
+//! returns are in as well; they are matched by a header that each publish has for its own. A
+//! batch is whatever is waiting, so a lone publish waits for nobody.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use futures::StreamExt as _;
+use futures::future::join_all;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::AMQPValue;
+use lapin::{Channel, Confirmation, Connection, Event};
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use super::link::{self, LinkError, Options};
+use super::outgoing::Message;
+use crate::retry::{Backoff, backoff};
+
+/// The header that tells one publish from every other of this process.
+pub const PUBLISH_ID: &str = "checkout-publish-id";
+/// Most messages in one batch: larger ones only make the first wait for the last.
+const BATCH: usize = 64;
+/// How long the broker may take for the confirms of a batch.
+const CONFIRM: Duration = Duration::from_secs(30);
+/// Channels per class. Several, so that one batch's slowest confirm holds up no other batch.
+const CHANNELS: usize = 4;
+
+/// What became of a publish.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Published {
+    /// A queue has it, durably.
+    Routed,
+    /// No queue was there to take it.
+    Returned(String),
+    /// A queue refused it: it is full, or its node is in trouble.
+    Refused,
+}
+
+/// Nobody knows what became of a publish; publishing it again is safe.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the publish was lost with its channel: {0}")]
+pub struct Lost(pub String);
+
+/// Which channels a publish goes through. Kept apart, because an error on a channel takes all of
+/// its publishes with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Replies, whose addresses strangers choose.
+    Replies,
+    /// Delay hops and parked jobs.
+    Internal,
+}
+
+/// How the publishing connection is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum State {
+    /// Connecting, or between two tries; the last reason.
+    Down(String),
+    /// Working.
+    Up,
+    /// The broker reads nothing from it: a memory or disk alarm.
+    Blocked(String),
+}
+
+struct Order {
+    message: Message,
+    done: oneshot::Sender<Result<Published, Lost>>,
+}
+
+type Orders = Arc<Mutex<mpsc::Receiver<Order>>>;
+
+/// The way to the publishing connection.
+#[derive(Clone)]
+pub struct Publisher {
+    replies: mpsc::Sender<Order>,
+    internal: mpsc::Sender<Order>,
+    state: watch::Receiver<State>,
+}
+
+impl std::fmt::Debug for Publisher {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Publisher").field("state", &*self.state.borrow()).finish_non_exhaustive()
+    }
+}
+
+impl Publisher {
+    /// A publisher and the task that keeps its connection; the task runs until it is cancelled
+    /// or the last publisher is gone.
+    pub fn new(
+        options: Options,
+        name: String,
+        backoff: Backoff,
+        stop: CancellationToken,
+    ) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (replies, reply_orders) = mpsc::channel(1024);
+        let (internal, internal_orders) = mpsc::channel(1024);
+        let (told, state) = watch::channel(State::Down("not connected yet".to_owned()));
+        let orders = [reply_orders, internal_orders].map(|orders| Arc::new(Mutex::new(orders)));
+        let keep = async move {
+            let mut failures = 0;
+            loop {
+                let reason = tokio::select! {
+                    reason = generation(&options, &name, &orders, &told, &mut failures) => reason,
+                    () = stop.cancelled() => return,
+                };
+                failures += 1;
+                let delay = backoff.delay(failures, None, backoff::chance());
+                tracing::warn!(error = %reason, retry_in_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX), "the publishing connection is down");
+                told.send_replace(State::Down(reason.to_string()));
+                tokio::select! {
+                    () = tokio::time::sleep(delay) => {}
+                    () = stop.cancelled() => return,
+                }
+            }
+        };
+        (Self { replies, internal, state }, keep)
+    }
+
+    /// Publishes and waits until the broker has said what became of it. While there is no
+    /// connection, it waits for the next one.
+    ///
+    /// # Errors
+    /// [`Lost`], if the channel broke before the broker said anything.
+    pub async fn publish(&self, class: Class, message: Message) -> Result<Published, Lost> {
+        let (done, answer) = oneshot::channel();
+        let orders = match class {
+            Class::Replies => &self.replies,
+            Class::Internal => &self.internal,
+        };
+        let ended = || Lost("the publisher has ended".to_owned());
+        orders.send(Order { message, done }).await.map_err(|_| ended())?;
+        answer.await.unwrap_or_else(|_| Err(ended()))
+    }
+
+    /// How the connection is, and when that changes.
+    #[must_use]
+    pub fn state(&self) -> watch::Receiver<State> {
+        self.state.clone()
+    }
+}
+
+/// One connection's life; returns why it ended.
+async fn generation(
+    options: &Options,
+    name: &str,
+    orders: &[Orders; 2],
+    told: &watch::Sender<State>,
+    failures: &mut u32,
+) -> LinkError {
+    let connection = match link::connect(options, name).await {
+        Ok(connection) => connection,
+        Err(error) => return error,
+    };
+    let mut events = connection.events_listener();
+    told.send_replace(State::Up);
+    *failures = 0;
+    tracing::info!("the publishing connection is up");
+    let mut channels = JoinSet::new();
+    for class in 0..orders.len() {
+        for _ in 0..CHANNELS {
+            if let Err(error) = open(&connection, class, orders, &mut channels).await {
+                return error;
+            }
+        }
+    }
+    loop {
+        let reopened = tokio::select! {
+            event = events.next() => match event {
+                Some(Event::ConnectionBlocked(reason)) => {
+                    tracing::warn!(reason, "the broker has blocked publishing: a memory or disk alarm");
+                    told.send_replace(State::Blocked(reason));
+                    continue;
+                }
+                Some(Event::ConnectionUnblocked) => {
+                    tracing::info!("the broker takes messages again");
+                    told.send_replace(State::Up);
+                    continue;
+                }
+                Some(Event::Error(error)) => return error.into(),
+                Some(_) => continue,
+                None => return LinkError::Broken("the connection ended".to_owned()),
+            },
+            ended = channels.join_next() => match ended {
+                Some(Ok((class, error))) if connection.status().connected() => {
+                    // One publish can take its channel down, but not its neighbours for long.
+                    tracing::warn!(%error, "a publishing channel was closed; opening another");
+                    open(&connection, class, orders, &mut channels).await
+                }
+                Some(Ok((_, error))) => return error,
+                Some(Err(error)) => return LinkError::Broken(format!("a channel's task died: {error}")),
+                None => return LinkError::Broken("no channel is left".to_owned()),
+            },
+        };
+        if let Err(error) = reopened {
+            return error;
+        }
+    }
+}
+
+async fn open(
+    connection: &Connection,
+    class: usize,
+    orders: &[Orders; 2],
+    channels: &mut JoinSet<(usize, LinkError)>,
+) -> Result<(), LinkError> {
+    let opened = async {
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions { nowait: false }).await?;
+        Ok::<_, lapin::Error>(channel)
+    };
+    let late = || LinkError::Broken("the broker did not open a channel in time".to_owned());
+    let channel = tokio::time::timeout(CONFIRM, opened).await.map_err(|_| late())??;
+    let orders = orders[class].clone();
+    channels.spawn(async move { (class, serve(&channel, &orders).await) });
+    Ok(())
+}
+
+/// Publishes batch after batch on one channel, until it breaks.
+async fn serve(channel: &Channel, orders: &Orders) -> LinkError {
+    loop {
+        let mut batch = Vec::new();
+        {
+            let mut orders = orders.lock().await;
+            if orders.recv_many(&mut batch, BATCH).await == 0 {
+                // No publisher is left, so nothing will come; the generation ends with its task.
+                std::future::pending::<()>().await;
+            }
+        }
+        if let Err(error) = publish_batch(channel, batch).await {
+            return error;
+        }
+    }
+}
+
+async fn publish_batch(channel: &Channel, batch: Vec<Order>) -> Result<(), LinkError> {
+    let outcome = tokio::time::timeout(CONFIRM, send_and_confirm(channel, &batch)).await;
+    let outcome = outcome.unwrap_or_else(|_| {
+        Err(LinkError::Broken("the broker did not confirm in time".to_owned()))
+    });
+    let results = match outcome {
+        Ok(results) => results,
+        Err(error) => {
+            for order in batch {
+                give(order, Err(Lost(error.to_string())));
+            }
+            return Err(error);
+        }
+    };
+    for (order, result) in batch.into_iter().zip(results) {
+        give(order, Ok(result));
+    }
+    Ok(())
+}
+
+/// Sends a whole batch, waits for all of its confirms, and only then reads the returns.
+async fn send_and_confirm(channel: &Channel, batch: &[Order]) -> Result<Vec<Published>, LinkError> {
+    let mut confirms = Vec::with_capacity(batch.len());
+    let mut ids = Vec::with_capacity(batch.len());
+    for order in batch {
+        let (id, sent) = send(channel, &order.message).await?;
+        ids.push(id);
+        confirms.push(sent);
+    }
+    let mut returned = HashMap::new();
+    let mut acked = Vec::with_capacity(batch.len());
+    for confirmation in join_all(confirms).await {
+        let confirmation = confirmation?;
+        acked.push(matches!(confirmation, Confirmation::Ack(_)));
+        if let Some(message) = confirmation.take_message() {
+            let headers = message.properties.headers().as_ref();
+            if let Some(AMQPValue::LongLongInt(id)) =
+                headers.and_then(|headers| headers.inner().get(PUBLISH_ID))
+            {
+                returned.insert(*id, message.reply_text.to_string());
+            }
+        }
+    }
+    let judge = |(id, acked): (i64, bool)| match returned.remove(&id) {
+        Some(reason) => Published::Returned(reason),
+        None if acked => Published::Routed,
+        None => Published::Refused,
+    };
+    Ok(ids.into_iter().zip(acked).map(judge).collect())
+}
+
+async fn send(
+    channel: &Channel,
+    message: &Message,
+) -> Result<(i64, lapin::PublisherConfirm), LinkError> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let id = NEXT.fetch_add(1, Ordering::Relaxed).cast_signed();
+    let mut headers = message.properties.headers().clone().unwrap_or_default();
+    headers.insert(PUBLISH_ID.into(), AMQPValue::LongLongInt(id));
+    let confirm = channel
+        .basic_publish(
+            message.exchange.clone(),
+            message.routing_key.clone(),
+            BasicPublishOptions { mandatory: message.mandatory, immediate: false },
+            &message.body,
+            message.properties.clone().with_headers(headers),
+        )
+        .await?;
+    Ok((id, confirm))
+}
+
+/// Answers; whoever stopped waiting will publish again when the job is delivered again.
+fn give(order: Order, result: Result<Published, Lost>) {
+    drop(order.done.send(result));
+}

@@ -1,0 +1,357 @@
+//! Every exchange and queue as a value, with every argument said: RabbitMQ's defaults differ
+//! from 3.10 to 4.3, and a default that changes under us can lose jobs.
+//!
+//! ```text
+//!  checkout.jobs, checkout.jobs.bulk ── rejected too often ──▶ checkout.dlx ─▶ checkout.dead
+//!        ▲  the worker ── needs a longer wait ─▶ checkout.retry ─▶ checkout.retry.<lane>.<delay>
+//!        └──────────────────────────── after the delay ────────────────────────────┘
+//! ```
+
+use std::time::Duration;
+
+use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, Connection, ExchangeKind};
+
+use super::link::{LinkError, short};
+use crate::job::Lane;
+
+/// Deliveries of one job that may end without an ack before the broker takes it out. A crash
+/// counts for the whole prefetch window, so a small number would park innocent jobs.
+const DELIVERY_LIMIT: i64 = 20;
+/// The same for queues whose messages must never be taken out: people read those.
+const NEVER: i64 = 1_000_000;
+
+/// The delays of the delay queues, shortest first.
+pub const DELAYS: [(&str, Duration); 5] = [
+    ("1s", Duration::from_secs(1)),
+    ("5s", Duration::from_secs(5)),
+    ("30s", Duration::from_secs(30)),
+    ("2m", Duration::from_mins(2)),
+    ("10m", Duration::from_mins(10)),
+];
+
+/// The names of everything on the broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Topology {
+    prefix: String,
+    /// Where replies without a `reply_to` go.
+    pub replies_queue: String,
+    /// The exchange for replies; the default exchange where it is empty.
+    pub replies_exchange: String,
+}
+
+/// A queue and its arguments.
+#[derive(Debug, Clone)]
+struct Queue {
+    name: String,
+    arguments: FieldTable,
+}
+
+impl Topology {
+    /// The names under a prefix; `None` for the usual reply queue, an empty exchange for the
+    /// default exchange.
+    #[must_use]
+    pub fn new(prefix: &str, replies_queue: Option<&str>, replies_exchange: &str) -> Self {
+        Self {
+            prefix: prefix.to_owned(),
+            replies_queue: replies_queue.map_or_else(|| format!("{prefix}.replies"), str::to_owned),
+            replies_exchange: replies_exchange.to_owned(),
+        }
+    }
+
+    /// A lane's job queue.
+    #[must_use]
+    pub fn jobs(&self, lane: Lane) -> String {
+        match lane {
+            Lane::Interactive => format!("{}.jobs", self.prefix),
+            Lane::Bulk => format!("{}.jobs.bulk", self.prefix),
+        }
+    }
+
+    /// Parked messages.
+    #[must_use]
+    pub fn dead(&self) -> String {
+        format!("{}.dead", self.prefix)
+    }
+
+    /// The exchange of parked messages.
+    #[must_use]
+    pub fn dead_exchange(&self) -> String {
+        format!("{}.dlx", self.prefix)
+    }
+
+    /// The exchange of the delay queues.
+    #[must_use]
+    pub fn retry_exchange(&self) -> String {
+        format!("{}.retry", self.prefix)
+    }
+
+    /// A delay queue's routing key on [`Topology::retry_exchange`].
+    #[must_use]
+    pub fn retry_key(lane: Lane, delay: &str) -> String {
+        format!("{lane}.{delay}")
+    }
+
+    /// The exclusive queue that says that a worker serves a lane.
+    #[must_use]
+    pub fn guard(&self, lane: Lane) -> String {
+        format!("{}.run.{lane}", self.prefix)
+    }
+
+    /// Whether replies must never go there: a reply in a job queue would come back as a job.
+    #[must_use]
+    pub fn denies_replies_to(&self, queue: &str) -> bool {
+        Lane::ALL.iter().any(|lane| self.jobs(*lane) == queue || self.guard(*lane) == queue)
+            || queue == self.dead()
+            || queue.starts_with(&self.retry_exchange())
+    }
+
+    fn queues(&self) -> Vec<Queue> {
+        let mut queues = vec![
+            Queue { name: self.dead(), arguments: kept() },
+            Queue { name: self.replies_queue.clone(), arguments: kept() },
+        ];
+        for lane in Lane::ALL {
+            let mut arguments = passed_on(&self.dead_exchange(), &self.dead());
+            limit(&mut arguments, DELIVERY_LIMIT);
+            queues.push(Queue { name: self.jobs(lane), arguments });
+            for (delay, ttl) in DELAYS {
+                let mut arguments = passed_on("", &self.jobs(lane));
+                limit(&mut arguments, DELIVERY_LIMIT);
+                let ttl = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX);
+                arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(ttl));
+                let name = format!("{}.{}", self.retry_exchange(), Self::retry_key(lane, delay));
+                queues.push(Queue { name, arguments });
+            }
+        }
+        queues
+    }
+
+    fn exchanges(&self) -> Vec<String> {
+        let mut exchanges = vec![self.dead_exchange(), self.retry_exchange()];
+        if !self.replies_exchange.is_empty() {
+            exchanges.push(self.replies_exchange.clone());
+        }
+        exchanges
+    }
+
+    /// Queue, exchange and routing key of every binding.
+    fn bindings(&self) -> Vec<(String, String, String)> {
+        let mut bindings = vec![(self.dead(), self.dead_exchange(), self.dead())];
+        for lane in Lane::ALL {
+            for (delay, _) in DELAYS {
+                let key = Self::retry_key(lane, delay);
+                bindings.push((
+                    format!("{}.{key}", self.retry_exchange()),
+                    self.retry_exchange(),
+                    key,
+                ));
+            }
+        }
+        if !self.replies_exchange.is_empty() {
+            bindings.push((
+                self.replies_queue.clone(),
+                self.replies_exchange.clone(),
+                self.replies_queue.clone(),
+            ));
+        }
+        bindings
+    }
+
+    /// Declares everything. Where something exists with other arguments the broker refuses, and
+    /// the error names it.
+    ///
+    /// # Errors
+    /// [`LinkError::Broken`] with the name and what to do.
+    pub async fn declare(&self, channel: &Channel) -> Result<(), LinkError> {
+        for exchange in self.exchanges() {
+            let options = ExchangeDeclareOptions {
+                passive: false,
+                durable: true,
+                auto_delete: false,
+                internal: false,
+                nowait: false,
+            };
+            channel
+                .exchange_declare(
+                    short(&exchange)?,
+                    ExchangeKind::Direct,
+                    options,
+                    FieldTable::default(),
+                )
+                .await
+                .map_err(|error| differs(&exchange, &error))?;
+        }
+        for queue in self.queues() {
+            channel
+                .queue_declare(short(&queue.name)?, durable(), queue.arguments)
+                .await
+                .map_err(|error| differs(&queue.name, &error))?;
+        }
+        for (queue, exchange, key) in self.bindings() {
+            channel
+                .queue_bind(
+                    short(&queue)?,
+                    short(&exchange)?,
+                    short(&key)?,
+                    QueueBindOptions { nowait: false },
+                    FieldTable::default(),
+                )
+                .await?;
+        }
+        Ok(())
+    }
+
+    /// Says what is missing on the broker, without making anything.
+    ///
+    /// # Errors
+    /// If the broker cannot be asked.
+    pub async fn missing(&self, connection: &Connection) -> Result<Vec<String>, LinkError> {
+        let mut missing = Vec::new();
+        for queue in self.queues() {
+            // A failed passive declare closes its channel, so each has its own.
+            let channel = connection.create_channel().await?;
+            let options = QueueDeclareOptions { passive: true, ..durable() };
+            match channel.queue_declare(short(&queue.name)?, options, FieldTable::default()).await {
+                Ok(_) => {}
+                Err(error) if error.is_amqp_soft_error() => {
+                    missing.push(format!("queue {}: {error}", queue.name));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        for exchange in self.exchanges() {
+            let channel = connection.create_channel().await?;
+            let options = ExchangeDeclareOptions {
+                passive: true,
+                durable: true,
+                auto_delete: false,
+                internal: false,
+                nowait: false,
+            };
+            match channel
+                .exchange_declare(
+                    short(&exchange)?,
+                    ExchangeKind::Direct,
+                    options,
+                    FieldTable::default(),
+                )
+                .await
+            {
+                Ok(()) => {}
+                Err(error) if error.is_amqp_soft_error() => {
+                    missing.push(format!("exchange {exchange}: {error}"));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(missing)
+    }
+
+    /// How many messages wait in a queue, or `None` if it is not there.
+    ///
+    /// # Errors
+    /// If the broker cannot be asked.
+    pub async fn depth(connection: &Connection, queue: &str) -> Result<Option<u32>, LinkError> {
+        let channel = connection.create_channel().await?;
+        let options = QueueDeclareOptions { passive: true, ..durable() };
+        match channel.queue_declare(short(queue)?, options, FieldTable::default()).await {
+            Ok(state) => Ok(Some(state.message_count())),
+            Err(error) if error.is_amqp_soft_error() => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+fn durable() -> QueueDeclareOptions {
+    QueueDeclareOptions {
+        passive: false,
+        durable: true,
+        exclusive: false,
+        auto_delete: false,
+        nowait: false,
+    }
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
+fn limit(arguments: &mut FieldTable, deliveries: i64) {
+    arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(deliveries));
+}
+
+/// A quorum queue that refuses what does not fit, rather than dropping what is there.
+fn quorum() -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), text("quorum"));
+    arguments.insert("x-overflow".into(), text("reject-publish"));
+    arguments
+}
+
+/// A queue whose messages stay until somebody takes them.
+fn kept() -> FieldTable {
+    let mut arguments = quorum();
+    limit(&mut arguments, NEVER);
+    arguments
+}
+
+/// A queue that hands messages on, and keeps each until the next queue has confirmed it.
+fn passed_on(exchange: &str, key: &str) -> FieldTable {
+    let mut arguments = quorum();
+    arguments.insert("x-dead-letter-exchange".into(), text(exchange));
+    arguments.insert("x-dead-letter-routing-key".into(), text(key));
+    arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
+    arguments
+}
+
+fn differs(name: &str, error: &lapin::Error) -> LinkError {
+    LinkError::Broken(format!(
+        "{name} cannot be declared: {error}; if it exists with other arguments, empty and delete it, or set topology.declare = false"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn replies_never_go_where_jobs_come_from() {
+        let topology = Topology::new("checkout", None, "");
+        for queue in [
+            "checkout.jobs",
+            "checkout.jobs.bulk",
+            "checkout.dead",
+            "checkout.retry",
+            "checkout.retry.bulk.1s",
+            "checkout.retry.anything",
+            "checkout.run.bulk",
+        ] {
+            assert!(topology.denies_replies_to(queue), "{queue}");
+        }
+        for queue in ["checkout.replies", "checkout.jobs.mine", "amq.gen-x", "my.checkout.dead"] {
+            assert!(!topology.denies_replies_to(queue), "{queue}");
+        }
+    }
+
+    #[test]
+    fn no_queue_can_drop_a_message_silently() {
+        for queue in Topology::new("checkout", None, "").queues() {
+            let has = |name: &str| queue.arguments.contains_key(name);
+            assert!(
+                has("x-queue-type") && has("x-overflow") && has("x-delivery-limit"),
+                "{}",
+                queue.name
+            );
+            assert_eq!(
+                has("x-dead-letter-exchange"),
+                has("x-dead-letter-strategy"),
+                "{}",
+                queue.name
+            );
+            let kept = ["checkout.dead", "checkout.replies"].contains(&queue.name.as_str());
+            assert_eq!(has("x-dead-letter-strategy"), !kept, "{}", queue.name);
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Time that does not count: while intake is paused or the worker is down, no job grows older
+//! in the eyes of `max_elapsed`.
+
+use crate::clock::Millis;
+
+/// Most intervals that are remembered; past it the two oldest are joined, which only makes the
+/// worker more patient with very old jobs.
+const MOST: usize = 512;
+
+/// Intervals of wall-clock time in which nothing could be tried, oldest first, disjoint.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Pauses {
+    closed: Vec<(Millis, Millis)>,
+    open: Option<Millis>,
+}
+
+impl Pauses {
+    /// Intervals that an earlier process recorded.
+    #[must_use]
+    pub fn from_intervals(intervals: impl IntoIterator<Item = (Millis, Millis)>) -> Self {
+        let mut pauses = Self::default();
+        for (from, to) in intervals {
+            pauses.add(from, to);
+        }
+        pauses
+    }
+
+    /// A pause begins, unless one is under way.
+    pub fn begin(&mut self, now: Millis) {
+        self.open.get_or_insert(now);
+    }
+
+    /// The pause under way ends; returns it, so that it can be recorded.
+    pub fn end(&mut self, now: Millis) -> Option<(Millis, Millis)> {
+        let from = self.open.take()?;
+        if now <= from {
+            return None;
+        }
+        self.add(from, now);
+        Some((from, now))
+    }
+
+    /// Adds an interval that is over.
+    pub fn add(&mut self, from: Millis, to: Millis) {
+        if to <= from {
+            return;
+        }
+        let at = self.closed.partition_point(|(start, _)| *start < from);
+        self.closed.insert(at, (from, to));
+        let mut joined: Vec<(Millis, Millis)> = Vec::with_capacity(self.closed.len());
+        for &(start, end) in &self.closed {
+            match joined.last_mut() {
+                Some(last) if start <= last.1 => last.1 = last.1.max(end),
+                Some(_) | None => joined.push((start, end)),
+            }
+        }
+        if joined.len() > MOST {
+            let second = joined.remove(1);
+            joined[0].1 = second.1;
+        }
+        self.closed = joined;
+    }
+
+    /// How much of `from..to` counts.
+    #[must_use]
+    pub fn counted(&self, from: Millis, to: Millis) -> Millis {
+        let open = self.open.map(|start| (start, to));
+        let paused: Millis = self
+            .closed
+            .iter()
+            .copied()
+            .chain(open)
+            .map(|(start, end)| (end.min(to) - start.max(from)).max(0))
+            .sum();
+        (to - from - paused).max(0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_pause_does_not_count() {
+        let mut pauses = Pauses::from_intervals([(100, 200)]);
+        assert_eq!(pauses.counted(0, 300), 200);
+        assert_eq!(pauses.counted(150, 300), 100);
+        pauses.begin(300);
+        pauses.begin(350);
+        assert_eq!(pauses.counted(0, 400), 200);
+        assert_eq!(pauses.end(400), Some((300, 400)));
+        assert_eq!(pauses.end(500), None);
+        assert_eq!(pauses.counted(0, 500), 300);
+    }
+
+    proptest! {
+        #[test]
+        fn counted_time_is_never_negative_nor_longer_than_the_time(
+            spans in prop::collection::vec((0_i64..1000, 0_i64..100), 0..600),
+            from in 0_i64..1000, length in 0_i64..1000,
+        ) {
+            let pauses = Pauses::from_intervals(spans.iter().map(|(at, length)| (*at, at + length)));
+            let counted = pauses.counted(from, from + length);
+            prop_assert!((0..=length).contains(&counted));
+        }
+    }
+}

@@ -1,0 +1,445 @@
+//! A local Creem: its checkout API as its documentation and its SDK describe it, with faults on
+//! demand, and a log of every call that a test can read.
+//!
+//! It imports nothing of the worker's: a mirror would agree with every mistake. It never
+//! deduplicates on `request_id`, because nothing says that Creem does.
+
+pub mod log;
+pub mod rules;
+pub mod script;
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Path, Query, State};
+use axum::http::{HeaderMap, Request, Response, StatusCode, header};
+use axum::routing::get;
+use futures::StreamExt as _;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tower::ServiceExt as _;
+
+use log::{Log, Session};
+use script::{Fault, Kind, Script};
+
+/// How a simulator is set up.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
+    /// The only key that is accepted; any `creem_…` key without it.
+    pub api_key: Option<String>,
+    /// Whether it plays the live host, which refuses test keys, instead of the test host.
+    pub live: bool,
+    /// The faults and the latency.
+    pub script: Script,
+}
+
+/// What the simulator knows; shared with tests in the same process.
+#[derive(Debug)]
+pub struct Simulator {
+    address: SocketAddr,
+    options: Options,
+    script: Mutex<Script>,
+    log: Mutex<Log>,
+}
+
+/// Marks a response that must never be sent: the connection is closed instead.
+#[derive(Debug, Clone, Copy)]
+struct Cut;
+
+impl Simulator {
+    /// Binds a listener and serves until the task is dropped or aborted.
+    ///
+    /// # Errors
+    /// If the address cannot be bound.
+    pub async fn start(
+        listen: SocketAddr,
+        options: Options,
+    ) -> std::io::Result<(Arc<Self>, impl Future<Output = ()> + Send + 'static)> {
+        let listener = TcpListener::bind(listen).await?;
+        let simulator = Arc::new(Self {
+            address: listener.local_addr()?,
+            script: Mutex::new(options.script.clone()),
+            log: Mutex::new(Log::default()),
+            options,
+        });
+        let serve = serve(listener, router(simulator.clone()));
+        Ok((simulator, serve))
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub const fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Its base URL.
+    #[must_use]
+    pub fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Replaces the faults.
+    pub fn set_script(&self, script: Script) {
+        *locked(&self.script) = script;
+    }
+
+    /// The log, for reading.
+    pub fn log(&self) -> MutexGuard<'_, Log> {
+        locked(&self.log)
+    }
+
+    fn mode(&self) -> &'static str {
+        if self.options.live { "prod" } else { "test" }
+    }
+
+    /// Key rules as its documentation has them: a missing key is 401, a wrong one 403.
+    fn refuse_key(&self, headers: &HeaderMap) -> Option<Response<Body>> {
+        let key =
+            headers.get("x-api-key").and_then(|value| value.to_str().ok()).unwrap_or_default();
+        if key.is_empty() {
+            return Some(rules::error(StatusCode::UNAUTHORIZED, Some(&["API Key is missing"])));
+        }
+        let expected = match &self.options.api_key {
+            Some(expected) => key == expected,
+            None => {
+                key.starts_with("creem_") && key.starts_with("creem_test_") != self.options.live
+            }
+        };
+        (!expected).then(|| rules::error(StatusCode::FORBIDDEN, None))
+    }
+
+    fn make(&self, request: &Value) -> Session {
+        let text =
+            |name: &str| request.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let mut log = self.log();
+        let id = log.next_id();
+        let product = text("product_id");
+        let url = format!("{}/checkout/{product}/{id}", self.url());
+        log.add_session(Session {
+            id,
+            request_id: text("request_id"),
+            url,
+            request: request.clone(),
+        })
+    }
+
+    fn entity(&self, session: &Session) -> Value {
+        let mut entity = json!({
+            "id": session.id,
+            "object": "checkout",
+            "mode": self.mode(),
+            "status": "pending",
+            "product": session.request["product_id"],
+            "units": session.request.get("units").cloned().unwrap_or_else(|| json!(1)),
+            "checkout_url": session.url,
+        });
+        for name in ["request_id", "custom_price", "success_url", "metadata"] {
+            if let Some(value) = session.request.get(name) {
+                entity[name] = value.clone();
+            }
+        }
+        if let Some(Value::Array(fields)) = session.request.get("custom_fields") {
+            entity["custom_fields"] = fields.iter().map(rules::echo_custom_field).collect();
+        }
+        entity
+    }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn router(simulator: Arc<Simulator>) -> Router {
+    Router::new()
+        .route("/", get(|| async { "creem-simulator\n" }))
+        .route("/v1/checkouts", get(retrieve).post(create))
+        .route("/v1/products/search", get(search))
+        .route("/checkout/{product}/{id}", get(page))
+        .route("/_simulator/posts", get(posts))
+        .route("/_simulator/sessions", get(sessions))
+        .route("/_simulator/counters", get(counters))
+        .route("/_simulator/faults", axum::routing::put(faults))
+        .with_state(simulator)
+}
+
+/// Serves connections by hand, because a framework always answers, and Creem may not.
+async fn serve(listener: TcpListener, router: Router) {
+    let mut connections = JoinSet::new();
+    loop {
+        while connections.try_join_next().is_some() {}
+        let Ok((stream, _)) = listener.accept().await else { continue };
+        // Answers are small and must not wait for one another.
+        drop(stream.set_nodelay(true));
+        let router = router.clone();
+        connections.spawn(async move {
+            let service =
+                hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+                    let router = router.clone();
+                    async move {
+                        let response = match router.oneshot(request).await {
+                            Ok(response) => response,
+                            Err(never) => match never {},
+                        };
+                        match response.extensions().get::<Cut>() {
+                            Some(_) => Err(std::io::Error::other("cut on purpose")),
+                            None => Ok(response),
+                        }
+                    }
+                });
+            // How a connection ends is the client's business here.
+            drop(
+                hyper::server::conn::http1::Builder::new()
+                    .timer(TokioTimer::new())
+                    .serve_connection(TokioIo::new(stream), service)
+                    .await,
+            );
+        });
+    }
+}
+
+async fn create(
+    State(simulator): State<Arc<Simulator>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response<Body> {
+    let parsed: Option<Value> = serde_json::from_slice(&body).ok();
+    let request_id =
+        parsed.as_ref().and_then(|request| request.get("request_id")).and_then(Value::as_str);
+    let (latency, fault) = locked(&simulator.script).draw(request_id.unwrap_or_default());
+    let number = simulator.log().add_post(request_id.unwrap_or_default(), fault.as_ref(), &body);
+    if !latency.is_zero() {
+        tokio::time::sleep(latency).await;
+    }
+    let (response, session) = match simulator.refuse_key(&headers) {
+        Some(refusal) => (refusal, None),
+        None => simulator.answer(parsed, fault).await,
+    };
+    let status =
+        response.extensions().get::<Cut>().map_or_else(|| response.status().as_u16(), |_| 0);
+    simulator.log().finish_post(number, status, session.as_deref());
+    response
+}
+
+impl Simulator {
+    /// Answers a create: faults that come before the session, the session, faults after it.
+    async fn answer(
+        &self,
+        request: Option<Value>,
+        fault: Option<Fault>,
+    ) -> (Response<Body>, Option<String>) {
+        let kind = fault.map(|fault| fault.kind);
+        if let Some(response) = before(kind.as_ref()).await {
+            return (response, None);
+        }
+        let request = match request.map(rules::validate) {
+            Some(Ok(request)) => request,
+            Some(Err(messages)) => {
+                let texts: Vec<&str> = messages.iter().map(String::as_str).collect();
+                return (rules::error(StatusCode::BAD_REQUEST, Some(&texts)), None);
+            }
+            None => {
+                return (
+                    rules::error(
+                        StatusCode::BAD_REQUEST,
+                        Some(&["Malformed JSON in request body"]),
+                    ),
+                    None,
+                );
+            }
+        };
+        if request["product_id"].as_str().is_some_and(|id| id.starts_with("prod_missing")) {
+            return (rules::error(StatusCode::NOT_FOUND, Some(&["Product not found"])), None);
+        }
+        let session = self.make(&request);
+        let response = self.after(kind, &session).await;
+        (response, Some(session.id))
+    }
+
+    /// How the answer to a session that was made goes wrong, or right.
+    async fn after(&self, kind: Option<Kind>, session: &Session) -> Response<Body> {
+        let mut entity = self.entity(session);
+        let whole = |entity: &Value| rules::json(StatusCode::OK, entity);
+        match kind {
+            Some(Kind::StatusAfter { status }) => {
+                rules::error(StatusCode::from_u16(status).unwrap_or(StatusCode::BAD_GATEWAY), None)
+            }
+            Some(Kind::HangAfter) => hang().await,
+            Some(Kind::CutAfter) => cut(),
+            Some(Kind::CutBody) => streamed(&entity, usize::MAX, Duration::ZERO, true),
+            Some(Kind::Drip { milliseconds }) => {
+                streamed(&entity, 1, Duration::from_millis(milliseconds), false)
+            }
+            Some(Kind::Garbage) => raw("application/json", "\u{1}\u{2}not json at all"),
+            Some(Kind::Html) => raw("text/html", "<html><body>Bad gateway</body></html>"),
+            Some(Kind::Huge) => {
+                raw("application/json", &format!("{{\"id\":\"{}\"}}", "x".repeat(2 * 1024 * 1024)))
+            }
+            Some(Kind::WrongId) => {
+                entity["request_id"] = json!("somebody-elses-job");
+                whole(&entity)
+            }
+            Some(Kind::WrongMode) => {
+                entity["mode"] = json!(if self.options.live { "test" } else { "prod" });
+                whole(&entity)
+            }
+            Some(Kind::PlainUrl) => {
+                entity["checkout_url"] = json!("http://pay.example/x");
+                whole(&entity)
+            }
+            Some(Kind::NoUrl) => {
+                entity.as_object_mut().map(|members| members.remove("checkout_url"));
+                whole(&entity)
+            }
+            _ => whole(&entity),
+        }
+    }
+}
+
+/// Faults that come before any session is made.
+async fn before(kind: Option<&Kind>) -> Option<Response<Body>> {
+    match kind? {
+        Kind::Throttle { retry_after } => {
+            let mut response =
+                rules::error(StatusCode::TOO_MANY_REQUESTS, Some(&["Too Many Requests"]));
+            if let Some(value) = retry_after.as_ref().and_then(|text| text.parse().ok()) {
+                response.headers_mut().insert(header::RETRY_AFTER, value);
+            }
+            Some(response)
+        }
+        Kind::Status { status } => Some(rules::error(
+            StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_GATEWAY),
+            Some(&["scripted"]),
+        )),
+        Kind::Hang => Some(hang().await),
+        Kind::Cut => Some(cut()),
+        Kind::StatusAfter { .. }
+        | Kind::HangAfter
+        | Kind::CutAfter
+        | Kind::CutBody
+        | Kind::Drip { .. }
+        | Kind::Garbage
+        | Kind::Html
+        | Kind::Huge
+        | Kind::WrongId
+        | Kind::WrongMode
+        | Kind::PlainUrl
+        | Kind::NoUrl => None,
+    }
+}
+
+async fn hang<T>() -> T {
+    std::future::pending().await
+}
+
+fn cut() -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    response.extensions_mut().insert(Cut);
+    response
+}
+
+fn raw(content_type: &'static str, body: &str) -> Response<Body> {
+    let mut response = Response::new(Body::from(body.to_owned()));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, header::HeaderValue::from_static(content_type));
+    response
+}
+
+/// A body that comes in pieces, slowly, or breaks off in its middle.
+fn streamed(entity: &Value, piece: usize, gap: Duration, broken: bool) -> Response<Body> {
+    let text = entity.to_string();
+    let length = text.len();
+    let sent = if broken { length / 2 } else { length };
+    let bytes = text.into_bytes()[..sent].to_vec();
+    let pieces: Vec<Vec<u8>> = bytes.chunks(piece.min(length)).map(<[u8]>::to_vec).collect();
+    let body = futures::stream::iter(pieces).then(move |piece| async move {
+        if !gap.is_zero() {
+            tokio::time::sleep(gap).await;
+        }
+        Ok::<_, std::io::Error>(Bytes::from(piece))
+    });
+    let end = futures::stream::iter(broken.then(|| Err(std::io::Error::other("cut on purpose"))));
+    let mut response = Response::new(Body::from_stream(body.chain(end)));
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, header::HeaderValue::from_static("application/json"));
+    headers.insert(header::CONTENT_LENGTH, header::HeaderValue::from(length));
+    response
+}
+
+#[derive(Debug, Deserialize)]
+struct Retrieve {
+    checkout_id: Option<String>,
+}
+
+async fn retrieve(
+    State(simulator): State<Arc<Simulator>>,
+    headers: HeaderMap,
+    Query(query): Query<Retrieve>,
+) -> Response<Body> {
+    simulator.log().gets += 1;
+    if let Some(refusal) = simulator.refuse_key(&headers) {
+        return refusal;
+    }
+    let Some(id) = query.checkout_id else {
+        return rules::error(StatusCode::BAD_REQUEST, Some(&["checkout_id must be a string"]));
+    };
+    let session = simulator.log().session(&id).cloned();
+    match session {
+        Some(session) => rules::json(StatusCode::OK, &simulator.entity(&session)),
+        None => rules::error(StatusCode::NOT_FOUND, Some(&["Checkout not found"])),
+    }
+}
+
+async fn search(State(simulator): State<Arc<Simulator>>, headers: HeaderMap) -> Response<Body> {
+    simulator.log().gets += 1;
+    if let Some(refusal) = simulator.refuse_key(&headers) {
+        return refusal;
+    }
+    let page = json!({"items": [], "pagination": {
+        "total_records": 0, "total_pages": 0, "current_page": 1, "next_page": null, "prev_page": null}});
+    rules::json(StatusCode::OK, &page)
+}
+
+async fn page(
+    State(simulator): State<Arc<Simulator>>,
+    Path((_, id)): Path<(String, String)>,
+) -> Response<Body> {
+    if simulator.log().session(&id).is_none() {
+        return rules::error(StatusCode::NOT_FOUND, Some(&["Checkout not found"]));
+    }
+    raw(
+        "text/html; charset=utf-8",
+        "<!doctype html><title>Simulated checkout</title><h1>Simulated checkout</h1><p>Nobody pays here: this link was made by creem-simulator.</p>",
+    )
+}
+
+async fn posts(State(simulator): State<Arc<Simulator>>) -> Response<Body> {
+    let lines = simulator.log().post_lines();
+    raw("application/x-ndjson", &lines)
+}
+
+async fn sessions(State(simulator): State<Arc<Simulator>>) -> Response<Body> {
+    let lines = simulator.log().session_lines();
+    raw("application/x-ndjson", &lines)
+}
+
+async fn counters(State(simulator): State<Arc<Simulator>>) -> Response<Body> {
+    let counters = simulator.log().counters();
+    rules::json(StatusCode::OK, &counters)
+}
+
+async fn faults(State(simulator): State<Arc<Simulator>>, body: Bytes) -> Response<Body> {
+    match Script::parse(&body) {
+        Ok(script) => {
+            simulator.set_script(script);
+            rules::json(StatusCode::OK, &json!({"accepted": true}))
+        }
+        Err(error) => rules::error(StatusCode::BAD_REQUEST, Some(&[&error])),
+    }
+}

@@ -1,0 +1,156 @@
+//! The gate of intake: while one reason holds it, nothing new is sent to Creem.
+//!
+//! A pause keeps the deliveries it holds, eats no attempt, and its time does not count against
+//! any job.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::clock::{Millis, SharedClock, as_duration};
+use crate::retry::Pauses;
+
+/// Why intake is paused. A closed set; the names are the labels of `paused`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// The ledger cannot be written.
+    Ledger,
+    /// Creem refuses the API key.
+    Key,
+    /// Replies cannot be published.
+    Publishing,
+    /// No jobs are delivered: the broker is away.
+    Broker,
+}
+
+impl Reason {
+    /// Every reason.
+    pub const ALL: [Self; 4] = [Self::Ledger, Self::Key, Self::Publishing, Self::Broker];
+
+    /// The label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ledger => "ledger",
+            Self::Key => "key_refused",
+            Self::Publishing => "publishing",
+            Self::Broker => "broker",
+        }
+    }
+
+    const fn bit(self) -> u8 {
+        1 << self as u8
+    }
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Gate {
+    held: watch::Sender<u8>,
+    pauses: Mutex<Pauses>,
+    clock: SharedClock,
+}
+
+impl Gate {
+    /// An open gate, with the pauses that earlier processes recorded.
+    #[must_use]
+    pub fn new(clock: SharedClock, pauses: Pauses) -> Self {
+        Self { held: watch::Sender::new(0), pauses: Mutex::new(pauses), clock }
+    }
+
+    /// Closes the gate for a reason; says whether that is new.
+    pub fn close(&self, reason: Reason) -> bool {
+        let new = self.held.send_if_modified(|held| {
+            let before = *held;
+            *held |= reason.bit();
+            *held != before
+        });
+        if new {
+            self.locked().begin(self.clock.now());
+        }
+        new
+    }
+
+    /// Takes a reason away. If that opened the gate, returns the pause that is over, to be
+    /// recorded.
+    pub fn open(&self, reason: Reason) -> Option<(Millis, Millis)> {
+        let mut opened = false;
+        self.held.send_if_modified(|held| {
+            let before = *held;
+            *held &= !reason.bit();
+            opened = before != 0 && *held == 0;
+            *held != before
+        });
+        if opened { self.locked().end(self.clock.now()) } else { None }
+    }
+
+    /// Whether a reason holds the gate.
+    #[must_use]
+    pub fn is_closed_by(&self, reason: Reason) -> bool {
+        *self.held.borrow() & reason.bit() != 0
+    }
+
+    /// The reasons that hold the gate.
+    #[must_use]
+    pub fn reasons(&self) -> Vec<Reason> {
+        Reason::ALL.into_iter().filter(|reason| self.is_closed_by(*reason)).collect()
+    }
+
+    /// Waits until no reason holds the gate.
+    pub async fn opened(&self) {
+        self.wait(|held| held == 0).await;
+    }
+
+    /// Waits until one reason holds the gate.
+    pub async fn closed_by(&self, reason: Reason) {
+        self.wait(|held| held & reason.bit() != 0).await;
+    }
+
+    /// Waits until one reason does not hold the gate.
+    pub async fn free_of(&self, reason: Reason) {
+        self.wait(|held| held & reason.bit() == 0).await;
+    }
+
+    async fn wait(&self, until: impl Fn(u8) -> bool) {
+        let mut held = self.held.subscribe();
+        // The sender lives as long as `self`, so this cannot fail while anybody waits.
+        drop(held.wait_for(|held| until(*held)).await);
+    }
+
+    /// How much of the time since `from` counts against a job.
+    #[must_use]
+    pub fn counted_since(&self, from: Millis) -> Duration {
+        as_duration(self.locked().counted(from, self.clock.now()))
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Pauses> {
+        self.pauses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::ManualClock;
+    use futures::FutureExt as _;
+    use std::sync::Arc;
+
+    #[test]
+    fn the_gate_opens_when_the_last_reason_is_gone_and_the_time_did_not_count() {
+        let clock = Arc::new(ManualClock::at(1_000));
+        let gate = Gate::new(clock.clone(), Pauses::default());
+        assert!(gate.close(Reason::Ledger));
+        assert!(!gate.close(Reason::Ledger));
+        assert!(gate.close(Reason::Key));
+        clock.advance(Duration::from_secs(5));
+        assert_eq!(gate.open(Reason::Ledger), None);
+        assert!(gate.opened().now_or_never().is_none());
+        assert_eq!(gate.counted_since(1_000), Duration::ZERO);
+        assert_eq!(gate.open(Reason::Key), Some((1_000, 6_000)));
+        assert!(gate.opened().now_or_never().is_some());
+        clock.advance(Duration::from_secs(2));
+        assert_eq!(gate.counted_since(500), Duration::from_millis(2_500));
+        assert_eq!(gate.open(Reason::Key), None);
+    }
+}

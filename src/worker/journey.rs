@@ -1,0 +1,532 @@
+//! One job's journey, from its turn to a verdict.
+//!
+//! Sends nothing to RabbitMQ: [`super::settle`] carries the verdict out. So a crash anywhere in
+//! here leaves the message unacked, and the ledger decides what the next worker may do.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::gate::{Gate, Reason};
+use super::turns::Turns;
+use crate::clock::{Millis, SharedClock, as_duration, as_millis};
+use crate::creem::{Answer, Client, KeyCheck};
+use crate::job::{CheckoutRequest, Ending, Fingerprint, Key, Lane, Problem, reply};
+use crate::ledger::{
+    Attempt, Claim, ClaimRequest, Claimant, CloseRequest, Lease, Ledger, LedgerError, Next,
+    OnUnknown, Settle, SettleRequest, Stored, token,
+};
+use crate::observe::metrics;
+use crate::pace::Pacer;
+use crate::retry::policy::{LONGEST_IN_PLACE, Tried};
+use crate::retry::{Policy, backoff, policy};
+
+/// What a lease lasts beyond the call itself: the durable write before it and after it.
+const LEASE_MARGIN: Duration = Duration::from_secs(15);
+/// What must be left of a lease, beyond the call, when the call begins.
+const SETTLE_MARGIN: Duration = Duration::from_secs(5);
+/// Jobs closer than this to the end of retention are not begun: their row would be swept while
+/// a copy of them may still be about.
+const RETENTION_MARGIN: Duration = Duration::from_hours(1);
+/// While the key is refused and a lane is full, jobs without a deadline make room this long.
+const MAKE_ROOM: Duration = Duration::from_secs(30);
+
+/// The rules of one lane.
+#[derive(Debug, Clone, Copy)]
+pub struct LaneRules {
+    /// When to try again, and when not.
+    pub policy: Policy,
+    /// Oldest `timestamp` that is still worth a link.
+    pub max_age: Option<Duration>,
+}
+
+/// What journeys have in common.
+#[derive(Debug, Clone, Copy)]
+pub struct Rules {
+    /// Of the interactive lane.
+    pub interactive: LaneRules,
+    /// Of the bulk lane.
+    pub bulk: LaneRules,
+    /// What may follow an unknown answer.
+    pub on_unknown: OnUnknown,
+    /// One deadline for a whole exchange with Creem.
+    pub request_timeout: Duration,
+    /// How long the ledger keeps outcomes.
+    pub retention: Duration,
+}
+
+impl Rules {
+    /// The rules of a lane.
+    #[must_use]
+    pub const fn of(&self, lane: Lane) -> &LaneRules {
+        match lane {
+            Lane::Interactive => &self.interactive,
+            Lane::Bulk => &self.bulk,
+        }
+    }
+}
+
+/// One copy of a job, on its way.
+#[derive(Debug)]
+pub struct Ask {
+    /// The ledger's key.
+    pub key: Key,
+    /// The request.
+    pub request: CheckoutRequest,
+    /// The body's fingerprint.
+    pub fingerprint: Fingerprint,
+    /// Where it came from.
+    pub lane: Lane,
+    /// Its campaign.
+    pub campaign: Option<String>,
+    /// After which nobody waits.
+    pub deadline: Option<Millis>,
+    /// When it was published.
+    pub timestamp: Option<Millis>,
+    /// When this copy was first picked up.
+    pub picked_up_at: Millis,
+    /// Whether this copy was delivered before, or comes back from a delay queue.
+    pub redelivered: bool,
+    /// Cancelled when the delivery cannot be acked any more.
+    pub session: CancellationToken,
+    /// The lane's permits: none left means that the lane is full.
+    pub permits: Arc<Semaphore>,
+}
+
+/// What is to be done with the message.
+#[derive(Debug)]
+pub enum Verdict {
+    /// Publish the stored outcome, then ack.
+    Reply(Stored),
+    /// Tell that the id belongs to another body, then ack.
+    Conflict(Vec<String>),
+    /// Let it come back after a while, then ack.
+    Delay(Duration),
+    /// Nothing was sent and this worker stops: somebody else's turn.
+    GiveBack,
+    /// The delivery will come again by itself, or another worker has the job.
+    Abandon,
+    /// The ledger is damaged: stop everything.
+    Fatal(LedgerError),
+}
+
+/// Everything a journey needs.
+#[derive(Debug)]
+pub struct Journey<L: ?Sized> {
+    /// Whatever the rules are.
+    pub rules: Rules,
+    /// Creem.
+    pub creem: Client,
+    /// How fast.
+    pub pacer: Pacer,
+    /// Whether at all.
+    pub gate: Arc<Gate>,
+    /// One at a time per key.
+    pub turns: Turns,
+    /// Wall-clock time.
+    pub clock: SharedClock,
+    /// Cancelled when nothing new may be sent.
+    pub stop: CancellationToken,
+    /// The ledger.
+    pub ledger: Arc<L>,
+}
+
+/// One step of a journey: go on, or the verdict.
+enum Step {
+    /// Wait until then, and try again.
+    WaitUntil(Millis),
+    /// The end.
+    Verdict(Verdict),
+}
+
+/// Whether a call may be made now.
+enum Admission {
+    Admitted,
+    /// Too late while waiting, or the gate closed again.
+    LookAgain,
+    Verdict(Verdict),
+}
+
+impl Journey<dyn Ledger> {
+    /// Takes one copy of a job from its turn to a verdict.
+    pub async fn run(&self, ask: &Ask) -> Verdict {
+        let _turn = tokio::select! {
+            turn = self.turns.take(&ask.key) => turn,
+            verdict = self.interrupted(ask) => return verdict,
+        };
+        loop {
+            if let Some(problem) = self.too_late(ask) {
+                return self.close(ask, problem).await;
+            }
+            match self.admit(ask).await {
+                Admission::Admitted => {}
+                Admission::LookAgain => continue,
+                Admission::Verdict(verdict) => return verdict,
+            }
+            match self.step(ask).await {
+                Step::Verdict(verdict) => return verdict,
+                Step::WaitUntil(until) => {
+                    let wait = as_duration(until - self.clock.now());
+                    if wait > LONGEST_IN_PLACE {
+                        return Verdict::Delay(wait);
+                    }
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {}
+                        verdict = self.interrupted(ask) => return verdict,
+                    }
+                }
+            }
+        }
+    }
+
+    /// Resolves when this copy cannot or may not go on; nothing of it is under way then.
+    async fn interrupted(&self, ask: &Ask) -> Verdict {
+        tokio::select! {
+            () = ask.session.cancelled() => Verdict::Abandon,
+            () = self.stop.cancelled() => Verdict::GiveBack,
+        }
+    }
+
+    /// Waits for the gate and the pacer, as long as the job can still make it.
+    async fn admit(&self, ask: &Ask) -> Admission {
+        let expiry = async {
+            match self.expires_at(ask) {
+                Some(at) => tokio::time::sleep(as_duration(at - self.clock.now())).await,
+                None => std::future::pending().await,
+            }
+        };
+        let waited = Instant::now();
+        let paced = async {
+            self.gate.opened().await;
+            self.pacer.admit().await;
+        };
+        let admission = tokio::select! {
+            biased;
+            verdict = self.interrupted(ask) => Admission::Verdict(verdict),
+            () = paced => Admission::Admitted,
+            () = expiry => Admission::LookAgain,
+            () = self.must_make_room(ask) => Admission::Verdict(Verdict::Delay(MAKE_ROOM)),
+        };
+        metrics::rate_limit_wait(ask.lane, waited.elapsed());
+        // The gate may have closed while the pacer was waited for.
+        let closed = !self.gate.reasons().is_empty();
+        if closed && matches!(admission, Admission::Admitted) {
+            return Admission::LookAgain;
+        }
+        admission
+    }
+
+    /// Resolves when an interactive job without a deadline holds a slot that one with a deadline
+    /// may need: while the key is refused all wait, but those who are late must be told.
+    async fn must_make_room(&self, ask: &Ask) {
+        if ask.lane != Lane::Interactive || self.expires_at(ask).is_some() {
+            return std::future::pending().await;
+        }
+        loop {
+            self.gate.closed_by(Reason::Key).await;
+            if ask.permits.available_permits() == 0 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+    }
+
+    /// Claims the job and, if it is free, asks Creem once.
+    async fn step(&self, ask: &Ask) -> Step {
+        let started = Instant::now();
+        match self.claim(ask).await {
+            Ok(Claim::Granted(lease)) => self.attempt(ask, lease, started).await,
+            Ok(Claim::Settled(stored)) => Step::Verdict(Verdict::Reply(stored)),
+            Ok(Claim::Conflict(fields)) => Step::Verdict(Verdict::Conflict(fields)),
+            Ok(Claim::Busy { until }) => {
+                metrics::retry("busy");
+                let soonest = self.clock.now() + 100;
+                Step::WaitUntil(until.max(soonest))
+            }
+            Ok(Claim::Waiting { until }) => Step::WaitUntil(until),
+            Err(error @ LedgerError::Damaged(_)) => Step::Verdict(Verdict::Fatal(error)),
+            // `claim` asks again until it gets an answer; this is its stop.
+            Err(LedgerError::Unavailable(_)) => Step::Verdict(self.interrupted(ask).await),
+        }
+    }
+
+    fn claimant(&self, ask: &Ask) -> Claimant {
+        Claimant {
+            key: ask.key.clone(),
+            fingerprint: ask.fingerprint.clone(),
+            product_id: ask.request.product_id.clone(),
+            lane: ask.lane,
+            campaign: ask.campaign.clone(),
+            picked_up_at: ask.picked_up_at,
+            redelivered: ask.redelivered,
+            on_unknown: self.rules.on_unknown,
+        }
+    }
+
+    /// Claims; while the ledger is away, asks again with the same token, which cannot count twice.
+    async fn claim(&self, ask: &Ask) -> Result<Claim, LedgerError> {
+        let request = ClaimRequest {
+            claimant: self.claimant(ask),
+            token: token(),
+            lease: self.rules.request_timeout + LEASE_MARGIN,
+            max_attempts: self.rules.of(ask.lane).policy.max_attempts,
+        };
+        loop {
+            match self.ledger.claim(request.clone()).await {
+                Err(error @ LedgerError::Unavailable(_)) => {
+                    self.ledger_away(&error);
+                    tokio::select! {
+                        () = self.gate.free_of(Reason::Ledger) => {}
+                        _ = self.interrupted(ask) => return Err(error),
+                    }
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    fn ledger_away(&self, error: &LedgerError) {
+        if self.gate.close(Reason::Ledger) {
+            metrics::paused(Reason::Ledger.as_str(), true);
+            tracing::error!(%error, "intake is paused: no job is acked and none failed until the ledger can be written again");
+        }
+    }
+
+    /// One call under a lease, and what follows from its answer.
+    async fn attempt(&self, ask: &Ask, lease: Lease, started: Instant) -> Step {
+        let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
+        if self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN {
+            return self
+                .settle(ask, lease, Attempt::NotSent, Next::Wait { until: self.clock.now() })
+                .await;
+        }
+        if let Some(problem) = self.too_late(ask) {
+            return self
+                .settle(ask, lease, Attempt::NotSent, Next::End(Ending::Expired(problem)))
+                .await;
+        }
+        let asked = Instant::now();
+        let body = ask.request.wire.clone();
+        let answer = self
+            .creem
+            .create_checkout(&ask.request.request_id, body, self.rules.request_timeout)
+            .await;
+        metrics::creem_request(answer.label(), asked.elapsed());
+        tracing::debug!(job.key = %ask.key, attempt = lease.attempt, answer = answer.label(), "creem answered");
+        let (attempt, next) = self.judge(ask, lease, answer).await;
+        self.settle(ask, lease, attempt, next).await
+    }
+
+    /// Turns an answer into what is written down.
+    async fn judge(&self, ask: &Ask, lease: Lease, answer: Answer) -> (Attempt, Next) {
+        let unresolved =
+            |code: &str, text: String| Next::End(Ending::Unresolved(Problem::new(code, text)));
+        match answer {
+            Answer::Made(checkout) => {
+                let ending =
+                    Ending::Succeeded { checkout_id: checkout.id, checkout_url: checkout.url };
+                (Attempt::Known, Next::End(ending))
+            }
+            Answer::Refused(problem) => (Attempt::Known, Next::End(Ending::Rejected(problem))),
+            Answer::Duplicate(problem) => (Attempt::Known, Next::End(Ending::Unresolved(problem))),
+            Answer::NotMade { reason } => {
+                let next = self.again(ask, lease, None, "creem_unreachable", &reason);
+                (Attempt::Known, next)
+            }
+            Answer::Unknown { reason, retry_after } => {
+                let next = self.again(ask, lease, retry_after, "outcome_unknown", &reason);
+                (Attempt::Ambiguous { checkout_id: None, reason }, next)
+            }
+            Answer::Linkless { checkout_id } => {
+                let text = format!("Creem made {checkout_id} and gave no link for it");
+                let reason = "no link could be had for it".to_owned();
+                (
+                    Attempt::Ambiguous { checkout_id: Some(checkout_id), reason },
+                    unresolved("no_checkout_url", text),
+                )
+            }
+            Answer::Mismatch { reason, checkout_id } => {
+                tracing::error!(job.key = %ask.key, reason, checkout_id, "an answer of Creem's is not this job's; its link is not published");
+                let text = format!("Creem's answer cannot be trusted: {reason}");
+                (Attempt::Ambiguous { checkout_id, reason }, unresolved("answer_mismatch", text))
+            }
+            Answer::Throttled { retry_after } => {
+                if let Some(asked) = retry_after {
+                    self.pacer.quiet(backoff::clamp_retry_after(asked));
+                }
+                let lease = Lease { throttled: lease.throttled + 1, ..lease };
+                let next = self.again(
+                    ask,
+                    lease,
+                    retry_after,
+                    "throttled",
+                    "Creem said 429, too many requests",
+                );
+                (Attempt::Throttled, next)
+            }
+            Answer::KeyRefused(problem) => self.key_refused(problem).await,
+        }
+    }
+
+    /// Another try, or the end of trying.
+    fn again(
+        &self,
+        ask: &Ask,
+        lease: Lease,
+        retry_after: Option<Duration>,
+        code: &'static str,
+        reason: &str,
+    ) -> Next {
+        let tried = Tried {
+            attempts: lease.attempt,
+            throttled: lease.throttled,
+            elapsed: self.gate.counted_since(lease.opened_at),
+        };
+        let lane = &self.rules.of(ask.lane).policy;
+        let failed = |code: &str, text: String| Next::End(Ending::Failed(Problem::new(code, text)));
+        match lane.next(tried, retry_after, backoff::chance()) {
+            policy::Next::After(delay) => {
+                metrics::retry(code);
+                tracing::debug!(job.key = %ask.key, attempt = lease.attempt, reason, "asking again in {delay:?}");
+                Next::Wait { until: self.clock.now() + as_millis(delay) }
+            }
+            policy::Next::AttemptsExhausted => failed(
+                "attempts_exhausted",
+                format!("{} attempts were made; the last one: {reason}", lease.attempt),
+            ),
+            policy::Next::TimeExhausted => {
+                let most = humantime::format_duration(lane.max_elapsed);
+                failed(
+                    "time_exhausted",
+                    format!(
+                        "no link within {most} after {} attempts; the last one: {reason}",
+                        lease.attempt
+                    ),
+                )
+            }
+        }
+    }
+
+    /// A refused key is not this job's fault, unless the key is fine.
+    async fn key_refused(&self, problem: Problem) -> (Attempt, Next) {
+        let wait = (Attempt::NotSent, Next::Wait { until: self.clock.now() });
+        if !self.gate.close(Reason::Key) {
+            return wait;
+        }
+        match self.creem.check_key().await {
+            KeyCheck::Accepted => {
+                self.reopen(Reason::Key);
+                (Attempt::Known, Next::End(Ending::Rejected(problem)))
+            }
+            KeyCheck::Refused(status) => {
+                metrics::paused(Reason::Key.as_str(), true);
+                tracing::error!(
+                    status,
+                    "intake is paused: Creem refuses the API key; check CREEM_API_KEY and that it belongs to creem.base_url"
+                );
+                wait
+            }
+            KeyCheck::Unknown(reason) => {
+                metrics::paused(Reason::Key.as_str(), true);
+                tracing::error!(
+                    reason,
+                    "intake is paused: Creem refused a call, and whether it refuses the API key is not known yet"
+                );
+                wait
+            }
+        }
+    }
+
+    /// Takes a reason from the gate, and records the pause that ends with it.
+    pub(super) fn reopen(&self, reason: Reason) {
+        metrics::paused(reason.as_str(), false);
+        if let Some((from, to)) = self.gate.open(reason) {
+            // Losing this record only makes the worker less patient; no job depends on it.
+            #[expect(clippy::disallowed_methods, reason = "a write nobody waits for")]
+            drop(tokio::spawn(self.ledger.execute(crate::ledger::Command::Pause { from, to })));
+        }
+    }
+
+    /// Makes the result durable, however long the ledger takes: giving up here would lose it.
+    async fn settle(&self, ask: &Ask, lease: Lease, attempt: Attempt, next: Next) -> Step {
+        let sent = !matches!(attempt, Attempt::NotSent);
+        let request = SettleRequest {
+            key: ask.key.clone(),
+            lease,
+            attempt,
+            next,
+            on_unknown: self.rules.on_unknown,
+        };
+        loop {
+            match self.ledger.settle(request.clone()).await {
+                Ok(Settle::Ended(stored)) => return Step::Verdict(Verdict::Reply(stored)),
+                Ok(Settle::Waiting { until }) => return Step::WaitUntil(until),
+                Ok(Settle::Zombie) => {
+                    tracing::warn!(job.key = %ask.key, fence = lease.fence, sent, "the lease was lost; what came of this attempt is an orphan and is not published");
+                    return Step::Verdict(Verdict::Abandon);
+                }
+                Err(error @ LedgerError::Damaged(_)) => {
+                    return Step::Verdict(Verdict::Fatal(error));
+                }
+                Err(error @ LedgerError::Unavailable(_)) => {
+                    self.ledger_away(&error);
+                    self.gate.free_of(Reason::Ledger).await;
+                }
+            }
+        }
+    }
+
+    /// Ends a job that is too late, unless the ledger has its outcome.
+    async fn close(&self, ask: &Ask, problem: Problem) -> Verdict {
+        let request =
+            CloseRequest { claimant: self.claimant(ask), ending: Ending::Expired(problem) };
+        loop {
+            match self.ledger.close(request.clone()).await {
+                Ok(Claim::Settled(stored)) => return Verdict::Reply(stored),
+                Ok(Claim::Conflict(fields)) => return Verdict::Conflict(fields),
+                Ok(Claim::Busy { until } | Claim::Waiting { until }) => {
+                    return Verdict::Delay(as_duration(until - self.clock.now()));
+                }
+                Ok(Claim::Granted(_)) => return Verdict::Abandon,
+                Err(error @ LedgerError::Damaged(_)) => return Verdict::Fatal(error),
+                Err(error @ LedgerError::Unavailable(_)) => {
+                    self.ledger_away(&error);
+                    tokio::select! {
+                        () = self.gate.free_of(Reason::Ledger) => {}
+                        verdict = self.interrupted(ask) => return verdict,
+                    }
+                }
+            }
+        }
+    }
+
+    /// When nobody waits for the link any more.
+    fn expires_at(&self, ask: &Ask) -> Option<Millis> {
+        let aged = ask.timestamp.zip(self.rules.of(ask.lane).max_age);
+        let aged = aged.map(|(at, age)| at.saturating_add(as_millis(age)));
+        [ask.deadline, aged].into_iter().flatten().min()
+    }
+
+    fn too_late(&self, ask: &Ask) -> Option<Problem> {
+        let now = self.clock.now();
+        if ask.deadline.is_some_and(|deadline| deadline <= now) {
+            return Some(Problem::new(
+                "deadline_passed",
+                "its checkout-deadline passed before there was a link",
+            ));
+        }
+        if self.expires_at(ask).is_some_and(|at| at <= now) {
+            return Some(Problem::new("max_age", "the job is older than its lane's max_age"));
+        }
+        let oldest = now - as_millis(self.rules.retention.saturating_sub(RETENTION_MARGIN));
+        let stamped = ask.timestamp.filter(|at| *at < oldest)?;
+        let text = format!(
+            "the job was published at {}, longer ago than the ledger remembers, so it may have a link already",
+            reply::rfc3339(stamped)
+        );
+        Some(Problem::new("older_than_retention", text))
+    }
+}

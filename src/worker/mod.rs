@@ -1,0 +1,415 @@
+//! The work: takes deliveries lane by lane, bounded by permits, and brings each to its end.
+//!
+//! [`intake`] reads, [`journey`] decides, [`settle`] acts; this file keeps them going: sessions
+//! with the broker that come back for ever, the watchers that close and open the [`gate`], and
+//! an end that loses nothing.
+
+pub mod gate;
+pub mod intake;
+pub mod journey;
+pub mod settle;
+pub mod turns;
+mod watch;
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::clock::SharedClock;
+use crate::job::Lane;
+use crate::ledger::{Command, Ledger};
+use crate::observe::health::Health;
+use crate::observe::metrics;
+use crate::rabbit::consumer::{OpenError, Plan};
+use crate::rabbit::{Delivery, LinkError, Session};
+use crate::retry::{Backoff, backoff};
+use gate::{Gate, Reason};
+use intake::{Intake, Read};
+use journey::{Journey, Verdict};
+use settle::{Settler, Summary};
+
+/// A lane and how many of its jobs may be in the works at once.
+#[derive(Debug, Clone, Copy)]
+pub struct LaneSize {
+    /// Which.
+    pub lane: Lane,
+    /// How many.
+    pub concurrency: u16,
+}
+
+/// Why the worker ended by itself. Each says what to do.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum Fatal {
+    /// See the text.
+    #[error(
+        "the ledger is new, but the broker redelivers jobs that some worker had taken before: links of theirs may exist that this ledger does not know. Restore the old ledger, or start with --accept-empty-ledger if it is right that there is none"
+    )]
+    EmptyLedger,
+    /// The ledger is damaged.
+    #[error("{0}")]
+    Ledger(String),
+}
+
+/// Everything that serves.
+pub struct Worker {
+    /// The broker's side.
+    pub plan: Plan,
+    /// The lanes.
+    pub lanes: Vec<LaneSize>,
+    /// Reads deliveries.
+    pub intake: Intake,
+    /// Decides.
+    pub journey: Journey<dyn Ledger>,
+    /// Acts.
+    pub settler: Settler,
+    /// Between two tries to reach the broker.
+    pub backoff: Backoff,
+    /// How long outcomes are kept.
+    pub retention: Duration,
+    /// What `/readyz` says.
+    pub health: Health,
+    /// Wall-clock time.
+    pub clock: SharedClock,
+    /// Whether a new ledger may meet redelivered jobs.
+    pub accept_empty_ledger: bool,
+}
+
+impl std::fmt::Debug for Worker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Worker").field("lanes", &self.lanes).finish_non_exhaustive()
+    }
+}
+
+/// What the tasks of a worker share.
+struct Shared {
+    worker: Worker,
+    gate: Arc<Gate>,
+    jobs: TaskTracker,
+    permits: Vec<(LaneSize, Arc<Semaphore>)>,
+    stop: CancellationToken,
+    /// Whether a new ledger has been taken note of as serving.
+    adopted: tokio::sync::OnceCell<()>,
+    /// Set once; ends everything.
+    fatal: tokio::sync::watch::Sender<Option<Fatal>>,
+}
+
+impl Worker {
+    /// Serves until `stop` is cancelled, then finishes what was sent.
+    ///
+    /// `now` ends it at once: what was not settled will be delivered again.
+    ///
+    /// # Errors
+    /// See [`Fatal`].
+    pub async fn run(self, stop: CancellationToken, now: CancellationToken) -> Result<(), Fatal> {
+        let gate = self.journey.gate.clone();
+        gate.close(Reason::Broker);
+        let permits = self
+            .lanes
+            .iter()
+            .map(|size| (*size, Arc::new(Semaphore::new(usize::from(size.concurrency)))))
+            .collect();
+        let shared = Arc::new(Shared {
+            worker: self,
+            gate,
+            jobs: TaskTracker::new(),
+            permits,
+            stop: stop.clone(),
+            adopted: tokio::sync::OnceCell::new(),
+            fatal: tokio::sync::watch::Sender::new(None),
+        });
+        let mut watchers = JoinSet::new();
+        watch::spawn_all(&shared, &mut watchers);
+        let mut fatal = shared.fatal.subscribe();
+        tokio::select! {
+            () = shared.clone().keep_sessions() => {}
+            () = now.cancelled() => {}
+            // Everything that is in flight may depend on what is broken, so nothing is waited for.
+            _ = fatal.wait_for(Option::is_some) => {}
+        }
+        watchers.shutdown().await;
+        let ended = fatal.borrow().clone();
+        ended.map_or(Ok(()), Err)
+    }
+}
+
+impl Shared {
+    /// Session after session, until the stop; the last one is drained.
+    async fn keep_sessions(self: Arc<Self>) {
+        let mut failures = 0;
+        let mut careful = false;
+        while !self.stop.is_cancelled() {
+            let opened = tokio::select! {
+                opened = self.open_session() => opened,
+                () = self.stop.cancelled() => return,
+            };
+            let reason = match opened {
+                Ok(session) => {
+                    let began = Instant::now();
+                    let ended = self.serve(&session, careful).await;
+                    self.not_consuming("the session with the broker is over");
+                    if self.stop.is_cancelled() {
+                        self.drain(&session).await;
+                        return;
+                    }
+                    session.close().await;
+                    careful = matches!(ended, LinkError::Garbled(_));
+                    if began.elapsed() > Duration::from_secs(30) {
+                        failures = 0;
+                    }
+                    ended.to_string()
+                }
+                Err(error) => {
+                    if let OpenError::Guarded(..) = error {
+                        self.worker.health.set_waiting(Some(error.to_string()));
+                    }
+                    error.to_string()
+                }
+            };
+            failures += 1;
+            let delay = self.worker.backoff.delay(failures, None, backoff::chance());
+            self.worker.health.set_broker(Err(reason.clone()));
+            tracing::warn!(
+                reason,
+                retry_in_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX),
+                "not consuming; trying again"
+            );
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = self.stop.cancelled() => {}
+            }
+        }
+    }
+
+    /// Opens a session, once there is a use for one: deliveries that are taken only to be held
+    /// through a pause would count against their delivery limit when the broker takes them back.
+    async fn open_session(&self) -> Result<Session, OpenError> {
+        self.gate.free_of(Reason::Ledger).await;
+        self.gate.free_of(Reason::Publishing).await;
+        Session::open(&self.worker.plan).await
+    }
+
+    /// Consumes every lane until one of them breaks; returns why.
+    ///
+    /// `careful` takes one delivery at a time: the last session broke over a message that cannot
+    /// be read, and each break counts against every delivery that was out.
+    async fn serve(self: &Arc<Self>, session: &Session, careful: bool) -> LinkError {
+        let mut lanes = JoinSet::new();
+        // What a new ledger's first session is redelivered was taken by a worker with another one.
+        let fresh = self.worker.journey.ledger.identity().empty
+            && !self.worker.accept_empty_ledger
+            && !self.adopted.initialized();
+        for (size, permits) in &self.permits {
+            let prefetch = if careful { 1 } else { size.concurrency };
+            let intake =
+                match session.consume(&self.worker.plan.topology, size.lane, prefetch).await {
+                    Ok(intake) => intake,
+                    Err(error) => {
+                        session.over.cancel();
+                        return error;
+                    }
+                };
+            let lane = LaneLoop {
+                shared: self.clone(),
+                permits: permits.clone(),
+                over: session.over.clone(),
+                fresh,
+            };
+            lanes.spawn(lane.run(intake));
+        }
+        self.consuming();
+        let reason = match lanes.join_next().await {
+            Some(Ok(Some(error))) => error,
+            Some(Ok(None)) | None => LinkError::Broken("stopping".to_owned()),
+            Some(Err(error)) => LinkError::Broken(format!("a lane's task died: {error}")),
+        };
+        if self.stop.is_cancelled() {
+            // Each lane gives back what it has not begun.
+            while lanes.join_next().await.is_some() {}
+        } else {
+            session.over.cancel();
+            lanes.shutdown().await;
+        }
+        reason
+    }
+
+    fn consuming(&self) {
+        self.worker.health.set_broker(Ok(()));
+        self.worker.health.set_waiting(None);
+        for size in &self.worker.lanes {
+            metrics::consuming(size.lane, true);
+        }
+        metrics::broker_connected(true);
+        tracing::info!(lanes = ?self.worker.lanes.iter().map(|size| size.lane.as_str()).collect::<Vec<_>>(), "consuming");
+        self.worker.journey.reopen(Reason::Broker);
+    }
+
+    fn not_consuming(&self, why: &str) {
+        self.gate.close(Reason::Broker);
+        for size in &self.worker.lanes {
+            metrics::consuming(size.lane, false);
+        }
+        metrics::broker_connected(false);
+        self.worker.health.set_broker(Err(why.to_owned()));
+    }
+
+    /// Waits until every job in flight is settled, replied to and acked, then says goodbye.
+    async fn drain(&self, session: &Session) {
+        tracing::info!(jobs = self.jobs.len(), "stopping: finishing what was sent");
+        self.jobs.close();
+        self.jobs.wait().await;
+        session.close().await;
+        tracing::info!("stopped");
+    }
+
+    fn end(&self, fatal: Fatal) {
+        tracing::error!(error = %fatal, "stopping: going on would not be safe");
+        self.fatal.send_modify(|slot| {
+            slot.get_or_insert(fatal);
+        });
+    }
+
+    /// One delivery, from its arrival to its ack.
+    async fn handle(
+        self: Arc<Self>,
+        delivery: Delivery,
+        permits: Arc<Semaphore>,
+        permit: OwnedSemaphorePermit,
+    ) {
+        let started = Instant::now();
+        let lane = delivery.lane;
+        let _in_flight = self.worker.health.begin(lane);
+        let handled =
+            AssertUnwindSafe(self.bring_to_its_end(&delivery, &permits)).catch_unwind().await;
+        let (key, summary) = match handled {
+            Ok(done) => done,
+            Err(_panic) => {
+                // The hook has logged it. One job is set aside; the others go on.
+                let left = self.worker.settler.park_panicked(&delivery).await;
+                (
+                    None,
+                    Summary {
+                        verdict: "parked",
+                        code: Some("worker_panicked".into()),
+                        attempts: 0,
+                        left,
+                    },
+                )
+            }
+        };
+        drop(permit);
+        metrics::job(lane, summary.verdict, started.elapsed());
+        let duration_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(
+            job.key = key.as_deref().unwrap_or("-"),
+            job.lane = lane.as_str(),
+            attempt = summary.attempts,
+            verdict = summary.verdict,
+            code = summary.code.as_deref().unwrap_or(""),
+            acked = summary.left == settle::Left::Acked,
+            duration_ms,
+            "job"
+        );
+    }
+
+    async fn bring_to_its_end(
+        &self,
+        delivery: &Delivery,
+        permits: &Arc<Semaphore>,
+    ) -> (Option<String>, Summary) {
+        let worker = &self.worker;
+        let Read { envelope, job } = worker.intake.read(delivery, self.worker.clock.now(), permits);
+        let ask = match job {
+            Ok(ask) => ask,
+            Err(unfit) => return (None, worker.settler.refuse(delivery, &envelope, unfit).await),
+        };
+        let verdict = worker.journey.run(&ask).await;
+        if let Verdict::Fatal(error) = &verdict {
+            self.end(Fatal::Ledger(error.to_string()));
+        }
+        let summary = worker
+            .settler
+            .carry_out(delivery, &envelope, &ask.key, ask.picked_up_at, verdict)
+            .await;
+        if summary.left == settle::Left::Acked
+            && let Some(age) = worker.settler.age(&envelope)
+        {
+            metrics::latency(ask.lane, age);
+        }
+        (Some(ask.key.to_string()), summary)
+    }
+}
+
+/// One lane of one session.
+struct LaneLoop {
+    shared: Arc<Shared>,
+    permits: Arc<Semaphore>,
+    over: CancellationToken,
+    /// Whether the ledger is new, so that redelivered jobs are a sign that another was lost.
+    fresh: bool,
+}
+
+impl LaneLoop {
+    /// Takes deliveries until the session breaks (then why) or the worker stops.
+    async fn run(self, mut intake: crate::rabbit::consumer::Intake) -> Option<LinkError> {
+        let stop = self.shared.stop.clone();
+        loop {
+            let permit = tokio::select! {
+                permit = self.permits.clone().acquire_owned() => permit.ok()?,
+                () = stop.cancelled() => break,
+                () = self.over.cancelled() => return None,
+            };
+            let delivery = tokio::select! {
+                delivery = intake.next() => delivery,
+                () = stop.cancelled() => break,
+                () = self.over.cancelled() => return None,
+            };
+            let delivery = match delivery {
+                Ok(delivery) => delivery,
+                Err(error) => return Some(error),
+            };
+            if !self.may_serve(&delivery).await {
+                return None;
+            }
+            let shared = self.shared.clone();
+            self.shared.jobs.spawn(shared.handle(delivery, self.permits.clone(), permit));
+        }
+        intake.cancel().await;
+        None
+    }
+
+    /// Holds the empty-ledger guard, and takes note once that the ledger serves.
+    async fn may_serve(&self, delivery: &Delivery) -> bool {
+        let ledger = &self.shared.worker.journey.ledger;
+        if self.fresh && delivery.redelivered {
+            // Until an operator has decided, the next start must ask again.
+            drop(ledger.execute(Command::Adopt(false)).await);
+            self.shared.end(Fatal::EmptyLedger);
+            return false;
+        }
+        if ledger.identity().empty {
+            let adopt = || async {
+                // A ledger that cannot be written pauses the job that follows, and says so.
+                drop(ledger.execute(Command::Adopt(true)).await);
+            };
+            self.shared.adopted.get_or_init(adopt).await;
+        }
+        true
+    }
+}
+
+/// The lane sizes as `lane=concurrency`, for a log line.
+#[must_use]
+pub fn describe(lanes: &[LaneSize]) -> String {
+    lanes
+        .iter()
+        .map(|size| format!("{}={}", size.lane, size.concurrency))
+        .collect::<Vec<_>>()
+        .join(" ")
+}

@@ -1,0 +1,136 @@
+//! The watchers: each looks after one thing that can hold the gate, and opens it again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
+use super::Shared;
+use super::gate::Reason;
+use crate::clock::as_millis;
+use crate::creem::KeyCheck;
+use crate::ledger::{Command, LedgerError};
+use crate::observe::metrics;
+use crate::rabbit::publisher::State;
+use crate::retry::{Backoff, backoff};
+
+/// How often old rows are looked for.
+const SWEEP_EVERY: Duration = Duration::from_mins(1);
+/// How often gauges are refreshed.
+const GAUGES_EVERY: Duration = Duration::from_secs(1);
+
+pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
+    tasks.spawn(ledger(shared.clone()));
+    tasks.spawn(key(shared.clone()));
+    tasks.spawn(publishing(shared.clone()));
+    tasks.spawn(sweep(shared.clone()));
+    tasks.spawn(gauges(shared.clone()));
+}
+
+fn probing() -> Backoff {
+    Backoff::try_new(Duration::from_millis(250), Duration::from_secs(15))
+        .expect("250 ms is less than 15 s")
+}
+
+/// While the ledger is away, asks whether it is back.
+async fn ledger(shared: Arc<Shared>) {
+    loop {
+        shared.gate.closed_by(Reason::Ledger).await;
+        let mut tries = 0;
+        loop {
+            match shared.worker.journey.ledger.execute(Command::Probe).await {
+                Ok(_) => break,
+                Err(error @ LedgerError::Damaged(_)) => {
+                    shared.end(super::Fatal::Ledger(error.to_string()));
+                    return;
+                }
+                Err(error @ LedgerError::Unavailable(_)) => {
+                    shared.worker.health.set_ledger(Err(error.to_string()));
+                    tries += 1;
+                    tokio::time::sleep(probing().delay(tries, None, backoff::chance())).await;
+                }
+            }
+        }
+        tracing::info!("the ledger can be written again; intake goes on");
+        shared.worker.health.set_ledger(Ok(()));
+        shared.worker.journey.reopen(Reason::Ledger);
+    }
+}
+
+/// While Creem refuses the key, asks with a harmless GET whether it still does.
+async fn key(shared: Arc<Shared>) {
+    loop {
+        shared.gate.closed_by(Reason::Key).await;
+        let mut tries = 0;
+        while shared.gate.is_closed_by(Reason::Key) {
+            tries += 1;
+            tokio::time::sleep(probing().ceiling(tries)).await;
+            let reason = match shared.worker.journey.creem.check_key().await {
+                KeyCheck::Accepted => {
+                    tracing::info!("Creem accepts the API key; intake goes on");
+                    shared.worker.health.set_key(Ok(()));
+                    shared.worker.journey.reopen(Reason::Key);
+                    break;
+                }
+                KeyCheck::Refused(status) => format!(
+                    "Creem refuses the API key (HTTP {status}): check CREEM_API_KEY and that it belongs to creem.base_url"
+                ),
+                KeyCheck::Unknown(reason) => {
+                    format!("whether Creem accepts the API key is not known: {reason}")
+                }
+            };
+            shared.worker.health.set_key(Err(reason));
+        }
+    }
+}
+
+/// No call is made whose reply could not be published.
+async fn publishing(shared: Arc<Shared>) {
+    let mut state = shared.worker.settler.publisher.state();
+    loop {
+        let now = state.borrow_and_update().clone();
+        match now {
+            State::Up => {
+                shared.worker.health.set_publishing(Ok(()));
+                shared.worker.journey.reopen(Reason::Publishing);
+            }
+            State::Down(reason) | State::Blocked(reason) => {
+                shared.worker.health.set_publishing(Err(reason));
+                if shared.gate.close(Reason::Publishing) {
+                    metrics::paused(Reason::Publishing.as_str(), true);
+                }
+            }
+        }
+        if state.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Removes outcomes that are older than retention, a small batch at a time.
+async fn sweep(shared: Arc<Shared>) {
+    loop {
+        let before = shared.worker.clock.now() - as_millis(shared.worker.retention);
+        match shared.worker.journey.ledger.sweep(before).await {
+            Ok(0) => tokio::time::sleep(SWEEP_EVERY).await,
+            Ok(swept) => {
+                tracing::debug!(swept, "outcomes older than ledger.retention were removed");
+                tokio::time::sleep(GAUGES_EVERY).await;
+            }
+            Err(error) => {
+                tracing::warn!(%error, "old outcomes could not be removed");
+                tokio::time::sleep(SWEEP_EVERY).await;
+            }
+        }
+    }
+}
+
+async fn gauges(shared: Arc<Shared>) {
+    loop {
+        metrics::oldest_unsettled(shared.worker.health.oldest());
+        for lane in shared.worker.lanes.iter().map(|size| size.lane) {
+            metrics::jobs_in_flight(lane, shared.worker.health.in_flight(lane));
+        }
+        tokio::time::sleep(GAUGES_EVERY).await;
+    }
+}
