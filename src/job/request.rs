@@ -286,7 +286,7 @@ fn url_refusal(code: &'static str) -> Refusal {
             "success_url must name a public host (one of job.success_hosts, if set), not an IP address"
         }
         _ => {
-            "success_url must be an absolute URL of at most 2048 characters, written the way browsers normalise it, without a fragment"
+            "success_url must be an absolute URL of at most 2048 characters, written the way browsers normalise it"
         }
     };
     Refusal::new(code, message)

@@ -1,7 +1,7 @@
 //! Taking jobs: one connection, one channel per lane, as many unacked deliveries as the lane has
 //! permits.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::StreamExt as _;
@@ -84,6 +84,9 @@ pub enum OpenError {
 /// One connection's life as a consumer.
 pub struct Session {
     connection: Connection,
+    /// Kept to the end: lapin closes a channel with its last handle, and a delivery of a closed
+    /// channel cannot be acked any more.
+    channels: Mutex<Vec<Channel>>,
     /// Cancelled when the session is over.
     pub over: CancellationToken,
 }
@@ -131,7 +134,7 @@ impl Session {
             })
             .await?;
         }
-        Ok(Self { connection, over: CancellationToken::new() })
+        Ok(Self { connection, channels: Mutex::default(), over: CancellationToken::new() })
     }
 
     /// Starts to consume a lane with at most `prefetch` unacked deliveries.
@@ -147,6 +150,7 @@ impl Session {
         let queue = topology.jobs(lane);
         in_time(async {
             let channel = self.connection.create_channel().await?;
+            self.channels.lock().unwrap_or_else(PoisonError::into_inner).push(channel.clone());
             channel.basic_qos(prefetch, BasicQosOptions { global: false }).await?;
             let options = BasicConsumeOptions {
                 no_local: false,

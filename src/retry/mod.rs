@@ -8,6 +8,6 @@ pub mod backoff;
 pub mod pauses;
 pub mod policy;
 
-pub use backoff::Backoff;
+pub use self::backoff::Backoff;
 pub use pauses::Pauses;
 pub use policy::{Next, Policy};

@@ -22,6 +22,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tower::ServiceExt as _;
 
@@ -43,9 +44,12 @@ pub struct Options {
 #[derive(Debug)]
 pub struct Simulator {
     address: SocketAddr,
-    options: Options,
+    live: bool,
+    api_key: Mutex<Option<String>>,
     script: Mutex<Script>,
     log: Mutex<Log>,
+    /// How many POSTs have arrived; lets a test wait for one instead of guessing.
+    arrived: watch::Sender<usize>,
 }
 
 /// Marks a response that must never be sent: the connection is closed instead.
@@ -66,7 +70,9 @@ impl Simulator {
             address: listener.local_addr()?,
             script: Mutex::new(options.script.clone()),
             log: Mutex::new(Log::default()),
-            options,
+            arrived: watch::Sender::new(0),
+            live: options.live,
+            api_key: Mutex::new(options.api_key),
         });
         let serve = serve(listener, router(simulator.clone()));
         Ok((simulator, serve))
@@ -89,13 +95,24 @@ impl Simulator {
         *locked(&self.script) = script;
     }
 
+    /// From now on, accepts this key and no other.
+    pub fn accept_only(&self, key: &str) {
+        *locked(&self.api_key) = Some(key.to_owned());
+    }
+
     /// The log, for reading.
     pub fn log(&self) -> MutexGuard<'_, Log> {
         locked(&self.log)
     }
 
+    /// Waits until that many POSTs have arrived in all.
+    pub async fn posts_arrived(&self, count: usize) {
+        // The sender is a part of `self`, so the wait cannot fail.
+        drop(self.arrived.subscribe().wait_for(|arrived| *arrived >= count).await);
+    }
+
     fn mode(&self) -> &'static str {
-        if self.options.live { "prod" } else { "test" }
+        if self.live { "prod" } else { "test" }
     }
 
     /// Key rules as its documentation has them: a missing key is 401, a wrong one 403.
@@ -105,11 +122,9 @@ impl Simulator {
         if key.is_empty() {
             return Some(rules::error(StatusCode::UNAUTHORIZED, Some(&["API Key is missing"])));
         }
-        let expected = match &self.options.api_key {
+        let expected = match &*locked(&self.api_key) {
             Some(expected) => key == expected,
-            None => {
-                key.starts_with("creem_") && key.starts_with("creem_test_") != self.options.live
-            }
+            None => key.starts_with("creem_") && key.starts_with("creem_test_") != self.live,
         };
         (!expected).then(|| rules::error(StatusCode::FORBIDDEN, None))
     }
@@ -213,6 +228,7 @@ async fn create(
         parsed.as_ref().and_then(|request| request.get("request_id")).and_then(Value::as_str);
     let (latency, fault) = locked(&simulator.script).draw(request_id.unwrap_or_default());
     let number = simulator.log().add_post(request_id.unwrap_or_default(), fault.as_ref(), &body);
+    simulator.arrived.send_modify(|arrived| *arrived += 1);
     if !latency.is_zero() {
         tokio::time::sleep(latency).await;
     }
@@ -285,7 +301,7 @@ impl Simulator {
                 whole(&entity)
             }
             Some(Kind::WrongMode) => {
-                entity["mode"] = json!(if self.options.live { "test" } else { "prod" });
+                entity["mode"] = json!(if self.live { "test" } else { "prod" });
                 whole(&entity)
             }
             Some(Kind::PlainUrl) => {

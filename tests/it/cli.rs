@@ -1,0 +1,144 @@
+//! The commands, as a user meets them.
+
+use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::process::{Command, Output, Stdio};
+
+use crate::support::{World, body};
+
+fn run(arguments: &[&str], environment: &BTreeMap<String, String>, input: &str) -> Output {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_checkout-worker"))
+        .args(arguments)
+        .env_clear()
+        .envs(environment)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    child.wait_with_output().unwrap()
+}
+
+async fn command(
+    arguments: &[&str],
+    environment: BTreeMap<String, String>,
+    input: &str,
+) -> (i32, String, String) {
+    let arguments: Vec<String> = arguments.iter().map(|&argument| argument.to_owned()).collect();
+    let input = input.to_owned();
+    let output = tokio::task::spawn_blocking(move || {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        run(&arguments, &environment, &input)
+    })
+    .await
+    .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+}
+
+#[tokio::test]
+async fn exit_codes_tell_usage_and_configuration_apart() {
+    let (code, _, error) = command(&["fly"], BTreeMap::new(), "").await;
+    assert_eq!(code, 2, "{error}");
+    let (code, _, error) = command(&["run"], BTreeMap::new(), "").await;
+    assert_eq!(code, 78);
+    assert!(error.contains("set CREEM_API_KEY"), "{error}");
+    let wrong = [
+        ("CREEM_API_KEY".to_owned(), "creem_test_canary".to_owned()),
+        ("CREEM_BASE_URL".to_owned(), "https://api.creem.io".to_owned()),
+        ("AMQP_URL".to_owned(), "amqp://guest:canary@/".to_owned()),
+        ("CHECKOUT_WORKER__RETRY__MAX_ATTEMPTS".to_owned(), "0".to_owned()),
+        ("CHECKOUT_WORKER__RETRY__MAX_ATTEMPS".to_owned(), "3".to_owned()),
+    ];
+    let (code, output, error) = command(&["check"], wrong.into(), "").await;
+    assert_eq!(code, 78);
+    assert!(error.contains("retry.max_attempts"), "{error}");
+    assert!(!format!("{output}{error}").contains("canary"), "{error}");
+    let (code, output, _) = command(&["--help"], BTreeMap::new(), "").await;
+    assert_eq!(code, 0);
+    for name in ["run", "check", "enqueue", "show"] {
+        assert!(output.contains(name));
+    }
+}
+
+#[tokio::test]
+async fn jobs_are_enqueued_from_flags_and_lines_and_their_replies_printed() {
+    let Some(world) = World::new("enqueue").await else { return };
+    let _worker = world.worker().await;
+    let flags = [
+        "enqueue",
+        "--wait",
+        "--request-id",
+        "order_1",
+        "--product-id",
+        "prod_1",
+        "--metadata",
+        "a=b",
+    ];
+    let (code, output, error) = command(&flags, world.environment(), "").await;
+    assert_eq!(code, 0, "{error}");
+    let reply: serde_json::Value = serde_json::from_str(output.trim()).unwrap();
+    assert_eq!(reply["status"], "succeeded");
+
+    let lines =
+        format!("{}\n\n{}\r\n{}", body("order_2"), body("order_3"), r#"{"request_id":"order_4"}"#);
+    let (code, output, error) =
+        command(&["enqueue", "-", "--wait", "--lane", "bulk"], world.environment(), &lines).await;
+    assert_eq!(code, 0, "{error}");
+    assert_eq!(output.lines().count(), 3, "{output}");
+    assert!(error.contains("3 jobs answered, 2 of them with a link"), "{error}");
+
+    let (code, output, _) = command(&["show", "order_1"], world.environment(), "").await;
+    assert_eq!(code, 0);
+    assert!(output.contains("succeeded") && output.contains("/checkout/prod_1/"), "{output}");
+    let (_, output, _) = command(&["show", "order_1", "--json"], world.environment(), "").await;
+    let shown: serde_json::Value = serde_json::from_str(&output).unwrap();
+    assert_eq!(
+        (shown["attempts"].clone(), shown["reply"]["status"].clone()),
+        (1.into(), "succeeded".into())
+    );
+    let (code, _, error) = command(&["show", "order_99"], world.environment(), "").await;
+    assert_eq!(code, 1);
+    assert!(error.contains("knows no test/order_99"), "{error}");
+}
+
+#[tokio::test]
+async fn a_wrong_job_by_hand_is_refused_before_it_is_sent() {
+    let Some(world) = World::new("enqueue_wrong").await else { return };
+    let flags = ["enqueue", "--request-id", "a b", "--product-id", "prod_1"];
+    let (code, _, error) = command(&flags, world.environment(), "").await;
+    assert_eq!(code, 2);
+    assert!(error.contains("request_id_charset"), "{error}");
+    let flags = ["enqueue", "--request-id", "a", "--product-id", "prod_1"];
+    let (code, _, error) = command(&flags, world.environment(), "").await;
+    assert_eq!(code, 1, "there is no queue yet");
+    assert!(error.contains("start the worker once"), "{error}");
+}
+
+#[tokio::test]
+async fn check_names_all_that_is_wrong_around_it_and_works_beside_a_worker() {
+    let Some(world) = World::new("check").await else { return };
+    let _worker = world.worker().await;
+    let (code, output, error) = command(&["check"], world.environment(), "").await;
+    assert_eq!(code, 0, "{output}{error}");
+    let (code, output, _) = command(&["check", "--ledger"], world.environment(), "").await;
+    assert_eq!(code, 0);
+    assert!(output.contains("no damage found"), "{output}");
+
+    let mut wrong = world.environment();
+    wrong.insert("AMQP_URL".into(), "amqp://guest:canary@127.0.0.1:1/".into());
+    world.simulator.accept_only("creem_test_other");
+    let (code, output, error) = command(&["check"], wrong, "").await;
+    assert_eq!(code, 1);
+    assert!(output.contains("WRONG    broker") && output.contains("WRONG    creem"), "{output}");
+    assert!(!format!("{output}{error}").contains("canary"), "{output}{error}");
+}
+
+#[tokio::test]
+async fn the_keys_never_show_in_the_process_list() {
+    let Some(world) = World::new("cmdline").await else { return };
+    let worker = world.worker().await;
+    let line = std::fs::read_to_string(format!("/proc/{}/cmdline", worker.pid)).unwrap();
+    assert!(!line.contains("canary"));
+}

@@ -1,0 +1,18 @@
+//! The integration tests, in one binary so that it links once.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::disallowed_methods,
+    clippy::print_stderr,
+    reason = "tests say what went wrong by panicking, and helpers of tests are not tests to clippy"
+)]
+
+mod architecture;
+mod cli;
+mod creem;
+mod faults;
+mod ledger;
+mod publisher;
+mod support;
+mod worker;

@@ -1,0 +1,119 @@
+//! The broker: the one at `TEST_AMQP_URL`, RabbitMQ 4 in a container where `TEST_BROKER=container`
+//! asks for it, and otherwise Debian's as a private process.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use testcontainers::core::{IntoContainerPort as _, WaitFor};
+use testcontainers::runners::AsyncRunner as _;
+use testcontainers::{ContainerAsync, GenericImage};
+use tokio::sync::OnceCell;
+
+/// The image that scripts/rabbitmq-image makes.
+const IMAGE: (&str, &str) = ("checkout-worker/rabbitmq", "4.3");
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn script() -> PathBuf {
+    root().join("scripts/broker")
+}
+
+/// The broker that most tests share; `None`, and the reason aloud, where none can be had.
+pub async fn shared(test: &str) -> Option<String> {
+    static URL: OnceCell<Result<String, String>> = OnceCell::const_new();
+    let url = URL
+        .get_or_init(|| async {
+            if let Ok(url) = std::env::var("TEST_AMQP_URL") {
+                return Ok(url);
+            }
+            if std::env::var("TEST_BROKER").as_deref() == Ok("container") {
+                return in_container().await;
+            }
+            let directory = root().join("target/test-broker");
+            tokio::task::spawn_blocking(move || run("start", &directory)).await.unwrap()
+        })
+        .await;
+    skipped(test, url.clone())
+}
+
+fn skipped(test: &str, url: Result<String, String>) -> Option<String> {
+    match url {
+        Ok(url) => Some(url),
+        Err(why) => {
+            assert!(std::env::var("CI").is_err(), "{test} needs a broker: {why}");
+            eprintln!("skipped: {test} needs a broker ({why}); `make test` sets one up");
+            None
+        }
+    }
+}
+
+async fn in_container() -> Result<String, String> {
+    static CONTAINER: OnceLock<ContainerAsync<GenericImage>> = OnceLock::new();
+    let container = container().await?;
+    let port = container.get_host_port_ipv4(5672).await.map_err(|error| error.to_string())?;
+    // Kept until the test binary ends; `make test` removes it by its label.
+    CONTAINER.set(container).map_err(|_| "started twice".to_owned())?;
+    Ok(format!("amqp://guest:guest@127.0.0.1:{port}/%2f"))
+}
+
+/// A RabbitMQ 4 of its own.
+pub async fn container() -> Result<ContainerAsync<GenericImage>, String> {
+    use testcontainers::ImageExt as _;
+    GenericImage::new(IMAGE.0, IMAGE.1)
+        .with_exposed_port(5672.tcp())
+        .with_wait_for(WaitFor::message_on_stdout("Server startup complete"))
+        .with_label("checkout-worker.test", "1")
+        .start()
+        .await
+        .map_err(|error| format!("no container: {error}"))
+}
+
+/// A private broker that a test may stop, kill and restart.
+pub struct Private {
+    directory: PathBuf,
+    pub url: String,
+}
+
+impl Private {
+    pub async fn start(test: &str) -> Option<Self> {
+        let directory = root().join("target").join(format!("test-broker-{test}"));
+        let at = directory.clone();
+        let url = tokio::task::spawn_blocking(move || run("start", &at)).await.unwrap();
+        skipped(test, url).map(|url| Self { directory, url })
+    }
+
+    /// `stop`, `start`, `kill`, `restart`.
+    pub async fn act(&self, verb: &'static str) {
+        let at = self.directory.clone();
+        tokio::task::spawn_blocking(move || run(verb, &at)).await.unwrap().unwrap();
+    }
+
+    pub async fn ctl(&self, arguments: &[&str]) {
+        let mut command = Command::new(script());
+        command.arg("ctl").arg(&self.directory).args(arguments);
+        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    }
+}
+
+impl Drop for Private {
+    fn drop(&mut self) {
+        drop(run("clean", &self.directory));
+    }
+}
+
+fn run(verb: &str, directory: &Path) -> Result<String, String> {
+    let output = Command::new(script())
+        .arg(verb)
+        .arg(directory)
+        .output()
+        .map_err(|error| format!("scripts/broker cannot be run: {error}"))?;
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    } else {
+        Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+    }
+}

@@ -1,0 +1,294 @@
+//! A world for a test: a real broker, a simulated Creem over real HTTP, and the real worker as a
+//! process of its own.
+
+pub mod broker;
+pub mod process;
+pub mod raw;
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use creem_checkout_worker::simulator::script::Script;
+use creem_checkout_worker::simulator::{Options, Simulator};
+use futures::StreamExt as _;
+use lapin::message::Delivery;
+use lapin::options::*;
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
+use serde_json::Value;
+use tempfile::TempDir;
+
+pub use process::Process;
+
+/// How long anything may take before a test calls it missing.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Waits for something that must come.
+pub async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, work)
+        .await
+        .unwrap_or_else(|_| panic!("{what}: nothing within {PATIENCE:?}"))
+}
+
+/// Asks again until it is so; for things outside this process that send no signal.
+pub async fn eventually<F: Future<Output = bool>>(what: &str, mut ask: impl FnMut() -> F) {
+    soon(what, async {
+        while !ask().await {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+}
+
+pub struct World {
+    pub prefix: String,
+    pub simulator: Arc<Simulator>,
+    pub connection: Connection,
+    pub channel: Channel,
+    pub directory: TempDir,
+    pub settings: BTreeMap<String, String>,
+    url: String,
+    serving: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+/// A reply or a parked message, read.
+pub struct Got {
+    pub body: Vec<u8>,
+    pub json: Value,
+    pub properties: BasicProperties,
+}
+
+impl Got {
+    fn new(delivery: Delivery) -> Self {
+        let json = serde_json::from_slice(&delivery.data).unwrap_or(Value::Null);
+        Self { body: delivery.data, json, properties: delivery.properties }
+    }
+
+    pub fn text(&self, pointer: &str) -> String {
+        self.json.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
+    }
+
+    pub fn status(&self) -> String {
+        self.text("/status")
+    }
+
+    pub fn correlation_id(&self) -> String {
+        self.properties.correlation_id().as_ref().map_or_else(String::new, |id| id.to_string())
+    }
+
+    pub fn header(&self, name: &str) -> Option<String> {
+        match self.properties.headers().as_ref()?.inner().get(name)? {
+            AMQPValue::LongString(text) => {
+                Some(String::from_utf8_lossy(text.as_bytes()).into_owned())
+            }
+            other => Some(format!("{other:?}")),
+        }
+    }
+}
+
+impl World {
+    /// A world on the shared broker, under names of its own; `None` where no broker can be had.
+    pub async fn new(test: &str) -> Option<Self> {
+        let url = broker::shared(test).await?;
+        Some(Self::on(url, test).await)
+    }
+
+    pub async fn on(url: String, test: &str) -> Self {
+        let any: SocketAddr = ([127, 0, 0, 1], 0).into();
+        let (simulator, serve) = Simulator::start(any, Options::default()).await.unwrap();
+        let properties = ConnectionProperties::default().with_connection_name(test.into());
+        let connection = soon("a connection", Connection::connect(&url, properties)).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+        let mut random = [0_u8; 4];
+        getrandom::fill(&mut random).unwrap();
+        let prefix = format!("t{:08x}.{test}", u32::from_le_bytes(random));
+        let prefix = prefix[..prefix.len().min(60)].to_owned();
+        Self {
+            prefix,
+            simulator,
+            connection,
+            channel,
+            directory: TempDir::new().unwrap(),
+            settings: BTreeMap::new(),
+            url,
+            serving: tokio::spawn(serve),
+        }
+    }
+
+    /// Changes a setting of the workers to come.
+    pub fn set(&mut self, key: &str, value: &str) -> &mut Self {
+        let name = format!("CHECKOUT_WORKER__{}", key.to_uppercase().replace('.', "__"));
+        self.settings.insert(name, value.to_owned());
+        self
+    }
+
+    pub fn script(&self, text: &str) {
+        self.simulator.set_script(Script::parse(text.as_bytes()).unwrap());
+    }
+
+    pub fn ledger(&self) -> PathBuf {
+        self.directory.path().join("ledger.db")
+    }
+
+    /// The environment of the worker and of commands beside it.
+    pub fn environment(&self) -> BTreeMap<String, String> {
+        let mut environment: BTreeMap<String, String> = [
+            ("AMQP_URL", self.url.clone()),
+            ("CREEM_API_KEY", "creem_test_canary".to_owned()),
+            ("CREEM_BASE_URL", self.simulator.url()),
+            ("LEDGER_URL", format!("sqlite:{}", self.ledger().display())),
+            ("CHECKOUT_WORKER__TOPOLOGY__PREFIX", self.prefix.clone()),
+            ("CHECKOUT_WORKER__HTTP__LISTEN", "127.0.0.1:0".to_owned()),
+            ("CHECKOUT_WORKER__LOG__FORMAT", "json".to_owned()),
+            ("CHECKOUT_WORKER__LOG__LEVEL", "debug".to_owned()),
+        ]
+        .map(|(name, value)| (name.to_owned(), value))
+        .into();
+        environment.extend(self.settings.clone());
+        environment
+    }
+
+    /// Starts a worker and waits until it consumes.
+    pub async fn worker(&self) -> Process {
+        let worker = self.worker_unready(&[]);
+        soon("the worker consumes", worker.logged("consuming")).await;
+        worker
+    }
+
+    /// Starts a worker.
+    pub fn worker_unready(&self, arguments: &[&str]) -> Process {
+        let mut all = vec!["run"];
+        all.extend(arguments);
+        Process::start(&all, &self.environment())
+    }
+
+    pub fn queue(&self, name: &str) -> String {
+        format!("{}.{name}", self.prefix)
+    }
+
+    pub async fn publish(&self, body: impl AsRef<[u8]>, properties: BasicProperties) {
+        self.publish_to(&self.queue("jobs"), body, properties).await;
+    }
+
+    pub async fn publish_to(
+        &self,
+        queue: &str,
+        body: impl AsRef<[u8]>,
+        properties: BasicProperties,
+    ) {
+        let options = BasicPublishOptions { mandatory: true, immediate: false };
+        let confirm = self
+            .channel
+            .basic_publish("".into(), queue.into(), options, body.as_ref(), properties)
+            .await
+            .unwrap();
+        let confirmation = soon("a confirm", confirm).await.unwrap();
+        assert!(confirmation.is_ack() && confirmation.take_message().is_none(), "{queue} took it");
+    }
+
+    /// A job whose confirm may come late, because the broker has blocked publishing.
+    pub async fn publish_unconfirmed(&self, request_id: &str) {
+        let options = BasicPublishOptions { mandatory: true, immediate: false };
+        let queue = self.queue("jobs");
+        let text = body(request_id);
+        let sent = self.channel.basic_publish(
+            "".into(),
+            queue.as_str().into(),
+            options,
+            text.as_bytes(),
+            persistent(),
+        );
+        drop(soon("a publish", sent).await.unwrap());
+    }
+
+    /// New connections of the test's own, after the broker was away.
+    pub async fn reconnect(mut self, url: &str) -> Self {
+        soon("the broker is back", async {
+            loop {
+                let properties = ConnectionProperties::default();
+                match Connection::connect(url, properties).await {
+                    Ok(connection) => {
+                        self.channel = connection.create_channel().await.unwrap();
+                        self.connection = connection;
+                        let select = ConfirmSelectOptions::default();
+                        return self.channel.confirm_select(select).await.unwrap();
+                    }
+                    Err(_) => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
+                }
+            }
+        })
+        .await;
+        self
+    }
+
+    /// A job with a minimal body.
+    pub async fn job(&self, request_id: &str) {
+        self.publish(body(request_id), persistent()).await;
+    }
+
+    /// Consumes a queue with automatic acks.
+    pub async fn consume(&self, queue: &str) -> Consumer {
+        let channel = self.connection.create_channel().await.unwrap();
+        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+        channel
+            .basic_consume(queue.into(), "".into(), options, FieldTable::default())
+            .await
+            .unwrap()
+    }
+
+    pub async fn replies(&self) -> Consumer {
+        self.consume(&self.queue("replies")).await
+    }
+
+    pub async fn dead(&self) -> Consumer {
+        self.consume(&self.queue("dead")).await
+    }
+
+    /// How many messages wait in a queue.
+    pub async fn depth(&self, name: &str) -> u32 {
+        let channel = self.connection.create_channel().await.unwrap();
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+        let queue = channel
+            .queue_declare(self.queue(name).as_str().into(), options, FieldTable::default())
+            .await
+            .unwrap();
+        queue.message_count()
+    }
+
+    pub fn sessions(&self) -> usize {
+        self.simulator.log().sessions().len()
+    }
+
+    pub fn posts(&self) -> usize {
+        self.simulator.log().posts().len()
+    }
+}
+
+/// The next message of a consumer.
+pub async fn next(consumer: &mut Consumer) -> Got {
+    Got::new(soon("a message", consumer.next()).await.expect("the consumer lives").unwrap())
+}
+
+pub fn body(request_id: &str) -> String {
+    format!(r#"{{"request_id":"{request_id}","product_id":"prod_1"}}"#)
+}
+
+pub fn persistent() -> BasicProperties {
+    BasicProperties::default().with_delivery_mode(2)
+}
+
+pub fn header(name: &str, value: &str) -> BasicProperties {
+    let mut headers = FieldTable::default();
+    headers.insert(name.into(), AMQPValue::LongString(value.into()));
+    persistent().with_headers(headers)
+}
