@@ -35,6 +35,37 @@ use intake::{Intake, Read};
 use journey::{Journey, Verdict};
 use settle::{Settler, Summary};
 
+/// After this long a session is taken for a good one.
+const LONG_SESSION: Duration = Duration::from_secs(30);
+
+/// Whether deliveries are taken one at a time, because one of them breaks the connection.
+///
+/// A message that lapin cannot read ends the connection, and the broker counts that against
+/// every delivery that was out. One at a time, it is counted against the culprit alone, which
+/// the delivery limit then takes away.
+#[derive(Debug, Default)]
+struct Care {
+    garbled: bool,
+    short: u32,
+}
+
+impl Care {
+    fn needed(&self) -> bool {
+        self.garbled || self.short >= 3
+    }
+
+    /// Learns from a session's end. Often the real reason shows only as a session that is over
+    /// before it has begun.
+    fn note(&mut self, ended: &LinkError, lasted: Duration) {
+        if lasted >= LONG_SESSION {
+            *self = Self::default();
+        } else {
+            self.garbled |= matches!(ended, LinkError::Garbled(_));
+            self.short += 1;
+        }
+    }
+}
+
 /// A lane and how many of its jobs may be in the works at once.
 #[derive(Debug, Clone, Copy)]
 pub struct LaneSize {
@@ -143,7 +174,7 @@ impl Shared {
     /// Session after session, until the stop; the last one is drained.
     async fn keep_sessions(self: Arc<Self>) {
         let mut failures = 0;
-        let mut careful = false;
+        let mut care = Care::default();
         while !self.stop.is_cancelled() {
             let opened = tokio::select! {
                 opened = self.open_session() => opened,
@@ -152,15 +183,15 @@ impl Shared {
             let reason = match opened {
                 Ok(session) => {
                     let began = Instant::now();
-                    let ended = self.serve(&session, careful).await;
+                    let ended = self.serve(&session, care.needed()).await;
                     self.not_consuming("the session with the broker is over");
                     if self.stop.is_cancelled() {
                         self.drain(&session).await;
                         return;
                     }
                     session.close().await;
-                    careful = matches!(ended, LinkError::Garbled(_));
-                    if began.elapsed() > Duration::from_secs(30) {
+                    care.note(&ended, began.elapsed());
+                    if began.elapsed() > LONG_SESSION {
                         failures = 0;
                     }
                     ended.to_string()
@@ -224,7 +255,13 @@ impl Shared {
             lanes.spawn(lane.run(intake));
         }
         self.consuming();
-        let reason = match lanes.join_next().await {
+        let ended = tokio::select! {
+            ended = lanes.join_next() => ended,
+            () = tokio::time::sleep(LONG_SESSION), if careful => {
+                Some(Ok(Some(LinkError::Broken("taking many deliveries at a time again".to_owned()))))
+            }
+        };
+        let reason = match ended {
             Some(Ok(Some(error))) => error,
             Some(Ok(None)) | None => LinkError::Broken("stopping".to_owned()),
             Some(Err(error)) => LinkError::Broken(format!("a lane's task died: {error}")),
@@ -235,8 +272,23 @@ impl Shared {
         } else {
             session.over.cancel();
             lanes.shutdown().await;
+            self.adopt().await;
         }
         reason
+    }
+
+    /// Takes note, once, that a new ledger serves. From the end of its first session on, what is
+    /// redelivered may be what this worker itself had taken.
+    async fn adopt(&self) {
+        let ledger = &self.worker.journey.ledger;
+        if !ledger.identity().empty || self.fatal.borrow().is_some() {
+            return;
+        }
+        let adopt = || async {
+            // A ledger that cannot be written pauses the job that follows, and says so.
+            drop(ledger.execute(Command::Adopt(true)).await);
+        };
+        self.adopted.get_or_init(adopt).await;
     }
 
     fn consuming(&self) {
@@ -386,20 +438,14 @@ impl LaneLoop {
 
     /// Holds the empty-ledger guard, and takes note once that the ledger serves.
     async fn may_serve(&self, delivery: &Delivery) -> bool {
-        let ledger = &self.shared.worker.journey.ledger;
         if self.fresh && delivery.redelivered {
             // Until an operator has decided, the next start must ask again.
+            let ledger = &self.shared.worker.journey.ledger;
             drop(ledger.execute(Command::Adopt(false)).await);
             self.shared.end(Fatal::EmptyLedger);
             return false;
         }
-        if ledger.identity().empty {
-            let adopt = || async {
-                // A ledger that cannot be written pauses the job that follows, and says so.
-                drop(ledger.execute(Command::Adopt(true)).await);
-            };
-            self.shared.adopted.get_or_init(adopt).await;
-        }
+        self.shared.adopt().await;
         true
     }
 }

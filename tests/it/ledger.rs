@@ -15,12 +15,12 @@ use tempfile::TempDir;
 
 const START: i64 = 1_795_370_400_000;
 
-pub fn key(id: &str) -> Key {
+pub(crate) fn key(id: &str) -> Key {
     Key { mode: Mode::Test, request_id: RequestId::parse(id).unwrap() }
 }
 
 /// The row of a test job, read beside the worker.
-pub fn row(path: &Path, id: &str) -> Row {
+pub(crate) fn row(path: &Path, id: &str) -> Row {
     Inspector::open(path).unwrap().row(&key(id)).unwrap().expect("the ledger has a row")
 }
 
@@ -83,7 +83,7 @@ impl Bench {
         }
     }
 
-    fn request(&self, claimant: Claimant) -> ClaimRequest {
+    fn request(claimant: Claimant) -> ClaimRequest {
         ClaimRequest { claimant, token: token(), lease: Duration::from_secs(25), max_attempts: 8 }
     }
 
@@ -92,14 +92,13 @@ impl Bench {
     }
 
     async fn claim_as(&self, claimant: Claimant) -> Claim {
-        self.ledger().claim(self.request(claimant)).await.unwrap()
+        self.ledger().claim(Self::request(claimant)).await.unwrap()
     }
 
     async fn lease(&self, id: &str) -> Lease {
-        match self.claim(id).await {
-            Claim::Granted(lease) => lease,
-            other => panic!("{other:?}"),
-        }
+        let claim = self.claim(id).await;
+        let Claim::Granted(lease) = claim else { panic!("{claim:?}") };
+        lease
     }
 
     async fn settle(&self, id: &str, lease: Lease, attempt: Attempt, next: Next) -> Settle {
@@ -110,10 +109,9 @@ impl Bench {
 
     async fn end(&self, id: &str, ending: Ending) -> Stored {
         let lease = self.lease(id).await;
-        match self.settle(id, lease, Attempt::Known, Next::End(ending)).await {
-            Settle::Ended(stored) => stored,
-            other => panic!("{other:?}"),
-        }
+        let settle = self.settle(id, lease, Attempt::Known, Next::End(ending)).await;
+        let Settle::Ended(stored) = settle else { panic!("{settle:?}") };
+        stored
     }
 
     async fn close(&self, id: &str, ending: Ending) -> Claim {
@@ -213,7 +211,7 @@ async fn a_zombie_may_neither_end_nor_delay_a_job_that_is_settled() {
 #[tokio::test]
 async fn a_claim_or_settle_asked_twice_counts_once() {
     let bench = Bench::new(OnUnknown::Retry);
-    let request = bench.request(bench.claimant("a", 1));
+    let request = Bench::request(bench.claimant("a", 1));
     let first = bench.ledger().claim(request.clone()).await.unwrap();
     assert_eq!(bench.ledger().claim(request).await.unwrap(), first);
     let Claim::Granted(lease) = first else { panic!("{first:?}") };
@@ -420,24 +418,18 @@ async fn a_second_worker_on_the_same_file_is_refused_while_readers_are_not() {
 fn what_is_not_this_programs_ledger_is_refused_and_left_as_it_was() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("ledger.db");
-    let cases: [(&str, Box<dyn Fn()>); 4] = [
-        ("empty", Box::new(|| std::fs::write(&path, "").unwrap())),
-        ("garbage", Box::new(|| std::fs::write(&path, "x".repeat(5000)).unwrap())),
-        (
-            "foreign",
-            Box::new(|| {
-                let other = rusqlite::Connection::open(&path).unwrap();
-                other.execute_batch("CREATE TABLE theirs (x)").unwrap();
-            }),
-        ),
-        (
-            "newer",
-            Box::new(|| {
-                drop(open(&path).unwrap());
-                let other = rusqlite::Connection::open(&path).unwrap();
-                other.pragma_update(None, "user_version", 99).unwrap();
-            }),
-        ),
+    let cases: [(&str, &dyn Fn()); 4] = [
+        ("empty", &|| std::fs::write(&path, "").unwrap()),
+        ("garbage", &|| std::fs::write(&path, "x".repeat(5000)).unwrap()),
+        ("foreign", &|| {
+            let other = rusqlite::Connection::open(&path).unwrap();
+            other.execute_batch("CREATE TABLE theirs (x)").unwrap();
+        }),
+        ("newer", &|| {
+            drop(open(&path).unwrap());
+            let other = rusqlite::Connection::open(&path).unwrap();
+            other.pragma_update(None, "user_version", 99).unwrap();
+        }),
     ];
     for (name, prepare) in cases {
         for suffix in ["", "-wal", "-shm"] {
@@ -463,7 +455,7 @@ async fn a_damaged_row_is_noticed_when_it_is_read_and_by_the_check() {
         .unwrap();
     drop(connection);
     bench.reopen();
-    let request = bench.request(bench.claimant("a", 1));
+    let request = Bench::request(bench.claimant("a", 1));
     let error = bench.ledger().claim(request).await.unwrap_err();
     assert!(matches!(&error, LedgerError::Damaged(text) if text.contains("test/a")), "{error}");
     assert!(matches!(bench.claim("b").await, Claim::Settled(_)), "the next job is served");
@@ -506,7 +498,7 @@ async fn a_ledger_that_cannot_write_is_unavailable_and_counts_nothing() {
     bench.end("a", link("ch_1")).await;
     let limit = rusqlite::Connection::open(bench.path()).unwrap();
     limit.execute_batch("BEGIN IMMEDIATE").unwrap();
-    let request = bench.request(bench.claimant("b", 1));
+    let request = Bench::request(bench.claimant("b", 1));
     let error = bench.ledger().claim(request.clone()).await.unwrap_err();
     assert!(matches!(error, LedgerError::Unavailable(_)), "{error}");
     limit.execute_batch("ROLLBACK").unwrap();

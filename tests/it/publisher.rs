@@ -44,7 +44,7 @@ async fn every_unroutable_publish_is_known_and_no_routed_one_is_accused() {
     let keep = tokio::spawn(keep);
     let topology = Topology::new(&world.prefix, None, "");
     let nowhere = world.queue("nowhere");
-    let mut publishes = FuturesUnordered::new();
+    let mut in_flight = FuturesUnordered::new();
     let (mut wrong, mut done) = (0, 0);
     for number in 0..PUBLISHES {
         let lost = number % 10 == 0;
@@ -56,13 +56,13 @@ async fn every_unroutable_publish_is_known_and_no_routed_one_is_accused() {
         let message =
             Message::reply(&topology, &envelope, None, Arc::from(&b"{}"[..]), &id, 0).unwrap();
         let publisher = publisher.clone();
-        publishes
+        in_flight
             .push(async move { (lost, publisher.publish(Class::Replies, message).await.unwrap()) });
-        if publishes.len() >= 256 || number + 1 == PUBLISHES {
-            while let Some((lost, published)) = soon("a confirm", publishes.next()).await {
+        if in_flight.len() >= 256 || number + 1 == PUBLISHES {
+            while let Some((lost, published)) = soon("a confirm", in_flight.next()).await {
                 done += 1;
                 wrong += usize::from(matches!(published, Published::Returned(_)) != lost);
-                if publishes.len() < 128 && number + 1 < PUBLISHES {
+                if in_flight.len() < 128 && number + 1 < PUBLISHES {
                     break;
                 }
             }

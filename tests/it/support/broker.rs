@@ -1,7 +1,6 @@
 //! The broker: the one at `TEST_AMQP_URL`, RabbitMQ 4 in a container where `TEST_BROKER=container`
 //! asks for it, and otherwise Debian's as a private process.
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -10,19 +9,13 @@ use testcontainers::runners::AsyncRunner as _;
 use testcontainers::{ContainerAsync, GenericImage};
 use tokio::sync::OnceCell;
 
+use super::private_broker::{Private, root, run, script, skipped};
+
 /// The image that scripts/rabbitmq-image makes.
 const IMAGE: (&str, &str) = ("checkout-worker/rabbitmq", "4.3");
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn script() -> PathBuf {
-    root().join("scripts/broker")
-}
-
 /// The broker that most tests share; `None`, and the reason aloud, where none can be had.
-pub async fn shared(test: &str) -> Option<String> {
+pub(crate) async fn shared(test: &str) -> Option<String> {
     static URL: OnceCell<Result<String, String>> = OnceCell::const_new();
     let url = URL
         .get_or_init(|| async {
@@ -39,17 +32,6 @@ pub async fn shared(test: &str) -> Option<String> {
     skipped(test, url.clone())
 }
 
-fn skipped(test: &str, url: Result<String, String>) -> Option<String> {
-    match url {
-        Ok(url) => Some(url),
-        Err(why) => {
-            assert!(std::env::var("CI").is_err(), "{test} needs a broker: {why}");
-            eprintln!("skipped: {test} needs a broker ({why}); `make test` sets one up");
-            None
-        }
-    }
-}
-
 async fn in_container() -> Result<String, String> {
     static CONTAINER: OnceLock<ContainerAsync<GenericImage>> = OnceLock::new();
     let container = container().await?;
@@ -60,7 +42,7 @@ async fn in_container() -> Result<String, String> {
 }
 
 /// A RabbitMQ 4 of its own.
-pub async fn container() -> Result<ContainerAsync<GenericImage>, String> {
+pub(crate) async fn container() -> Result<ContainerAsync<GenericImage>, String> {
     use testcontainers::ImageExt as _;
     GenericImage::new(IMAGE.0, IMAGE.1)
         .with_exposed_port(5672.tcp())
@@ -71,49 +53,10 @@ pub async fn container() -> Result<ContainerAsync<GenericImage>, String> {
         .map_err(|error| format!("no container: {error}"))
 }
 
-/// A private broker that a test may stop, kill and restart.
-pub struct Private {
-    directory: PathBuf,
-    pub url: String,
-}
-
-impl Private {
-    pub async fn start(test: &str) -> Option<Self> {
-        let directory = root().join("target").join(format!("test-broker-{test}"));
-        let at = directory.clone();
-        let url = tokio::task::spawn_blocking(move || run("start", &at)).await.unwrap();
-        skipped(test, url).map(|url| Self { directory, url })
-    }
-
-    /// `stop`, `start`, `kill`, `restart`.
-    pub async fn act(&self, verb: &'static str) {
-        let at = self.directory.clone();
-        tokio::task::spawn_blocking(move || run(verb, &at)).await.unwrap().unwrap();
-    }
-
-    pub async fn ctl(&self, arguments: &[&str]) {
-        let mut command = Command::new(script());
-        command.arg("ctl").arg(&self.directory).args(arguments);
-        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    }
-}
-
-impl Drop for Private {
-    fn drop(&mut self) {
-        drop(run("clean", &self.directory));
-    }
-}
-
-fn run(verb: &str, directory: &Path) -> Result<String, String> {
-    let output = Command::new(script())
-        .arg(verb)
-        .arg(directory)
-        .output()
-        .map_err(|error| format!("scripts/broker cannot be run: {error}"))?;
-    if output.status.success() {
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    } else {
-        Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
-    }
+/// Asks the administrator's tool of a private broker.
+pub(crate) async fn ctl(broker: &Private, arguments: &[&str]) {
+    let mut command = Command::new(script());
+    command.arg("ctl").arg(&broker.directory).args(arguments);
+    let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -1,9 +1,10 @@
 //! A world for a test: a real broker, a simulated Creem over real HTTP, and the real worker as a
 //! process of its own.
 
-pub mod broker;
-pub mod process;
-pub mod raw;
+pub(crate) mod broker;
+pub(crate) mod private_broker;
+pub(crate) mod process;
+pub(crate) mod raw;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -21,20 +22,20 @@ use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer
 use serde_json::Value;
 use tempfile::TempDir;
 
-pub use process::Process;
+pub(crate) use process::Process;
 
 /// How long anything may take before a test calls it missing.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// Waits for something that must come.
-pub async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
+pub(crate) async fn soon<T>(what: &str, work: impl Future<Output = T>) -> T {
     tokio::time::timeout(PATIENCE, work)
         .await
         .unwrap_or_else(|_| panic!("{what}: nothing within {PATIENCE:?}"))
 }
 
 /// Asks again until it is so; for things outside this process that send no signal.
-pub async fn eventually<F: Future<Output = bool>>(what: &str, mut ask: impl FnMut() -> F) {
+pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut ask: impl FnMut() -> F) {
     soon(what, async {
         while !ask().await {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -43,13 +44,13 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut ask: impl FnMu
     .await;
 }
 
-pub struct World {
-    pub prefix: String,
-    pub simulator: Arc<Simulator>,
-    pub connection: Connection,
-    pub channel: Channel,
-    pub directory: TempDir,
-    pub settings: BTreeMap<String, String>,
+pub(crate) struct World {
+    pub(crate) prefix: String,
+    pub(crate) simulator: Arc<Simulator>,
+    pub(crate) connection: Connection,
+    pub(crate) channel: Channel,
+    pub(crate) directory: TempDir,
+    pub(crate) settings: BTreeMap<String, String>,
     url: String,
     serving: tokio::task::JoinHandle<()>,
 }
@@ -61,10 +62,10 @@ impl Drop for World {
 }
 
 /// A reply or a parked message, read.
-pub struct Got {
-    pub body: Vec<u8>,
-    pub json: Value,
-    pub properties: BasicProperties,
+pub(crate) struct Got {
+    pub(crate) body: Vec<u8>,
+    pub(crate) json: Value,
+    pub(crate) properties: BasicProperties,
 }
 
 impl Got {
@@ -73,36 +74,33 @@ impl Got {
         Self { body: delivery.data, json, properties: delivery.properties }
     }
 
-    pub fn text(&self, pointer: &str) -> String {
+    pub(crate) fn text(&self, pointer: &str) -> String {
         self.json.pointer(pointer).and_then(Value::as_str).unwrap_or_default().to_owned()
     }
 
-    pub fn status(&self) -> String {
+    pub(crate) fn status(&self) -> String {
         self.text("/status")
     }
 
-    pub fn correlation_id(&self) -> String {
-        self.properties.correlation_id().as_ref().map_or_else(String::new, |id| id.to_string())
+    pub(crate) fn correlation_id(&self) -> String {
+        self.properties.correlation_id().as_ref().map_or_else(String::new, ToString::to_string)
     }
 
-    pub fn header(&self, name: &str) -> Option<String> {
-        match self.properties.headers().as_ref()?.inner().get(name)? {
-            AMQPValue::LongString(text) => {
-                Some(String::from_utf8_lossy(text.as_bytes()).into_owned())
-            }
-            other => Some(format!("{other:?}")),
-        }
+    pub(crate) fn header(&self, name: &str) -> Option<String> {
+        let value = self.properties.headers().as_ref()?.inner().get(name)?;
+        let AMQPValue::LongString(text) = value else { return Some(format!("{value:?}")) };
+        Some(String::from_utf8_lossy(text.as_bytes()).into_owned())
     }
 }
 
 impl World {
     /// A world on the shared broker, under names of its own; `None` where no broker can be had.
-    pub async fn new(test: &str) -> Option<Self> {
+    pub(crate) async fn new(test: &str) -> Option<Self> {
         let url = broker::shared(test).await?;
         Some(Self::on(url, test).await)
     }
 
-    pub async fn on(url: String, test: &str) -> Self {
+    pub(crate) async fn on(url: String, test: &str) -> Self {
         let any: SocketAddr = ([127, 0, 0, 1], 0).into();
         let (simulator, serve) = Simulator::start(any, Options::default()).await.unwrap();
         let properties = ConnectionProperties::default().with_connection_name(test.into());
@@ -126,22 +124,22 @@ impl World {
     }
 
     /// Changes a setting of the workers to come.
-    pub fn set(&mut self, key: &str, value: &str) -> &mut Self {
+    pub(crate) fn set(&mut self, key: &str, value: &str) -> &mut Self {
         let name = format!("CHECKOUT_WORKER__{}", key.to_uppercase().replace('.', "__"));
         self.settings.insert(name, value.to_owned());
         self
     }
 
-    pub fn script(&self, text: &str) {
+    pub(crate) fn script(&self, text: &str) {
         self.simulator.set_script(Script::parse(text.as_bytes()).unwrap());
     }
 
-    pub fn ledger(&self) -> PathBuf {
+    pub(crate) fn ledger(&self) -> PathBuf {
         self.directory.path().join("ledger.db")
     }
 
     /// The environment of the worker and of commands beside it.
-    pub fn environment(&self) -> BTreeMap<String, String> {
+    pub(crate) fn environment(&self) -> BTreeMap<String, String> {
         let mut environment: BTreeMap<String, String> = [
             ("AMQP_URL", self.url.clone()),
             ("CREEM_API_KEY", "creem_test_canary".to_owned()),
@@ -159,28 +157,28 @@ impl World {
     }
 
     /// Starts a worker and waits until it consumes.
-    pub async fn worker(&self) -> Process {
+    pub(crate) async fn worker(&self) -> Process {
         let worker = self.worker_unready(&[]);
         soon("the worker consumes", worker.logged("consuming")).await;
         worker
     }
 
     /// Starts a worker.
-    pub fn worker_unready(&self, arguments: &[&str]) -> Process {
+    pub(crate) fn worker_unready(&self, arguments: &[&str]) -> Process {
         let mut all = vec!["run"];
         all.extend(arguments);
         Process::start(&all, &self.environment())
     }
 
-    pub fn queue(&self, name: &str) -> String {
+    pub(crate) fn queue(&self, name: &str) -> String {
         format!("{}.{name}", self.prefix)
     }
 
-    pub async fn publish(&self, body: impl AsRef<[u8]>, properties: BasicProperties) {
+    pub(crate) async fn publish(&self, body: impl AsRef<[u8]>, properties: BasicProperties) {
         self.publish_to(&self.queue("jobs"), body, properties).await;
     }
 
-    pub async fn publish_to(
+    pub(crate) async fn publish_to(
         &self,
         queue: &str,
         body: impl AsRef<[u8]>,
@@ -197,7 +195,7 @@ impl World {
     }
 
     /// A job whose confirm may come late, because the broker has blocked publishing.
-    pub async fn publish_unconfirmed(&self, request_id: &str) {
+    pub(crate) async fn publish_unconfirmed(&self, request_id: &str) {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
         let queue = self.queue("jobs");
         let text = body(request_id);
@@ -212,7 +210,7 @@ impl World {
     }
 
     /// New connections of the test's own, after the broker was away.
-    pub async fn reconnect(mut self, url: &str) -> Self {
+    pub(crate) async fn reconnect(mut self, url: &str) -> Self {
         soon("the broker is back", async {
             loop {
                 let properties = ConnectionProperties::default();
@@ -232,12 +230,12 @@ impl World {
     }
 
     /// A job with a minimal body.
-    pub async fn job(&self, request_id: &str) {
+    pub(crate) async fn job(&self, request_id: &str) {
         self.publish(body(request_id), persistent()).await;
     }
 
     /// Consumes a queue with automatic acks.
-    pub async fn consume(&self, queue: &str) -> Consumer {
+    pub(crate) async fn consume(&self, queue: &str) -> Consumer {
         let channel = self.connection.create_channel().await.unwrap();
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
         channel
@@ -246,16 +244,16 @@ impl World {
             .unwrap()
     }
 
-    pub async fn replies(&self) -> Consumer {
+    pub(crate) async fn replies(&self) -> Consumer {
         self.consume(&self.queue("replies")).await
     }
 
-    pub async fn dead(&self) -> Consumer {
+    pub(crate) async fn dead(&self) -> Consumer {
         self.consume(&self.queue("dead")).await
     }
 
     /// How many messages wait in a queue.
-    pub async fn depth(&self, name: &str) -> u32 {
+    pub(crate) async fn depth(&self, name: &str) -> u32 {
         let channel = self.connection.create_channel().await.unwrap();
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
         let queue = channel
@@ -265,29 +263,29 @@ impl World {
         queue.message_count()
     }
 
-    pub fn sessions(&self) -> usize {
+    pub(crate) fn sessions(&self) -> usize {
         self.simulator.log().sessions().len()
     }
 
-    pub fn posts(&self) -> usize {
+    pub(crate) fn posts(&self) -> usize {
         self.simulator.log().posts().len()
     }
 }
 
 /// The next message of a consumer.
-pub async fn next(consumer: &mut Consumer) -> Got {
+pub(crate) async fn next(consumer: &mut Consumer) -> Got {
     Got::new(soon("a message", consumer.next()).await.expect("the consumer lives").unwrap())
 }
 
-pub fn body(request_id: &str) -> String {
+pub(crate) fn body(request_id: &str) -> String {
     format!(r#"{{"request_id":"{request_id}","product_id":"prod_1"}}"#)
 }
 
-pub fn persistent() -> BasicProperties {
+pub(crate) fn persistent() -> BasicProperties {
     BasicProperties::default().with_delivery_mode(2)
 }
 
-pub fn header(name: &str, value: &str) -> BasicProperties {
+pub(crate) fn header(name: &str, value: &str) -> BasicProperties {
     let mut headers = FieldTable::default();
     headers.insert(name.into(), AMQPValue::LongString(value.into()));
     persistent().with_headers(headers)

@@ -11,15 +11,15 @@ use tokio::sync::watch;
 
 use super::soon;
 
-pub struct Process {
+pub(crate) struct Process {
     child: Child,
-    pub pid: i32,
+    pub(crate) pid: i32,
     lines: Arc<Mutex<Vec<String>>>,
     count: watch::Receiver<usize>,
 }
 
 impl Process {
-    pub fn start(arguments: &[&str], environment: &BTreeMap<String, String>) -> Self {
+    pub(crate) fn start(arguments: &[&str], environment: &BTreeMap<String, String>) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_checkout-worker"))
             .args(arguments)
             .env_clear()
@@ -45,7 +45,7 @@ impl Process {
         Self { child, pid, lines, count }
     }
 
-    pub fn log(&self) -> Vec<String> {
+    pub(crate) fn log(&self) -> Vec<String> {
         self.lines.lock().unwrap().clone()
     }
 
@@ -57,7 +57,7 @@ impl Process {
     }
 
     /// Waits for a log event.
-    pub async fn event(&self, fits: impl Fn(&Value) -> bool) -> Value {
+    pub(crate) async fn event(&self, fits: impl Fn(&Value) -> bool) -> Value {
         let mut count = self.count.clone();
         loop {
             if let Some(event) = self.find(&fits) {
@@ -76,24 +76,24 @@ impl Process {
     }
 
     /// Waits for an event whose message contains a text.
-    pub async fn logged(&self, text: &str) -> Value {
+    pub(crate) async fn logged(&self, text: &str) -> Value {
         self.event(|event| event["message"].as_str().is_some_and(|message| message.contains(text)))
             .await
     }
 
-    pub async fn http(&self) -> String {
+    pub(crate) async fn http(&self) -> String {
         let event = soon("the address", self.logged("starting")).await;
         event["http"].as_str().unwrap().to_owned()
     }
 
     /// GETs a path of the worker's own HTTP server.
-    pub async fn get(&self, path: &str) -> (u16, String) {
+    pub(crate) async fn get(&self, path: &str) -> (u16, String) {
         let url = format!("http://{}{path}", self.http().await);
         let response = reqwest::get(url).await.unwrap();
         (response.status().as_u16(), response.text().await.unwrap())
     }
 
-    pub fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let status = std::process::Command::new("kill")
             .args([format!("-{name}"), self.pid.to_string()])
             .status()
@@ -102,12 +102,12 @@ impl Process {
     }
 
     /// Kills it without a warning.
-    pub async fn kill(mut self) {
+    pub(crate) async fn kill(mut self) {
         self.child.kill().await.unwrap();
     }
 
     /// Waits for its end; the exit code.
-    pub async fn ended(&mut self) -> i32 {
+    pub(crate) async fn ended(&mut self) -> i32 {
         soon("the worker ends", self.child.wait()).await.unwrap().code().unwrap_or(-1)
     }
 }

@@ -34,7 +34,7 @@ async fn answer(stream: &mut TcpStream) -> Vec<u8> {
 }
 
 /// Publishes a job whose `correlation_id` is not UTF-8.
-pub async fn publish_garbled(world: &World) {
+pub(crate) async fn publish_garbled(world: &World) {
     let uri: AMQPUri = world.environment()["AMQP_URL"].parse().unwrap();
     let address = (uri.authority.host.as_str(), uri.authority.port);
     soon("a publish by hand", async {
