@@ -36,6 +36,10 @@ enum Command {
     Enqueue(Box<enqueue::Arguments>),
     /// Tell what the ledger knows of one `request_id`.
     Show(show::Arguments),
+    /// Delete the queues and exchanges under `topology.prefix`, messages included; for demos and
+    /// tests, and refused for the default prefix.
+    #[command(hide = true)]
+    RemoveTopology,
 }
 
 /// Why a command failed, by exit code.
@@ -71,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Check(command) => check::run(file, command),
         Command::Enqueue(command) => enqueue::run(file, command),
         Command::Show(command) => show::run(file, command),
+        Command::RemoveTopology => remove_topology(file),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -89,6 +94,20 @@ pub fn main() -> ExitCode {
             ExitCode::from(78)
         }
     }
+}
+
+fn remove_topology(file: Option<&std::path::Path>) -> Outcome {
+    let settings = resolved_without_key(file, None)?;
+    if settings.topology.dead() == "checkout.dead" {
+        let text = "the queues of the default prefix may hold real jobs and are never deleted";
+        return Err(Failure::Usage(text.to_owned()));
+    }
+    block_on(async {
+        let name = "checkout-worker remove-topology";
+        let connection = crate::rabbit::link::connect(&settings.amqp, name).await?;
+        settings.topology.delete(&connection).await?;
+        Ok(())
+    })?
 }
 
 /// One line on standard error.

@@ -9,7 +9,10 @@
 
 use std::time::Duration;
 
-use lapin::options::{ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{
+    ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
+};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
 
@@ -199,6 +202,23 @@ impl Topology {
                     FieldTable::default(),
                 )
                 .await?;
+        }
+        Ok(())
+    }
+
+    /// Deletes everything, messages included.
+    ///
+    /// # Errors
+    /// If the broker says no.
+    pub async fn delete(&self, connection: &Connection) -> Result<(), LinkError> {
+        let channel = connection.create_channel().await?;
+        for queue in self.queues() {
+            let options = QueueDeleteOptions { if_unused: false, if_empty: false, nowait: false };
+            channel.queue_delete(short(&queue.name)?, options).await?;
+        }
+        for exchange in self.exchanges() {
+            let options = ExchangeDeleteOptions { if_unused: false, nowait: false };
+            channel.exchange_delete(short(&exchange)?, options).await?;
         }
         Ok(())
     }

@@ -218,8 +218,20 @@ async fn serve(listener: TcpListener, router: Router) {
     }
 }
 
+/// Like a real server, goes on with a call whose caller has gone away: the session is made all the
+/// same, and nobody hears of it.
 async fn create(
     State(simulator): State<Arc<Simulator>>,
+    headers: HeaderMap,
+    body: Bytes,
+) -> Response<Body> {
+    #[expect(clippy::disallowed_methods, reason = "it must outlive its connection")]
+    let answering = tokio::spawn(create_to_the_end(simulator, headers, body));
+    answering.await.unwrap_or_else(|_| cut())
+}
+
+async fn create_to_the_end(
+    simulator: Arc<Simulator>,
     headers: HeaderMap,
     body: Bytes,
 ) -> Response<Body> {

@@ -1,0 +1,31 @@
+# `make demo` shows it, `make test` proves it. Everything needed is set up by the scripts; what
+# they install they say first, and no service of yours is touched.
+
+CARGO ?= cargo
+
+.PHONY: demo test chaos bench lint clean
+
+demo:
+	@scripts/demo
+
+test:
+	@scripts/test
+
+# Ten thousand jobs, twenty kills, two broker deaths; prints its figures. `make chaos SEED=7`.
+SEED ?= 1
+chaos:
+	@scripts/broker install
+	$(CARGO) test --locked --test chaos -- --jobs 10000 --kills 20 --restarts 2 --seed $(SEED)
+
+bench:
+	@scripts/broker install
+	$(CARGO) bench --locked --bench throughput
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --no-deps --document-private-items
+
+clean:
+	@for broker in target/*broker*; do if [ -d "$$broker" ]; then scripts/broker clean "$$broker"; fi; done
+	$(CARGO) clean
