@@ -1,6 +1,6 @@
 //! The words of this program: a job, what makes two jobs the same, and how a job can end.
 //!
-//! Nothing here does I/O or waits. A [`Job`] in hand is a valid job.
+//! Nothing here does I/O or waits. A [`CheckoutRequest`] in hand is a valid one.
 
 pub mod json;
 pub mod key;

@@ -1,0 +1,249 @@
+//! `make bench`: what the worker takes per job, as a whole process, on a real broker.
+//!
+//! Prints jobs a second and the worker's CPU seconds per 1,000 jobs while it drains a backlog
+//! (simulated Creem at 0 ms), and the time from publish to reply at a steady 200 jobs a second.
+//! Every promise is on: SQLite with a sync per commit, quorum queues, confirms, metrics, JSON
+//! logs. Three rounds; quote the medians, and compare only runs of one machine.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a benchmark program"
+)]
+
+#[path = "../tests/it/support/private_broker.rs"]
+#[expect(dead_code, reason = "the tests use more of it")]
+mod private_broker;
+
+use std::path::Path;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use creem_checkout_worker::simulator::{Options, Simulator};
+use futures::StreamExt as _;
+use lapin::options::{
+    BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
+    QueuePurgeOptions,
+};
+use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
+use private_broker::Private;
+use tokio::process::{Child, Command};
+
+const PREFIX: &str = "bench";
+
+struct Round {
+    jobs_per_second: f64,
+    cpu_per_thousand: f64,
+    peak_mib: f64,
+    p50: Duration,
+    p99: Duration,
+}
+
+#[tokio::main]
+async fn main() {
+    // `cargo test` runs this too, without `--bench`: then a few jobs show that it works.
+    let real = std::env::args().any(|argument| argument == "--bench");
+    let (rounds, backlog, paced) = if real { (3, 20_000, 2_000) } else { (1, 300, 50) };
+    let Some(broker) = Private::start("bench").await else { return };
+    println!(
+        "drain of {backlog} jobs at 0 ms, then {paced} jobs at 200/s; SQLite FULL, quorum queues"
+    );
+    let mut all = Vec::new();
+    for number in 1..=rounds {
+        let round = run(&broker, number, backlog, paced).await;
+        println!(
+            "round {number}: {:.0} jobs/s, {:.3} CPU s per 1,000 jobs, peak {:.0} MiB, publish to reply p50 {:.1} ms p99 {:.1} ms",
+            round.jobs_per_second,
+            round.cpu_per_thousand,
+            round.peak_mib,
+            round.p50.as_secs_f64() * 1000.0,
+            round.p99.as_secs_f64() * 1000.0,
+        );
+        all.push(round);
+    }
+    all.sort_by(|left, right| left.jobs_per_second.total_cmp(&right.jobs_per_second));
+    let middle = &all[all.len() / 2];
+    println!(
+        "median: {:.0} jobs/s, {:.3} CPU s per 1,000 jobs",
+        middle.jobs_per_second, middle.cpu_per_thousand
+    );
+    println!("bench: 1 passed, 0 failed");
+}
+
+async fn run(broker: &Private, number: usize, backlog: usize, paced: usize) -> Round {
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
+    drop(std::fs::remove_dir_all(&directory));
+    std::fs::create_dir_all(&directory).unwrap();
+    let (simulator, serve) =
+        Simulator::start(([127, 0, 0, 1], 0).into(), Options::default()).await.unwrap();
+    let serving = tokio::spawn(serve);
+    let connection =
+        Connection::connect(&broker.url, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+
+    // A first start declares the queues; the backlog is published while no worker runs.
+    let mut child = worker(&broker.url, &simulator.url(), &directory);
+    let mut replies = replies(&connection).await;
+    stop(&mut child).await;
+    publish(&channel, number, 0..backlog, None).await;
+
+    let mut child = worker(&broker.url, &simulator.url(), &directory);
+    let first = replies.next().await.unwrap().unwrap();
+    drop(first);
+    let started = Instant::now();
+    let before = cpu_seconds(&child);
+    for _ in 1..backlog {
+        drop(replies.next().await.unwrap().unwrap());
+    }
+    let took = started.elapsed().as_secs_f64();
+    let cpu = cpu_seconds(&child) - before;
+
+    let mut times = paced_latency(&channel, &mut replies, number, backlog..backlog + paced).await;
+    times.sort();
+    let peak_mib = peak_mib(&child);
+    stop(&mut child).await;
+    let purge = QueuePurgeOptions::default();
+    channel.queue_purge(format!("{PREFIX}.replies").as_str().into(), purge).await.unwrap();
+    serving.abort();
+    let counted = f64::from(u32::try_from(backlog - 1).unwrap());
+    Round {
+        jobs_per_second: counted / took,
+        cpu_per_thousand: cpu * 1000.0 / counted,
+        peak_mib,
+        p50: times[times.len() / 2],
+        p99: times[times.len() * 99 / 100],
+    }
+}
+
+fn worker(amqp: &str, creem: &str, directory: &Path) -> Child {
+    let log = std::fs::File::create(directory.join("worker.log")).unwrap();
+    Command::new(env!("CARGO_BIN_EXE_checkout-worker"))
+        .arg("run")
+        .env_clear()
+        .env("AMQP_URL", amqp)
+        .env("CREEM_API_KEY", "creem_test_bench")
+        .env("CREEM_BASE_URL", creem)
+        .env("LEDGER_URL", format!("sqlite:{}", directory.join("ledger.db").display()))
+        .env("CHECKOUT_WORKER__TOPOLOGY__PREFIX", PREFIX)
+        .env("CHECKOUT_WORKER__HTTP__LISTEN", "127.0.0.1:0")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(log)
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap()
+}
+
+async fn stop(child: &mut Child) {
+    let pid = child.id().unwrap().to_string();
+    std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap();
+    child.wait().await.unwrap();
+}
+
+/// Consumes the reply queue, once the worker has declared it.
+async fn replies(connection: &Connection) -> Consumer {
+    let name = format!("{PREFIX}.replies");
+    loop {
+        let channel = connection.create_channel().await.unwrap();
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+        let jobs = format!("{PREFIX}.retry.bulk.10m");
+        if channel.queue_declare(jobs.as_str().into(), passive, FieldTable::default()).await.is_ok()
+        {
+            let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+            return channel
+                .basic_consume(name.as_str().into(), "".into(), options, FieldTable::default())
+                .await
+                .unwrap();
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn publish(
+    channel: &Channel,
+    round: usize,
+    jobs: std::ops::Range<usize>,
+    at: Option<Instant>,
+) {
+    let mut confirms = Vec::new();
+    for job in jobs {
+        let body = format!(
+            r#"{{"request_id":"r{round}-{job}","product_id":"prod_1","units":2,"customer":{{"email":"buyer{job}@example.com"}},"success_url":"https://shop.example/thanks","metadata":{{"order":{job},"note":"a benchmark's job of about three hundred bytes"}}}}"#
+        );
+        let sent = at.map_or_else(String::new, |at| at.elapsed().as_nanos().to_string());
+        let properties = BasicProperties::default()
+            .with_delivery_mode(2)
+            .with_correlation_id(sent.as_str().into());
+        let queue = format!("{PREFIX}.jobs");
+        let options = BasicPublishOptions::default();
+        confirms.push(
+            channel
+                .basic_publish(
+                    "".into(),
+                    queue.as_str().into(),
+                    options,
+                    body.as_bytes(),
+                    properties,
+                )
+                .await
+                .unwrap(),
+        );
+    }
+    for confirm in confirms {
+        assert!(confirm.await.unwrap().is_ack());
+    }
+}
+
+/// Publishes at a steady pace whatever the worker does, so that a stall is not hidden by
+/// publishing less, and returns each job's time from its publish to its reply.
+async fn paced_latency(
+    channel: &Channel,
+    replies: &mut Consumer,
+    round: usize,
+    jobs: std::ops::Range<usize>,
+) -> Vec<Duration> {
+    let count = jobs.len();
+    let origin = Instant::now();
+    let publisher = channel.clone();
+    let publishing = tokio::spawn(async move {
+        let mut tick = tokio::time::interval(Duration::from_millis(5));
+        for job in jobs {
+            tick.tick().await;
+            publish_one(&publisher, round, job, origin).await;
+        }
+    });
+    let mut times = Vec::with_capacity(count);
+    while times.len() < count {
+        let reply = replies.next().await.unwrap().unwrap();
+        let sent: u64 =
+            reply.properties.correlation_id().as_ref().unwrap().as_str().parse().unwrap();
+        times.push(origin.elapsed().saturating_sub(Duration::from_nanos(sent)));
+    }
+    publishing.await.unwrap();
+    times
+}
+
+async fn publish_one(channel: &Channel, round: usize, job: usize, origin: Instant) {
+    publish(channel, round, job..job + 1, Some(origin)).await;
+}
+
+/// User and system time of a process so far.
+fn cpu_seconds(child: &Child) -> f64 {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id().unwrap())).unwrap();
+    let after = stat.rsplit_once(')').unwrap().1;
+    let fields: Vec<&str> = after.split_whitespace().collect();
+    let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
+    // Linux reports these in units of 1/100 s to every program.
+    ticks / 100.0
+}
+
+fn peak_mib(child: &Child) -> f64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id().unwrap())).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    let kib: f64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kib / 1024.0
+}
