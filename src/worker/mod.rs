@@ -304,6 +304,7 @@ impl Shared {
 
     fn not_consuming(&self, why: &str) {
         self.gate.close(Reason::Broker);
+        metrics::paused(Reason::Broker.as_str(), true);
         for size in &self.worker.lanes {
             metrics::consuming(size.lane, false);
         }

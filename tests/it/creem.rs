@@ -169,6 +169,15 @@ async fn the_request_carries_what_the_contract_names() {
 }
 
 #[tokio::test]
+async fn a_configured_proxy_is_used() {
+    let (url, asked) = one_answer("HTTP/1.1 500 x\r\ncontent-length: 0\r\n\r\n").await;
+    let proxied = Options { proxy: Some(url.parse().unwrap()), ..options("http://creem.invalid") };
+    ask(&Client::new(&proxied).unwrap(), "a").await;
+    let request = asked.await.unwrap();
+    assert!(request.starts_with("POST http://creem.invalid/v1/checkouts"), "{request}");
+}
+
+#[tokio::test]
 async fn a_flood_of_interim_answers_ends_at_the_deadline() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());

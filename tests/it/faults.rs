@@ -8,6 +8,7 @@ use lapin::types::{AMQPValue, FieldTable};
 
 use crate::support::broker::ctl;
 use crate::support::private_broker::Private;
+use crate::support::relay::Relay;
 use crate::support::{World, body, eventually, header, next, persistent, soon};
 
 #[tokio::test]
@@ -250,6 +251,53 @@ async fn a_full_disk_pauses_intake_and_space_lets_it_go_on() {
         links.insert(reply.text("/checkout_url"));
     }
     assert_eq!((links.len(), world.posts()), (40, 41), "no job was asked for twice");
+
+    // On a disk that has become read-only it does not start, and says so in one line.
+    worker.kill().await;
+    let remount = ["-o", "remount,ro"];
+    assert!(Command::new("mount").args(remount).arg(&disk).status().unwrap().success());
+    let mut worker = world.worker_unready(&[]);
+    assert_eq!(worker.ended().await, 1);
+    let last = worker.log().pop().unwrap_or_default();
+    assert!(last.contains("cannot be opened") && last.contains("writable"), "{last}");
+}
+
+#[tokio::test]
+async fn a_black_holed_broker_is_given_up_and_found_again() {
+    let Some(mut world) = World::new("black_hole").await else { return };
+    let url = world.environment()["AMQP_URL"].clone();
+    let port = url.rsplit(':').next().unwrap().split('/').next().unwrap().to_owned();
+    let relay = Relay::start(format!("127.0.0.1:{port}")).await;
+    let relayed = format!("amqp://guest:guest@{}/%2f?heartbeat=1", relay.address);
+    world.settings.insert("AMQP_URL".into(), relayed);
+    world.set("retry.first", "50ms").set("retry.longest", "500ms");
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    world.job("a").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+
+    relay.freeze(true);
+    soon("it notices", worker.logged("not consuming; trying again")).await;
+    soon("it notices", worker.logged("the publishing connection is down")).await;
+    world.job("b").await;
+    assert_eq!(worker.get("/livez").await.0, 200);
+    relay.freeze(false);
+
+    // The ack of the first job may have met the black hole; then its reply repeats.
+    while next(&mut replies).await.text("/request_id") != "b" {}
+    assert_eq!(world.posts(), 2);
+}
+
+#[tokio::test]
+async fn the_environments_proxies_are_ignored() {
+    let Some(mut world) = World::new("no_proxy").await else { return };
+    for name in ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy"] {
+        world.settings.insert(name.into(), "http://127.0.0.1:1".into());
+    }
+    let _worker = world.worker().await;
+    let mut replies = world.replies().await;
+    world.job("a").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
 }
 
 struct Unmount(std::path::PathBuf);

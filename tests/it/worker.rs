@@ -451,6 +451,70 @@ async fn the_bulk_lane_is_served_from_its_own_queue() {
     );
 }
 
+#[tokio::test]
+async fn replies_can_go_through_an_exchange_of_their_own() {
+    let Some(mut world) = World::new("own_exchange").await else { return };
+    let exchange = world.queue("reply");
+    world.set("replies.exchange", &exchange).set("replies.allow", "shop.*");
+    let _worker = world.worker().await;
+    let (mut replies, mut dead) = (world.replies().await, world.dead().await);
+    world.job("a").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+
+    // A caller binds its queue to the exchange; one that did not is not reached past it.
+    let mine = world.queue("shop");
+    world
+        .channel
+        .queue_declare(mine.as_str().into(), QueueDeclareOptions::durable(), FieldTable::default())
+        .await
+        .unwrap();
+    let asking = |address: &str| persistent().with_reply_to(address.into());
+    world.publish(body("b"), asking(&mine)).await;
+    assert_eq!(
+        next(&mut dead).await.header("checkout-error-code").as_deref(),
+        Some("reply_to_denied"),
+        "the allow-list holds"
+    );
+    let (bind, arguments) = (QueueBindOptions::default(), FieldTable::default());
+    world
+        .channel
+        .queue_bind(
+            mine.as_str().into(),
+            exchange.as_str().into(),
+            "shop.1".into(),
+            bind,
+            arguments,
+        )
+        .await
+        .unwrap();
+    let mut answers = world.consume(&mine).await;
+    world.publish(body("b"), asking("shop.1")).await;
+    assert_eq!(next(&mut answers).await.status(), "succeeded");
+    world.publish(body("b"), asking("shop.2")).await;
+    assert_eq!(
+        next(&mut dead).await.header("checkout-error-code").as_deref(),
+        Some("reply_unroutable")
+    );
+    world.channel.queue_delete(mine.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_worker_that_declares_nothing_waits_for_its_queues_and_serves_them() {
+    let Some(mut world) = World::new("declares_nothing").await else { return };
+    world.set("topology.declare", "false");
+    let waiting = world.worker_unready(&[]);
+    soon("it waits", waiting.logged("not consuming; trying again")).await;
+    assert_eq!(waiting.get("/readyz").await.0, 503);
+    waiting.kill().await;
+    world.set("topology.declare", "true");
+    world.worker().await.kill().await;
+    world.set("topology.declare", "false");
+    let _worker = world.worker().await;
+    let mut replies = world.replies().await;
+    world.job("a").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+}
+
 /// The wall clock, in milliseconds.
 pub(crate) fn now() -> i64 {
     use creem_checkout_worker::clock::{Clock as _, SystemClock};

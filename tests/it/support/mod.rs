@@ -5,6 +5,7 @@ pub(crate) mod broker;
 pub(crate) mod private_broker;
 pub(crate) mod process;
 pub(crate) mod raw;
+pub(crate) mod relay;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
