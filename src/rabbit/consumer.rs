@@ -50,21 +50,25 @@ pub enum Acked {
 impl Delivery {
     /// Tells the broker that the message is dealt with.
     pub async fn ack(&self) -> Acked {
-        sent(self.raw.acker.ack(BasicAckOptions { multiple: false })).await
+        self.sent(self.raw.acker.ack(BasicAckOptions { multiple: false })).await
     }
 
     /// Gives the message back, to be delivered again.
     pub async fn give_back(&self) -> Acked {
-        sent(self.raw.acker.nack(BasicNackOptions { multiple: false, requeue: true })).await
+        self.sent(self.raw.acker.nack(BasicNackOptions { multiple: false, requeue: true })).await
     }
-}
 
-/// An ack's future resolves when the frame is on its way; the deadline is for a broker that has
-/// blocked the connection.
-async fn sent(ack: impl Future<Output = lapin::Result<bool>>) -> Acked {
-    match tokio::time::timeout(ANSWER, ack).await {
-        Ok(Ok(true)) => Acked::Sent,
-        Ok(Ok(false) | Err(_)) | Err(_) => Acked::TooLate,
+    /// An ack's future resolves when the frame is on its way; on a connection that is gone it may
+    /// never do so, and on one that the broker has blocked not for a long time.
+    async fn sent(&self, ack: impl Future<Output = lapin::Result<bool>>) -> Acked {
+        tokio::select! {
+            biased;
+            sent = tokio::time::timeout(ANSWER, ack) => match sent {
+                Ok(Ok(true)) => Acked::Sent,
+                Ok(Ok(false) | Err(_)) | Err(_) => Acked::TooLate,
+            },
+            () = self.session.cancelled() => Acked::TooLate,
+        }
     }
 }
 
