@@ -11,12 +11,13 @@ pub mod settle;
 pub mod turns;
 mod watch;
 
+use std::collections::VecDeque;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt as _;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -182,6 +183,7 @@ impl Shared {
             };
             let reason = match opened {
                 Ok(session) => {
+                    let session = Arc::new(session);
                     let began = Instant::now();
                     let ended = self.serve(&session, care.needed()).await;
                     self.not_consuming("the session with the broker is over");
@@ -230,33 +232,36 @@ impl Shared {
     ///
     /// `careful` takes one delivery at a time: the last session broke over a message that cannot
     /// be read, and each break counts against every delivery that was out.
-    async fn serve(self: &Arc<Self>, session: &Session, careful: bool) -> LinkError {
+    async fn serve(self: &Arc<Self>, session: &Arc<Session>, careful: bool) -> LinkError {
         let mut lanes = JoinSet::new();
         // What a new ledger's first session is redelivered was taken by a worker with another one.
         let fresh = self.worker.journey.ledger.identity().empty
             && !self.worker.accept_empty_ledger
             && !self.adopted.initialized();
+        let (subscribed, mut subscriptions) = mpsc::channel(self.permits.len());
         for (size, permits) in &self.permits {
-            let prefetch = if careful { 1 } else { size.concurrency };
-            let intake =
-                match session.consume(&self.worker.plan.topology, size.lane, prefetch).await {
-                    Ok(intake) => intake,
-                    Err(error) => {
-                        session.over.cancel();
-                        return error;
-                    }
-                };
             let lane = LaneLoop {
                 shared: self.clone(),
+                session: session.clone(),
+                lane: size.lane,
+                prefetch: if careful { 1 } else { size.concurrency },
                 permits: permits.clone(),
-                over: session.over.clone(),
                 fresh,
             };
-            lanes.spawn(lane.run(intake));
+            lanes.spawn(lane.run(subscribed.clone()));
         }
-        self.consuming();
+        drop(subscribed);
+        let all_subscribed = async {
+            for _ in &self.permits {
+                // A lane that fails instead ends the session; nothing more comes then.
+                if subscriptions.recv().await.is_none() {
+                    return std::future::pending().await;
+                }
+            }
+        };
         let ended = tokio::select! {
             ended = lanes.join_next() => ended,
+            () = async { all_subscribed.await; self.consuming(); std::future::pending().await } => None,
             () = tokio::time::sleep(LONG_SESSION), if careful => {
                 Some(Ok(Some(LinkError::Broken("taking many deliveries at a time again".to_owned()))))
             }
@@ -402,36 +407,58 @@ impl Shared {
 /// One lane of one session.
 struct LaneLoop {
     shared: Arc<Shared>,
+    session: Arc<Session>,
+    lane: Lane,
+    prefetch: u16,
     permits: Arc<Semaphore>,
-    over: CancellationToken,
     /// Whether the ledger is new, so that redelivered jobs are a sign that another was lost.
     fresh: bool,
 }
 
 impl LaneLoop {
     /// Takes deliveries until the session breaks (then why) or the worker stops.
-    async fn run(self, mut intake: crate::rabbit::consumer::Intake) -> Option<LinkError> {
-        let stop = self.shared.stop.clone();
-        loop {
-            let permit = tokio::select! {
-                permit = self.permits.clone().acquire_owned() => permit.ok()?,
-                () = stop.cancelled() => break,
-                () = self.over.cancelled() => return None,
-            };
-            let delivery = tokio::select! {
-                delivery = intake.next() => delivery,
-                () = stop.cancelled() => break,
-                () = self.over.cancelled() => return None,
-            };
-            let delivery = match delivery {
-                Ok(delivery) => delivery,
+    async fn run(self, subscribed: mpsc::Sender<()>) -> Option<LinkError> {
+        let topology = &self.shared.worker.plan.topology;
+        let consume = self.session.consume(topology, self.lane, self.prefetch);
+        let mut intake = tokio::select! {
+            intake = consume => match intake {
+                Ok(intake) => intake,
                 Err(error) => return Some(error),
-            };
-            if !self.may_serve(&delivery).await {
-                return None;
+            },
+            () = self.session.over.cancelled() => return None,
+        };
+        // The receiver is gone only when the session is.
+        if subscribed.send(()).await.is_err() {
+            return None;
+        }
+        let mut waiting = VecDeque::new();
+        let mut permit = None;
+        loop {
+            tokio::select! {
+                biased;
+                () = self.shared.stop.cancelled() => break,
+                () = self.session.over.cancelled() => return None,
+                granted = self.permits.clone().acquire_owned(), if permit.is_none() => {
+                    permit = Some(granted.ok()?);
+                }
+                // Read even while the lane is full, or a broken session would go unnoticed. What
+                // waits here is bounded by the prefetch.
+                delivery = intake.next() => match delivery {
+                    Ok(delivery) if self.may_serve(&delivery).await => waiting.push_back(delivery),
+                    Ok(_) => return None,
+                    Err(error) => return Some(error),
+                },
             }
-            let shared = self.shared.clone();
-            self.shared.jobs.spawn(shared.handle(delivery, self.permits.clone(), permit));
+            if permit.is_some()
+                && let Some(delivery) = waiting.pop_front()
+                && let Some(permit) = permit.take()
+            {
+                let shared = self.shared.clone();
+                self.shared.jobs.spawn(shared.handle(delivery, self.permits.clone(), permit));
+            }
+        }
+        for delivery in waiting {
+            delivery.give_back().await;
         }
         intake.cancel().await;
         None

@@ -179,6 +179,7 @@ impl World {
         self.publish_to(&self.queue("jobs"), body, properties).await;
     }
 
+    /// Publishes until a queue has it: one that was just declared may not have a leader yet.
     pub(crate) async fn publish_to(
         &self,
         queue: &str,
@@ -186,13 +187,16 @@ impl World {
         properties: BasicProperties,
     ) {
         let options = BasicPublishOptions { mandatory: true, immediate: false };
-        let confirm = self
-            .channel
-            .basic_publish("".into(), queue.into(), options, body.as_ref(), properties)
-            .await
-            .unwrap();
-        let confirmation = soon("a confirm", confirm).await.unwrap();
-        assert!(confirmation.is_ack() && confirmation.take_message().is_none(), "{queue} took it");
+        eventually("a queue takes it", || async {
+            let confirm = self
+                .channel
+                .basic_publish("".into(), queue.into(), options, body.as_ref(), properties.clone())
+                .await
+                .unwrap();
+            let confirmation = soon("a confirm", confirm).await.unwrap();
+            confirmation.is_ack() && confirmation.take_message().is_none()
+        })
+        .await;
     }
 
     /// A job whose confirm may come late, because the broker has blocked publishing.

@@ -106,8 +106,10 @@ impl Process {
         self.child.kill().await.unwrap();
     }
 
-    /// Waits for its end; the exit code.
+    /// Waits for its end and its last words; the exit code.
     pub(crate) async fn ended(&mut self) -> i32 {
-        soon("the worker ends", self.child.wait()).await.unwrap().code().unwrap_or(-1)
+        let status = soon("the worker ends", self.child.wait()).await.unwrap();
+        soon("its log ends", async { while self.count.changed().await.is_ok() {} }).await;
+        status.code().unwrap_or(-1)
     }
 }
