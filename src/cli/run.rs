@@ -124,7 +124,6 @@ fn assemble(
             topology: settings.topology.clone(),
             declare: settings.declare,
             exclusive: true,
-            lanes: lanes.iter().map(|size| size.lane).collect(),
         },
         lanes,
         intake: Intake {

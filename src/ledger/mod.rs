@@ -72,8 +72,8 @@ pub struct Claimant {
     pub campaign: Option<String>,
     /// When this copy of the job was first picked up by a worker.
     pub picked_up_at: Millis,
-    /// Whether the broker or a worker's own delay queue brought this copy back: then it never
-    /// counts as sent again.
+    /// Whether the broker delivered this copy before: then it never counts as sent again. A copy
+    /// that comes back from a delay queue is known by its first pickup.
     pub redelivered: bool,
     /// What may follow an unknown answer.
     pub on_unknown: OnUnknown,
@@ -281,7 +281,11 @@ pub enum LedgerError {
     /// again with the same token is safe. Nothing may be acked or failed meanwhile.
     #[error("the ledger is unavailable: {0}")]
     Unavailable(String),
-    /// A row or the file is damaged. Going on could hand out a second link.
+    /// One job's row is damaged: what it said of links is not known, so that job needs a person;
+    /// the others do not.
+    #[error("{0}; `checkout-worker check --ledger` lists every damaged row")]
+    DamagedRow(String),
+    /// The file is damaged, or a sync failed. Going on could hand out a second link.
     #[error(
         "the ledger is damaged: {0}; run `checkout-worker check --ledger` and restore it from a backup"
     )]

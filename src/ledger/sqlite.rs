@@ -414,32 +414,55 @@ const LOAD: &str = "SELECT state, updated_at, ended_at, ambiguous, body, sum FRO
 fn load(connection: &Connection, key: &Key) -> rusqlite::Result<Result<Option<Row>, LedgerError>> {
     connection
         .prepare_cached(LOAD)?
-        .query_row([key.mode.as_str(), key.request_id.as_str()], |row| read(row, 0, key))
-        .optional()
-        .map(Option::transpose)
+        .query_row([key.mode.as_str(), key.request_id.as_str()], |row| Ok(read(row, 0, key)))
+        .optional()?
+        .transpose()
+        .map_or_else(own_damage, |row| Ok(Ok(row)))
+}
+
+/// Why a row was not read.
+enum Unread {
+    /// The database did not give it.
+    Database(rusqlite::Error),
+    /// It is not what was written.
+    Damaged(LedgerError),
+}
+
+impl From<rusqlite::Error> for Unread {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+/// Tells a damaged row from a database in trouble: a column of a type or a value that was never
+/// written is the row's own fault.
+fn own_damage<T>(unread: Unread) -> rusqlite::Result<Result<T, LedgerError>> {
+    match unread {
+        Unread::Damaged(error) => Ok(Err(error)),
+        Unread::Database(error @ rusqlite::Error::SqliteFailure(..)) => Err(error),
+        Unread::Database(error) => Ok(Err(LedgerError::DamagedRow(format!("a row has {error}")))),
+    }
 }
 
 /// Reads and verifies a row whose columns begin at `at`.
-fn read(
-    row: &rusqlite::Row<'_>,
-    at: usize,
-    key: &Key,
-) -> rusqlite::Result<Result<Row, LedgerError>> {
+fn read(row: &rusqlite::Row<'_>, at: usize, key: &Key) -> Result<Row, Unread> {
+    let text = |at| -> Result<String, Unread> { Ok(row.get::<_, String>(at)?) };
+    let state = text(at)?;
+    let blob = |at| -> Result<Vec<u8>, Unread> { Ok(row.get::<_, Vec<u8>>(at)?) };
+    let (body, sum) = (blob(at + 4)?, blob(at + 5)?);
     let columns = Columns {
-        state: row.get_ref(at)?.as_str()?,
+        state: &state,
         updated_at: row.get(at + 1)?,
         ended_at: row.get(at + 2)?,
         ambiguous: row.get(at + 3)?,
-        body: row.get_ref(at + 4)?.as_blob()?,
+        body: &body,
     };
-    let sum = row.get_ref(at + 5)?.as_blob()?;
+    let damaged =
+        |what: &str| Unread::Damaged(LedgerError::DamagedRow(format!("the row of {key} {what}")));
     if sum != columns.checksum(key.mode.as_str(), key.request_id.as_str()) {
-        return Ok(Err(LedgerError::Damaged(format!(
-            "the row of {key} does not match its checksum"
-        ))));
+        return Err(damaged("does not match its checksum"));
     }
-    Ok(Row::decode(&columns)
-        .map_err(|what| LedgerError::Damaged(format!("the row of {key} has {what}"))))
+    Row::decode(&columns).map_err(|what| damaged(&format!("has {what}")))
 }
 
 fn store(connection: &Connection, key: &Key, row: &Row) -> rusqlite::Result<()> {
@@ -608,12 +631,12 @@ impl Inspector {
                     };
                     visit(
                         unknown,
-                        Err(LedgerError::Damaged("a row's key is not a job's".to_owned())),
+                        Err(LedgerError::DamagedRow("a row's key is not a job's".to_owned())),
                     );
                     continue;
                 };
                 let key = Key { mode, request_id };
-                let row = read(row, 2, &key)?;
+                let row = read(row, 2, &key).map_or_else(own_damage, |row| Ok(Ok(row)))?;
                 visit(key, row);
             }
             Ok(())

@@ -17,6 +17,10 @@ use crate::job::{Ending, Key, Problem, Status};
 /// cause. A crash costs every job of the prefetch window its turn, so a poison job must stop.
 pub const MOST_CRASHES: u32 = 5;
 
+/// No retry is ever due later than this from now, in milliseconds; one that seems to be was
+/// written under a clock that ran ahead, and is due.
+const LONGEST_WAIT: Millis = 31 * 60 * 1000;
+
 /// What the back-end knows besides the row.
 #[derive(Debug, Clone, Copy)]
 pub struct Context {
@@ -102,7 +106,7 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
     };
     if let Some(row) = &row
         && row.state == State::Waiting
-        && row.not_before > context.now
+        && (1..=LONGEST_WAIT).contains(&row.not_before.saturating_sub(context.now))
     {
         return Effect::claim(Claim::Waiting { until: row.not_before });
     }

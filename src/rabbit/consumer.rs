@@ -75,11 +75,11 @@ impl Delivery {
 /// Why a session could not begin.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum OpenError {
-    /// Another worker with an embedded ledger serves the lane.
+    /// Another worker with an embedded ledger serves these queues.
     #[error(
-        "another worker with an embedded ledger serves the {0} lane (its exclusive queue {1} exists); waiting until it is gone. For several workers use a postgres:// ledger"
+        "another worker with an embedded ledger serves these queues (its exclusive queue {0} exists); waiting until it is gone. For several workers use a postgres:// ledger"
     )]
-    Guarded(Lane, String),
+    Guarded(String),
     /// The broker is not there, or says no.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -112,23 +112,19 @@ pub struct Plan {
     pub topology: Topology,
     /// Whether to declare it.
     pub declare: bool,
-    /// Whether only one worker may serve a lane (embedded ledger).
+    /// Whether only one worker may serve (embedded ledger).
     pub exclusive: bool,
-    /// The lanes to serve.
-    pub lanes: Vec<Lane>,
 }
 
 impl Session {
-    /// Connects, claims the lanes and makes sure that the topology is there.
+    /// Connects, keeps other workers out if need be, and makes sure that the topology is there.
     ///
     /// # Errors
     /// See [`OpenError`].
     pub async fn open(plan: &Plan) -> Result<Self, OpenError> {
         let connection = link::connect(&plan.options, &plan.name).await?;
         if plan.exclusive {
-            for lane in &plan.lanes {
-                guard(&connection, &plan.topology, *lane).await?;
-            }
+            guard(&connection, &plan.topology).await?;
         }
         if plan.declare {
             in_time(async {
@@ -192,8 +188,8 @@ async fn in_time<T>(work: impl Future<Output = Result<T, LinkError>>) -> Result<
 }
 
 /// An exclusive queue exists as long as its connection: nobody else can declare it meanwhile.
-async fn guard(connection: &Connection, topology: &Topology, lane: Lane) -> Result<(), OpenError> {
-    let name = topology.guard(lane);
+async fn guard(connection: &Connection, topology: &Topology) -> Result<(), OpenError> {
+    let name = topology.guard();
     let options = QueueDeclareOptions {
         passive: false,
         durable: false,
@@ -211,7 +207,7 @@ async fn guard(connection: &Connection, topology: &Topology, lane: Lane) -> Resu
             Err(error) => Err(error.into()),
         }
     });
-    if declared.await? { Ok(()) } else { Err(OpenError::Guarded(lane, name)) }
+    if declared.await? { Ok(()) } else { Err(OpenError::Guarded(name)) }
 }
 
 /// One lane's deliveries.
@@ -257,12 +253,16 @@ impl Intake {
         }
     }
 
-    /// Stops the flow of deliveries and gives back what was not looked at yet.
-    pub async fn cancel(mut self) {
+    /// Stops the flow of deliveries and gives back what was not begun: `waiting`, and what comes
+    /// before the flow ends. In this order, or the broker would hand it out to us again.
+    pub async fn cancel(mut self, waiting: impl IntoIterator<Item = Delivery>) {
         let tag = self.consumer.tag();
         let cancelled = self.channel.basic_cancel(tag, BasicCancelOptions { nowait: false });
         if !matches!(tokio::time::timeout(ANSWER, cancelled).await, Ok(Ok(()))) {
             return;
+        }
+        for delivery in waiting {
+            delivery.give_back().await;
         }
         // What is buffered still comes, then the stream ends.
         while let Ok(Some(Ok(delivery))) =

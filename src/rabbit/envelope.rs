@@ -50,6 +50,8 @@ pub struct Envelope {
     pub traceparent: Option<String>,
     /// When this copy was first picked up, if it comes back from a delay queue.
     pub first_picked_up_at: Option<Millis>,
+    /// Whether it carries such a mark that this ledger's key has not signed.
+    pub foreign_hop: bool,
 }
 
 /// What may be a reply address.
@@ -105,6 +107,7 @@ impl Envelope {
                 message: "checkout-campaign must be a text of 1-64 characters",
             }));
         }
+        let first_picked_up_at = text(HOP).and_then(|value| read_hop(value, key, body, lane));
         let envelope = Self {
             reply_to: properties
                 .reply_to()
@@ -126,7 +129,8 @@ impl Envelope {
             traceparent: text("traceparent")
                 .filter(|value| is_traceparent(value))
                 .map(str::to_owned),
-            first_picked_up_at: text(HOP).and_then(|value| read_hop(value, key, body, lane)),
+            foreign_hop: headers.contains_key(HOP) && first_picked_up_at.is_none(),
+            first_picked_up_at,
         };
         (envelope, broken)
     }
@@ -377,7 +381,8 @@ mod tests {
         });
         for name in ["traceparent", "tracestate", HOP, "x-death", "unknown"] {
             let (envelope, code) = read(with_header(name, AMQPValue::FieldTable(nested.clone())));
-            assert_eq!((envelope, code), (Envelope::default(), None), "{name}");
+            let expected = Envelope { foreign_hop: name == HOP, ..Envelope::default() };
+            assert_eq!((envelope, code), (expected, None), "{name}");
         }
         assert_eq!(
             read(with_header("checkout-campaign", AMQPValue::Boolean(true))).1,

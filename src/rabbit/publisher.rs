@@ -20,6 +20,7 @@ use lapin::types::AMQPValue;
 use lapin::{Channel, Confirmation, Connection, Event};
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::link::{self, LinkError, Options};
@@ -32,6 +33,8 @@ pub const PUBLISH_ID: &str = "checkout-publish-id";
 const BATCH: usize = 64;
 /// How long the broker may take for the confirms of a batch.
 const CONFIRM: Duration = Duration::from_secs(30);
+/// A connection that lived so long was a good one.
+const GOOD: Duration = Duration::from_secs(30);
 /// Channels per class. Several, so that one batch's slowest confirm holds up no other batch.
 const CHANNELS: usize = 4;
 
@@ -109,11 +112,12 @@ impl Publisher {
         let keep = async move {
             let mut failures = 0;
             loop {
+                let began = Instant::now();
                 let reason = tokio::select! {
-                    reason = generation(&options, &name, &orders, &told, &mut failures) => reason,
+                    reason = generation(&options, &name, &orders, &told) => reason,
                     () = stop.cancelled() => return,
                 };
-                failures += 1;
+                failures = if began.elapsed() > GOOD { 1 } else { failures + 1 };
                 let delay = backoff.delay(failures, None, backoff::chance());
                 tracing::warn!(error = %reason, retry_in_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX), "the publishing connection is down");
                 told.send_replace(State::Down(reason.to_string()));
@@ -155,16 +159,12 @@ async fn generation(
     name: &str,
     orders: &[Orders; 2],
     told: &watch::Sender<State>,
-    failures: &mut u32,
 ) -> LinkError {
     let connection = match link::connect(options, name).await {
         Ok(connection) => connection,
         Err(error) => return error,
     };
     let mut events = connection.events_listener();
-    told.send_replace(State::Up);
-    *failures = 0;
-    tracing::info!("the publishing connection is up");
     let mut channels = JoinSet::new();
     for class in 0..orders.len() {
         for _ in 0..CHANNELS {
@@ -173,6 +173,8 @@ async fn generation(
             }
         }
     }
+    told.send_replace(State::Up);
+    tracing::info!("the publishing connection is up");
     loop {
         let reopened = tokio::select! {
             event = events.next() => match event {
@@ -186,6 +188,8 @@ async fn generation(
                     told.send_replace(State::Up);
                     continue;
                 }
+                // lapin reports a channel's error here as well; its task has it, too.
+                Some(Event::Error(_)) if connection.status().connected() => continue,
                 Some(Event::Error(error)) => return error.into(),
                 Some(_) => continue,
                 None => return LinkError::Broken("the connection ended".to_owned()),
@@ -236,6 +240,8 @@ async fn serve(channel: &Channel, orders: &Orders) -> LinkError {
                 std::future::pending::<()>().await;
             }
         }
+        // Whoever gave up waiting will publish again when the job is delivered again.
+        batch.retain(|order: &Order| !order.done.is_closed());
         if let Err(error) = publish_batch(channel, batch).await {
             return error;
         }

@@ -96,16 +96,18 @@ impl Topology {
         format!("{lane}.{delay}")
     }
 
-    /// The exclusive queue that says that a worker serves a lane.
+    /// The exclusive queue that says that a worker with an embedded ledger serves these queues.
+    /// One for all lanes: two workers with two ledgers could give one id a link in each lane.
     #[must_use]
-    pub fn guard(&self, lane: Lane) -> String {
-        format!("{}.run.{lane}", self.prefix)
+    pub fn guard(&self) -> String {
+        format!("{}.run", self.prefix)
     }
 
     /// Whether replies must never go there: a reply in a job queue would come back as a job.
     #[must_use]
     pub fn denies_replies_to(&self, queue: &str) -> bool {
-        Lane::ALL.iter().any(|lane| self.jobs(*lane) == queue || self.guard(*lane) == queue)
+        Lane::ALL.iter().any(|lane| self.jobs(*lane) == queue)
+            || queue == self.guard()
             || queue == self.dead()
             || queue.starts_with(&self.retry_exchange())
     }
@@ -346,7 +348,7 @@ mod tests {
             "checkout.retry",
             "checkout.retry.bulk.1s",
             "checkout.retry.anything",
-            "checkout.run.bulk",
+            "checkout.run",
         ] {
             assert!(topology.denies_replies_to(queue), "{queue}");
         }

@@ -344,6 +344,10 @@ async fn before(kind: Option<&Kind>) -> Option<Response<Body>> {
             StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_GATEWAY),
             Some(&["scripted"]),
         )),
+        Kind::Duplicate => Some(rules::error(
+            StatusCode::BAD_REQUEST,
+            Some(&["A resource with this identifier already exists"]),
+        )),
         Kind::Hang => Some(hang().await),
         Kind::Cut => Some(cut()),
         Kind::StatusAfter { .. }

@@ -19,6 +19,8 @@ pub enum Kind {
         /// Which.
         status: u16,
     },
+    /// 400, saying that something with this identifier exists already; no session.
+    Duplicate,
     /// Never an answer; no session.
     Hang,
     /// The connection closes without an answer; no session.
@@ -62,6 +64,7 @@ impl Kind {
         match self {
             Self::Throttle { .. } => "throttle",
             Self::Status { .. } => "status",
+            Self::Duplicate => "duplicate",
             Self::Hang => "hang",
             Self::Cut => "cut",
             Self::StatusAfter { .. } => "status_after",

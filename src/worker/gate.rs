@@ -61,28 +61,28 @@ impl Gate {
 
     /// Closes the gate for a reason; says whether that is new.
     pub fn close(&self, reason: Reason) -> bool {
-        let new = self.held.send_if_modified(|held| {
+        self.held.send_if_modified(|held| {
             let before = *held;
             *held |= reason.bit();
-            *held != before
-        });
-        if new {
+            // Under the same lock as the reasons, so that no pause outlives them.
             self.locked().begin(self.clock.now());
-        }
-        new
+            *held != before
+        })
     }
 
     /// Takes a reason away. If that opened the gate, returns the pause that is over, to be
     /// recorded.
     pub fn open(&self, reason: Reason) -> Option<(Millis, Millis)> {
-        let mut opened = false;
+        let mut over = None;
         self.held.send_if_modified(|held| {
             let before = *held;
             *held &= !reason.bit();
-            opened = before != 0 && *held == 0;
+            if before != 0 && *held == 0 {
+                over = self.locked().end(self.clock.now());
+            }
             *held != before
         });
-        if opened { self.locked().end(self.clock.now()) } else { None }
+        over
     }
 
     /// Whether a reason holds the gate.

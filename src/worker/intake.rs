@@ -78,12 +78,21 @@ impl Intake {
                 deadline: envelope.deadline,
                 timestamp: envelope.timestamp,
                 picked_up_at: envelope.first_picked_up_at.unwrap_or(now).min(now),
-                redelivered: delivery.redelivered || envelope.first_picked_up_at.is_some(),
+                redelivered: delivery.redelivered,
                 session: delivery.session.clone(),
                 permits: permits.clone(),
             })
         });
         Read { envelope, job }
+    }
+
+    /// Whether a worker took this delivery before: the broker says so, or it carries the mark of a
+    /// delay queue that some other ledger's key has signed.
+    #[must_use]
+    pub fn was_taken_before(&self, delivery: &Delivery) -> bool {
+        let read =
+            || Envelope::read(&delivery.properties, &delivery.body, &self.key, delivery.lane).0;
+        delivery.redelivered || read().foreign_hop
     }
 
     fn request_id(&self, delivery: &Delivery) -> Option<crate::job::RequestId> {

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::gate::{Gate, Reason};
-use super::turns::Turns;
+use super::turns::{Turn, Turns};
 use crate::clock::{Millis, SharedClock, as_duration, as_millis};
 use crate::creem::{Answer, Client, KeyCheck};
 use crate::job::{CheckoutRequest, Ending, Fingerprint, Key, Lane, Problem, reply};
@@ -42,6 +42,13 @@ pub struct LaneRules {
     /// Oldest `timestamp` that is still worth a link.
     pub max_age: Option<Duration>,
 }
+
+/// How long a delivery is held through a pause: well within the 30 minutes after which RabbitMQ
+/// takes an unacked one back. Then it goes to a delay queue, as a new message with a count of its
+/// own.
+const LONGEST_HOLD: Duration = Duration::from_secs(20 * 60);
+/// For how long it goes there.
+const AFTER_A_HOLD: Duration = Duration::from_secs(10 * 60);
 
 /// What journeys have in common.
 #[derive(Debug, Clone, Copy)]
@@ -88,7 +95,7 @@ pub struct Ask {
     pub timestamp: Option<Millis>,
     /// When this copy was first picked up.
     pub picked_up_at: Millis,
-    /// Whether this copy was delivered before, or comes back from a delay queue.
+    /// Whether the broker delivered this copy before.
     pub redelivered: bool,
     /// Cancelled when the delivery cannot be acked any more.
     pub session: CancellationToken,
@@ -109,6 +116,8 @@ pub enum Verdict {
     GiveBack,
     /// The delivery will come again by itself, or another worker has the job.
     Abandon,
+    /// The job's row in the ledger is damaged: park the job for a person, and go on.
+    Damaged(String),
     /// The ledger is damaged: stop everything.
     Fatal(LedgerError),
 }
@@ -152,11 +161,17 @@ enum Admission {
 
 impl Journey<dyn Ledger> {
     /// Takes one copy of a job from its turn to a verdict.
-    pub async fn run(&self, ask: &Ask) -> Verdict {
-        let _turn = tokio::select! {
+    ///
+    /// The turn comes back with the verdict: whoever carries it out may keep the next copy waiting.
+    pub async fn run(&self, ask: &Ask) -> (Verdict, Option<Turn<'_>>) {
+        let turn = tokio::select! {
             turn = self.turns.take(&ask.key) => turn,
-            verdict = self.interrupted(ask) => return verdict,
+            verdict = self.interrupted(ask) => return (verdict, None),
         };
+        (self.travel(ask).await, Some(turn))
+    }
+
+    async fn travel(&self, ask: &Ask) -> Verdict {
         loop {
             if let Some(problem) = self.too_late(ask) {
                 return self.close(ask, problem).await;
@@ -209,6 +224,10 @@ impl Journey<dyn Ledger> {
             () = paced => Admission::Admitted,
             () = expiry => Admission::LookAgain,
             () = self.must_make_room(ask) => Admission::Verdict(Verdict::Delay(MAKE_ROOM)),
+            // A broker takes a delivery back that is held too long, and counts that against it.
+            () = tokio::time::sleep(LONGEST_HOLD) => {
+                Admission::Verdict(Verdict::Delay(AFTER_A_HOLD))
+            }
         };
         metrics::rate_limit_wait(ask.lane, waited.elapsed());
         // The gate may have closed while the pacer was waited for.
@@ -247,6 +266,7 @@ impl Journey<dyn Ledger> {
                 Step::WaitUntil(until.max(soonest))
             }
             Ok(Claim::Waiting { until }) => Step::WaitUntil(until),
+            Err(LedgerError::DamagedRow(what)) => Step::Verdict(Verdict::Damaged(what)),
             Err(error @ LedgerError::Damaged(_)) => Step::Verdict(Verdict::Fatal(error)),
             // `claim` asks again until it gets an answer; this is its stop.
             Err(LedgerError::Unavailable(_)) => Step::Verdict(self.interrupted(ask).await),
@@ -331,7 +351,12 @@ impl Journey<dyn Ledger> {
                 (Attempt::Known, Next::End(ending))
             }
             Answer::Refused(problem) => (Attempt::Known, Next::End(Ending::Rejected(problem))),
-            Answer::Duplicate(problem) => (Attempt::Known, Next::End(Ending::Unresolved(problem))),
+            Answer::Duplicate(problem) => {
+                // Whose it is nobody knows, so it counts as a session that nobody was given.
+                let reason = "Creem says that the identifier exists already".to_owned();
+                let attempt = Attempt::Ambiguous { checkout_id: None, reason };
+                (attempt, Next::End(Ending::Unresolved(problem)))
+            }
             Answer::NotMade { reason } => {
                 let next = self.again(ask, lease, None, "creem_unreachable", &reason);
                 (Attempt::Known, next)
@@ -468,6 +493,9 @@ impl Journey<dyn Ledger> {
                     tracing::warn!(job.key = %ask.key, fence = lease.fence, sent, "the lease was lost; what came of this attempt is an orphan and is not published");
                     return Step::Verdict(Verdict::Abandon);
                 }
+                Err(LedgerError::DamagedRow(what)) => {
+                    return Step::Verdict(Verdict::Damaged(what));
+                }
                 Err(error @ LedgerError::Damaged(_)) => {
                     return Step::Verdict(Verdict::Fatal(error));
                 }
@@ -491,6 +519,7 @@ impl Journey<dyn Ledger> {
                     return Verdict::Delay(as_duration(until - self.clock.now()));
                 }
                 Ok(Claim::Granted(_)) => return Verdict::Abandon,
+                Err(LedgerError::DamagedRow(what)) => return Verdict::Damaged(what),
                 Err(error @ LedgerError::Damaged(_)) => return Verdict::Fatal(error),
                 Err(error @ LedgerError::Unavailable(_)) => {
                     self.ledger_away(&error);
@@ -522,7 +551,10 @@ impl Journey<dyn Ledger> {
             return Some(Problem::new("max_age", "the job is older than its lane's max_age"));
         }
         let oldest = now - as_millis(self.rules.retention.saturating_sub(RETENTION_MARGIN));
-        let stamped = ask.timestamp.filter(|at| *at < oldest)?;
+        let stamped = ask.timestamp.unwrap_or(ask.picked_up_at);
+        if stamped >= oldest {
+            return None;
+        }
         let text = format!(
             "the job was published at {}, longer ago than the ledger remembers, so it may have a link already",
             reply::rfc3339(stamped)

@@ -24,7 +24,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::SharedClock;
-use crate::job::Lane;
+use crate::job::{Lane, Status};
 use crate::ledger::{Command, Ledger};
 use crate::observe::health::Health;
 use crate::observe::metrics;
@@ -38,6 +38,23 @@ use settle::{Settler, Summary};
 
 /// After this long a session is taken for a good one.
 const LONG_SESSION: Duration = Duration::from_secs(30);
+
+/// While deliveries are taken one at a time, the longest pause between two sessions: every job
+/// waits behind the one that breaks them, until the delivery limit has taken it away.
+const CAREFUL_PAUSE: Duration = Duration::from_millis(250);
+/// Beyond a call to Creem: how long what was sent may take to be settled when everything ends.
+const SETTLING: Duration = Duration::from_secs(5);
+
+/// What has been decided about a new ledger.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Adoption {
+    /// No job has come yet.
+    Undecided,
+    /// It serves.
+    Adopted,
+    /// It met jobs that another ledger may know.
+    Refused,
+}
 
 /// Whether deliveries are taken one at a time, because one of them breaks the connection.
 ///
@@ -84,9 +101,9 @@ pub enum Fatal {
         "the ledger is new, but the broker redelivers jobs that some worker had taken before: links of theirs may exist that this ledger does not know. Restore the old ledger, or start with --accept-empty-ledger if it is right that there is none"
     )]
     EmptyLedger,
-    /// The ledger is damaged.
+    /// Something that everything depends on is broken.
     #[error("{0}")]
-    Ledger(String),
+    Broken(String),
 }
 
 /// Everything that serves.
@@ -126,8 +143,8 @@ struct Shared {
     jobs: TaskTracker,
     permits: Vec<(LaneSize, Arc<Semaphore>)>,
     stop: CancellationToken,
-    /// Whether a new ledger has been taken note of as serving.
-    adopted: tokio::sync::OnceCell<()>,
+    /// What has been decided about a new ledger.
+    adoption: tokio::sync::Mutex<Adoption>,
     /// Set once; ends everything.
     fatal: tokio::sync::watch::Sender<Option<Fatal>>,
 }
@@ -153,33 +170,50 @@ impl Worker {
             jobs: TaskTracker::new(),
             permits,
             stop: stop.clone(),
-            adopted: tokio::sync::OnceCell::new(),
+            adoption: tokio::sync::Mutex::new(Adoption::Undecided),
             fatal: tokio::sync::watch::Sender::new(None),
         });
         let mut watchers = JoinSet::new();
         watch::spawn_all(&shared, &mut watchers);
         let mut fatal = shared.fatal.subscribe();
+        let broken = async {
+            drop(fatal.wait_for(Option::is_some).await);
+            // What was sent may still be settled; where it cannot be, this is not waited out.
+            shared.stop.cancel();
+            tokio::time::sleep(shared.worker.journey.rules.request_timeout + SETTLING).await;
+        };
         tokio::select! {
             () = shared.clone().keep_sessions() => {}
             () = now.cancelled() => {}
-            // Everything that is in flight may depend on what is broken, so nothing is waited for.
-            _ = fatal.wait_for(Option::is_some) => {}
+            () = broken => {}
         }
         watchers.shutdown().await;
-        let ended = fatal.borrow().clone();
+        let ended = shared.fatal.borrow().clone();
         ended.map_or(Ok(()), Err)
     }
 }
 
 impl Shared {
-    /// Session after session, until the stop; the last one is drained.
+    /// Session after session, until the stop; then what was sent is finished.
     async fn keep_sessions(self: Arc<Self>) {
+        let session = self.sessions_until_the_stop().await;
+        tracing::info!(jobs = self.jobs.len(), "stopping: finishing what was sent");
+        self.jobs.close();
+        self.jobs.wait().await;
+        if let Some(session) = session {
+            session.close().await;
+        }
+        tracing::info!("stopped");
+    }
+
+    /// The last session, if there is one at the stop.
+    async fn sessions_until_the_stop(self: &Arc<Self>) -> Option<Arc<Session>> {
         let mut failures = 0;
         let mut care = Care::default();
         while !self.stop.is_cancelled() {
             let opened = tokio::select! {
                 opened = self.open_session() => opened,
-                () = self.stop.cancelled() => return,
+                () = self.stop.cancelled() => return None,
             };
             let reason = match opened {
                 Ok(session) => {
@@ -188,8 +222,7 @@ impl Shared {
                     let ended = self.serve(&session, care.needed()).await;
                     self.not_consuming("the session with the broker is over");
                     if self.stop.is_cancelled() {
-                        self.drain(&session).await;
-                        return;
+                        return Some(session);
                     }
                     session.close().await;
                     care.note(&ended, began.elapsed());
@@ -207,6 +240,7 @@ impl Shared {
             };
             failures += 1;
             let delay = self.worker.backoff.delay(failures, None, backoff::chance());
+            let delay = if care.needed() { delay.min(CAREFUL_PAUSE) } else { delay };
             self.worker.health.set_broker(Err(reason.clone()));
             tracing::warn!(
                 reason,
@@ -218,6 +252,7 @@ impl Shared {
                 () = self.stop.cancelled() => {}
             }
         }
+        None
     }
 
     /// Opens a session, once there is a use for one: deliveries that are taken only to be held
@@ -237,7 +272,7 @@ impl Shared {
         // What a new ledger's first session is redelivered was taken by a worker with another one.
         let fresh = self.worker.journey.ledger.identity().empty
             && !self.worker.accept_empty_ledger
-            && !self.adopted.initialized();
+            && *self.adoption.lock().await != Adoption::Adopted;
         let (subscribed, mut subscriptions) = mpsc::channel(self.permits.len());
         for (size, permits) in &self.permits {
             let lane = LaneLoop {
@@ -277,23 +312,39 @@ impl Shared {
         } else {
             session.over.cancel();
             lanes.shutdown().await;
-            self.adopt().await;
         }
         reason
     }
 
-    /// Takes note, once, that a new ledger serves. From the end of its first session on, what is
-    /// redelivered may be what this worker itself had taken.
-    async fn adopt(&self) {
+    /// Holds the empty-ledger guard, and takes note once that a new ledger serves.
+    ///
+    /// `fresh` says that the session is the first that serves with a new ledger: what is
+    /// redelivered in it was taken by a worker with another ledger.
+    async fn may_serve(&self, delivery: &Delivery, fresh: bool) -> bool {
         let ledger = &self.worker.journey.ledger;
-        if !ledger.identity().empty || self.fatal.borrow().is_some() {
-            return;
+        if !ledger.identity().empty {
+            return true;
         }
-        let adopt = || async {
-            // A ledger that cannot be written pauses the job that follows, and says so.
-            drop(ledger.execute(Command::Adopt(true)).await);
-        };
-        self.adopted.get_or_init(adopt).await;
+        // Held over the write, so that no lane's yes can come after another lane's no.
+        let mut adoption = self.adoption.lock().await;
+        if *adoption == Adoption::Refused {
+            return false;
+        }
+        if fresh && self.worker.intake.was_taken_before(delivery) {
+            *adoption = Adoption::Refused;
+            // Until an operator has decided, the next start must ask again.
+            drop(ledger.execute(Command::Adopt(false)).await);
+            self.end(Fatal::EmptyLedger);
+            return false;
+        }
+        if *adoption == Adoption::Undecided {
+            // A ledger that cannot be written pauses the job that follows, and says so; the next
+            // one tries again.
+            if ledger.execute(Command::Adopt(true)).await.is_ok() {
+                *adoption = Adoption::Adopted;
+            }
+        }
+        true
     }
 
     fn consuming(&self) {
@@ -315,15 +366,6 @@ impl Shared {
         }
         metrics::broker_connected(false);
         self.worker.health.set_broker(Err(why.to_owned()));
-    }
-
-    /// Waits until every job in flight is settled, replied to and acked, then says goodbye.
-    async fn drain(&self, session: &Session) {
-        tracing::info!(jobs = self.jobs.len(), "stopping: finishing what was sent");
-        self.jobs.close();
-        self.jobs.wait().await;
-        session.close().await;
-        tracing::info!("stopped");
     }
 
     fn end(&self, fatal: Fatal) {
@@ -387,10 +429,14 @@ impl Shared {
             Ok(ask) => ask,
             Err(unfit) => return (None, worker.settler.refuse(delivery, &envelope, unfit).await),
         };
-        let verdict = worker.journey.run(&ask).await;
+        let (verdict, turn) = worker.journey.run(&ask).await;
         if let Verdict::Fatal(error) = &verdict {
-            self.end(Fatal::Ledger(error.to_string()));
+            self.end(Fatal::Broken(error.to_string()));
         }
+        // Copies of an unresolved job wait until its one parked copy is noted.
+        let unresolved =
+            matches!(&verdict, Verdict::Reply(stored) if stored.status == Status::Unresolved);
+        let _turn = turn.filter(|_| unresolved);
         let summary = worker
             .settler
             .carry_out(delivery, &envelope, &ask.key, ask.picked_up_at, verdict)
@@ -444,7 +490,7 @@ impl LaneLoop {
                 // Read even while the lane is full, or a broken session would go unnoticed. What
                 // waits here is bounded by the prefetch.
                 delivery = intake.next() => match delivery {
-                    Ok(delivery) if self.may_serve(&delivery).await => waiting.push_back(delivery),
+                    Ok(delivery) if self.shared.may_serve(&delivery, self.fresh).await => waiting.push_back(delivery),
                     Ok(_) => return None,
                     Err(error) => return Some(error),
                 },
@@ -457,24 +503,8 @@ impl LaneLoop {
                 self.shared.jobs.spawn(shared.handle(delivery, self.permits.clone(), permit));
             }
         }
-        for delivery in waiting {
-            delivery.give_back().await;
-        }
-        intake.cancel().await;
+        intake.cancel(waiting).await;
         None
-    }
-
-    /// Holds the empty-ledger guard, and takes note once that the ledger serves.
-    async fn may_serve(&self, delivery: &Delivery) -> bool {
-        if self.fresh && delivery.redelivered {
-            // Until an operator has decided, the next start must ask again.
-            let ledger = &self.shared.worker.journey.ledger;
-            drop(ledger.execute(Command::Adopt(false)).await);
-            self.shared.end(Fatal::EmptyLedger);
-            return false;
-        }
-        self.shared.adopt().await;
-        true
     }
 }
 

@@ -95,7 +95,16 @@ impl Settler {
                 delivery.give_back().await;
                 summary("given_back", None, 0, Left::ComesAgain)
             }
-            Verdict::Abandon => summary("abandoned", None, 0, Left::ComesAgain),
+            Verdict::Abandon => {
+                // Harmless where the session is over; elsewhere nobody else would free the slot.
+                delivery.give_back().await;
+                summary("abandoned", None, 0, Left::ComesAgain)
+            }
+            Verdict::Damaged(what) => {
+                tracing::error!(job.key = %key, what, "a row of the ledger is damaged; the job is parked, as nobody knows whether it has a link");
+                let left = self.park(delivery, "ledger_row_damaged", &what, 0).await;
+                summary("parked", Some("ledger_row_damaged".to_owned()), 0, left)
+            }
             Verdict::Fatal(error) => {
                 summary("ledger_damaged", Some(error.to_string()), 0, Left::ComesAgain)
             }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::Shared;
 use super::gate::Reason;
@@ -16,6 +17,10 @@ use crate::retry::{Backoff, backoff};
 
 /// How often old rows are looked for.
 const SWEEP_EVERY: Duration = Duration::from_mins(1);
+/// How long after its start a worker removes nothing.
+const FIRST_SWEEP: Duration = Duration::from_secs(3600);
+/// How far the wall clock may run ahead of the monotonic one.
+const CLOCK_JUMP: Duration = Duration::from_secs(3600);
 /// How often gauges are refreshed.
 const GAUGES_EVERY: Duration = Duration::from_secs(1);
 
@@ -40,8 +45,8 @@ async fn ledger(shared: Arc<Shared>) {
         loop {
             match shared.worker.journey.ledger.execute(Command::Probe).await {
                 Ok(_) => break,
-                Err(error @ LedgerError::Damaged(_)) => {
-                    shared.end(super::Fatal::Ledger(error.to_string()));
+                Err(error @ (LedgerError::Damaged(_) | LedgerError::DamagedRow(_))) => {
+                    shared.end(super::Fatal::Broken(error.to_string()));
                     return;
                 }
                 Err(error @ LedgerError::Unavailable(_)) => {
@@ -51,6 +56,8 @@ async fn ledger(shared: Arc<Shared>) {
                 }
             }
         }
+        // A ledger that fails at once again must not make the gate flutter.
+        tokio::time::sleep(GAUGES_EVERY).await;
         tracing::info!("the ledger can be written again; intake goes on");
         shared.worker.health.set_ledger(Ok(()));
         shared.worker.journey.reopen(Reason::Ledger);
@@ -102,15 +109,25 @@ async fn publishing(shared: Arc<Shared>) {
             }
         }
         if state.changed().await.is_err() {
-            return;
+            let text = "the task that publishes has ended (a bug)";
+            return shared.end(super::Fatal::Broken(text.to_owned()));
         }
     }
 }
 
 /// Removes outcomes that are older than retention, a small batch at a time.
 async fn sweep(shared: Arc<Shared>) {
+    let (wall, monotonic) = (shared.worker.clock.now(), Instant::now());
+    // Jobs that waited while no worker ran come first: some may need rows that are old by now.
+    tokio::time::sleep(FIRST_SWEEP).await;
     loop {
-        let before = shared.worker.clock.now() - as_millis(shared.worker.retention);
+        let now = shared.worker.clock.now();
+        if now - wall - as_millis(monotonic.elapsed()) > as_millis(CLOCK_JUMP) {
+            // Outcomes would be removed that are not old at all.
+            tracing::warn!("the clock has jumped forward; no outcomes are removed until a restart");
+            return;
+        }
+        let before = now - as_millis(shared.worker.retention);
         match shared.worker.journey.ledger.sweep(before).await {
             Ok(0) => tokio::time::sleep(SWEEP_EVERY).await,
             Ok(swept) => {

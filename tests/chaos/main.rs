@@ -285,8 +285,26 @@ async fn connect(url: &str) -> Connection {
     }
 }
 
+/// Waits until the worker has declared the last of its queues. Only then is anything published:
+/// lapin gives returned messages to the wrong publishes, so a job that no queue took could be
+/// taken for a confirmed one here as well.
+async fn declared(url: &str) {
+    let connection = connect(url).await;
+    loop {
+        let channel = connection.create_channel().await.unwrap();
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+        let last = format!("{PREFIX}.retry.bulk.10m");
+        if channel.queue_declare(last.as_str().into(), passive, FieldTable::default()).await.is_ok()
+        {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// Publishes every job until the broker has confirmed it; lanes alternate.
 async fn publish_all(url: String, jobs: usize, confirmed: Arc<AtomicUsize>) {
+    declared(&url).await;
     let mut left: Vec<usize> = (0..jobs).collect();
     while !left.is_empty() {
         let connection = connect(&url).await;
@@ -329,28 +347,16 @@ async fn publish_some(channel: &Channel, jobs: Vec<usize>, confirmed: &AtomicUsi
                 Err(_) => confirms.push((job, None)),
             }
         }
-        let mut returned = false;
         for (job, confirm) in confirms {
             let confirmation = match confirm {
                 Some(confirm) => confirm.await.ok(),
                 None => None,
             };
-            match confirmation {
-                // Before the worker's first start there is no queue yet: the whole batch again.
-                Some(confirmation) if confirmation.is_ack() => {
-                    let unroutable = confirmation.take_message().is_some();
-                    returned |= unroutable;
-                    if unroutable {
-                        left.push(job);
-                    } else {
-                        confirmed.fetch_add(1, Ordering::SeqCst);
-                    }
-                }
-                Some(_) | None => left.push(job),
+            if confirmation.is_some_and(|confirmation| confirmation.is_ack()) {
+                confirmed.fetch_add(1, Ordering::SeqCst);
+            } else {
+                left.push(job);
             }
-        }
-        if returned {
-            tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
     left

@@ -121,6 +121,78 @@ async fn a_lost_ledger_is_noticed_before_a_redelivered_job_gets_a_second_link() 
 }
 
 #[tokio::test]
+async fn a_lost_ledger_is_noticed_by_a_job_that_comes_from_its_delay_queue() {
+    let Some(world) = World::new("lost_hop").await else { return };
+    world.worker().await.kill().await;
+    std::fs::remove_file(world.ledger()).unwrap();
+    // As another ledger's worker would have signed it.
+    let mark = "1;1795370400000;00112233445566778899aabbccddeeff";
+    world.publish(body("a"), header("checkout-hop", mark)).await;
+    let mut worker = world.worker_unready(&[]);
+    assert_eq!(worker.ended().await, 1);
+    assert!(worker.log().join("\n").contains("--accept-empty-ledger"));
+    assert_eq!(world.posts(), 0);
+}
+
+#[tokio::test]
+async fn two_ledgers_cannot_serve_one_lane_each() {
+    let Some(world) = World::new("lane_each").await else { return };
+    let first = world.worker_unready(&["--lanes", "interactive"]);
+    soon("the first", first.logged("consuming")).await;
+    let mut environment = world.environment();
+    let other = world.directory.path().join("other.db");
+    environment.insert("LEDGER_URL".into(), format!("sqlite:{}", other.display()));
+    let second = crate::support::Process::start(&["run", "--lanes", "bulk"], &environment);
+    soon("it waits", second.logged("not consuming; trying again")).await;
+    assert_eq!(second.get("/readyz").await.0, 503);
+}
+
+#[tokio::test]
+async fn a_damaged_row_parks_its_job_and_the_others_are_served() {
+    let Some(world) = World::new("damaged_row").await else { return };
+    let _worker = world.worker().await;
+    let (mut replies, mut dead) = (world.replies().await, world.dead().await);
+    for id in ["a", "b"] {
+        world.job(id).await;
+        assert_eq!(next(&mut replies).await.status(), "succeeded");
+    }
+    let beside = rusqlite::Connection::open(world.ledger()).unwrap();
+    beside.busy_timeout(std::time::Duration::from_secs(5)).unwrap();
+    for (column, code) in [("ended_at = ended_at + 1", 1), ("ambiguous = -1", 2)] {
+        beside.execute(&format!("UPDATE job SET {column} WHERE request_id = 'a'"), []).unwrap();
+        world.job("a").await;
+        let parked = next(&mut dead).await;
+        assert_eq!(
+            parked.header("checkout-error-code").as_deref(),
+            Some("ledger_row_damaged"),
+            "{code}"
+        );
+        world.job("b").await;
+        assert_eq!(next(&mut replies).await.text("/request_id"), "b");
+    }
+    assert_eq!(world.posts(), 2, "nobody knows whether it has a link, so nobody asks for another");
+}
+
+#[tokio::test]
+async fn sigterm_while_the_broker_is_away_still_settles_what_was_sent() {
+    let Some(mut world) = World::new("sigterm_away").await else { return };
+    let url = world.environment()["AMQP_URL"].clone();
+    let port = url.rsplit(':').next().unwrap().split('/').next().unwrap().to_owned();
+    let relay = Relay::start(format!("127.0.0.1:{port}")).await;
+    let relayed = format!("amqp://guest:guest@{}/%2f?heartbeat=1", relay.address);
+    world.settings.insert("AMQP_URL".into(), relayed);
+    let mut worker = world.worker().await;
+    world.script(r#"{"latency_ms":5000}"#);
+    world.job("a").await;
+    soon("the call", world.simulator.posts_arrived(1)).await;
+    relay.freeze(true);
+    soon("it notices", worker.logged("not consuming; trying again")).await;
+    worker.signal("TERM");
+    assert_eq!(worker.ended().await, 0);
+    assert!(crate::ledger::row(&world.ledger(), "a").checkout_id.is_some(), "the link was kept");
+}
+
+#[tokio::test]
 async fn a_deleted_job_queue_comes_back_and_is_served_again() {
     let Some(world) = World::new("queue_deleted").await else { return };
     let worker = world.worker().await;
@@ -195,7 +267,7 @@ async fn a_broker_that_restarts_dies_or_raises_an_alarm_costs_no_job() {
     world = world.reconnect(&broker.url).await;
     let mut replies = world.replies().await;
     world.job("b").await;
-    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    while next(&mut replies).await.text("/request_id") != "b" {}
 
     // A memory alarm blocks publishing: no call is made whose reply could not be published.
     ctl(&broker, &["set_vm_memory_high_watermark", "absolute", "1MB"]).await;
@@ -314,6 +386,9 @@ async fn a_message_that_lapin_cannot_read_ends_in_the_dead_queue_and_takes_nobod
     world.set("retry.first", "20ms").set("retry.longest", "100ms");
     let _worker = world.worker().await;
     let mut replies = world.replies().await;
+    // On a new ledger, what breaks its first session would be taken for a lost ledger's job.
+    world.job("first").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
     // A correlation_id that is not UTF-8 breaks lapin's frame parser, and with it the connection.
     crate::support::raw::publish_garbled(&world).await;
     for n in 0..10 {
@@ -323,7 +398,7 @@ async fn a_message_that_lapin_cannot_read_ends_in_the_dead_queue_and_takes_nobod
     while answered.len() < 10 {
         answered.insert(next(&mut replies).await.text("/request_id"));
     }
-    assert_eq!(world.sessions(), 10);
+    assert_eq!(world.sessions(), 11);
     eventually("only the poison is dead-lettered", || async { world.depth("dead").await == 1 })
         .await;
 }

@@ -457,7 +457,7 @@ async fn a_damaged_row_is_noticed_when_it_is_read_and_by_the_check() {
     bench.reopen();
     let request = Bench::request(bench.claimant("a", 1));
     let error = bench.ledger().claim(request).await.unwrap_err();
-    assert!(matches!(&error, LedgerError::Damaged(text) if text.contains("test/a")), "{error}");
+    assert!(matches!(&error, LedgerError::DamagedRow(text) if text.contains("test/a")), "{error}");
     assert!(matches!(bench.claim("b").await, Claim::Settled(_)), "the next job is served");
     let report = Inspector::open(&bench.path()).unwrap().report();
     assert_eq!((report.rows, report.damage.len()), (2, 1));
@@ -474,7 +474,7 @@ async fn every_flipped_byte_of_a_row_is_noticed() {
         flipped[at] ^= 0x10;
         connection.execute("UPDATE job SET body = ?1", [&flipped]).unwrap();
         let read = Inspector::open(&bench.path()).unwrap().row(&key("a"));
-        assert!(matches!(read, Err(LedgerError::Damaged(_))), "byte {at}");
+        assert!(matches!(read, Err(LedgerError::DamagedRow(_))), "byte {at}");
     }
     connection.execute("UPDATE job SET body = ?1", [&body]).unwrap();
     for change in [

@@ -423,6 +423,10 @@ async fn spoofed_bookkeeping_changes_nothing() {
     let Some(world) = World::new("spoofed").await else { return };
     let _worker = world.worker().await;
     let mut replies = world.replies().await;
+    // A new ledger takes a foreign mark for a sign that another ledger was lost; one that serves
+    // knows better.
+    world.job("first").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
     let mut headers = FieldTable::default();
     for name in ["x-death", "x-delivery-count", "checkout-hop", "checkout-attempts", "x-retry"] {
         headers.insert(name.into(), AMQPValue::LongString("99".into()));
@@ -433,6 +437,26 @@ async fn spoofed_bookkeeping_changes_nothing() {
     world.publish(body("a"), persistent().with_headers(headers)).await;
     let reply = next(&mut replies).await;
     assert_eq!((reply.status(), reply.json["attempts"].clone()), ("succeeded".into(), json!(1)));
+}
+
+#[tokio::test]
+async fn an_identifier_that_creem_knows_already_is_never_called_free() {
+    let Some(world) = World::new("duplicate").await else { return };
+    let _worker = world.worker().await;
+    let (mut replies, mut dead) = (world.replies().await, world.dead().await);
+    world.script(r#"{"faults":[{"request_id":"a","kind":"duplicate"}]}"#);
+    world.job("a").await;
+    let reply = next(&mut replies).await;
+    assert_eq!(
+        (reply.status(), reply.text("/error/code")),
+        ("unresolved".into(), "creem_duplicate".into())
+    );
+    assert_eq!(next(&mut dead).await.body, body("a").into_bytes());
+    // Sent again too late it is not "expired", and the id is not free for another body.
+    world.publish(body("a"), header("checkout-deadline", "2020-01-01T00:00:00Z")).await;
+    assert_eq!(next(&mut replies).await.status(), "unresolved");
+    world.publish(r#"{"request_id":"a","product_id":"other"}"#, persistent()).await;
+    assert_eq!(next(&mut replies).await.status(), "conflict");
 }
 
 #[tokio::test]
