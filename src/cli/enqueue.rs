@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Failure, Outcome, block_on, resolved_without_key, say, say_error};
 use crate::clock::{Clock as _, SystemClock};
 use crate::config::check::Resolved;
+use crate::config::sections::LONGEST;
 use crate::job::json::Node;
 use crate::job::{Lane, Mode};
 use crate::rabbit::publisher::Class;
@@ -57,7 +58,7 @@ pub(super) struct Arguments {
     #[arg(long, conflicts_with = "wait")]
     reply_to: Option<String>,
     /// After which nobody waits any more, from now, e.g. 30s.
-    #[arg(long, value_parser = humantime::parse_duration)]
+    #[arg(long, value_parser = span)]
     deadline: Option<Duration>,
     /// The campaign's name.
     #[arg(long)]
@@ -68,6 +69,11 @@ pub(super) struct Arguments {
     /// How long to wait for the next reply before giving up.
     #[arg(long, default_value = "5m", value_parser = humantime::parse_duration)]
     timeout: Duration,
+}
+
+fn span(text: &str) -> Result<Duration, String> {
+    let span = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    if span <= LONGEST { Ok(span) } else { Err("give at most 3650d".to_owned()) }
 }
 
 fn pair(text: &str) -> Result<(String, String), String> {
@@ -255,7 +261,15 @@ impl Sending<'_> {
                 .with_context(|| format!("{} cannot be opened", path.display()))?;
             Box::new(std::io::BufReader::new(file))
         };
-        let lines = reader.split(b'\n').map(|line| Ok(line?));
+        let most = self.settings.job.max_bytes;
+        let lines = reader.split(b'\n').zip(1_usize..).map(move |(line, number)| {
+            let line = line?;
+            if line.len() > most {
+                let text = format!("line {number} is larger than {most} bytes (job.max_bytes)");
+                return Err(Failure::Failed(anyhow!(text)));
+            }
+            Ok(line)
+        });
         Ok(Box::new(lines.filter(|line: &Result<Vec<u8>, Failure>| {
             !line.as_ref().is_ok_and(|line| line.trim_ascii().is_empty())
         })))

@@ -69,6 +69,9 @@ pub fn main() -> ExitCode {
         say_error("TLS was set up twice (a bug)");
     }
     let arguments = Arguments::parse();
+    if matches!(arguments.command, Command::Run(_)) {
+        with_deep_stacks();
+    }
     let file = arguments.config.as_deref();
     let outcome = match &arguments.command {
         Command::Run(command) => run::run(file, command),
@@ -110,6 +113,32 @@ fn remove_topology(file: Option<&std::path::Path>) -> Outcome {
     })?
 }
 
+/// Starts this program again, as the same process, with stacks that no message can overflow.
+///
+/// lapin parses nested headers by recursion, on a thread whose stack only this variable sizes: a
+/// header frame of 128 KiB holds some 18,000 levels, and an overflow would end the process, take
+/// every job in flight along, and come again with the next delivery. Memory that is not used
+/// costs nothing.
+fn with_deep_stacks() {
+    use std::os::unix::process::CommandExt as _;
+
+    const VARIABLE: &str = "RUST_MIN_STACK";
+    if std::env::vars_os().any(|(name, _)| name == VARIABLE) {
+        return;
+    }
+    let mut arguments = std::env::args_os();
+    let mut again = std::process::Command::new("/proc/self/exe");
+    if let Some(name) = arguments.next() {
+        again.arg0(name);
+    }
+    let error = again.args(arguments).env(VARIABLE, DEEP_STACK).exec();
+    say_error(&format!("going on with small stacks: {error}; set {VARIABLE}={DEEP_STACK}"));
+}
+
+/// Seen to hold the deepest nesting that a frame of 128 KiB can carry; without optimisation a
+/// level takes several times as much.
+const DEEP_STACK: &str = if cfg!(debug_assertions) { "1073741824" } else { "67108864" };
+
 /// One line on standard error.
 fn say_error(text: &str) {
     #[expect(clippy::print_stderr, reason = "this is how a command speaks")]
@@ -125,15 +154,27 @@ fn say(text: &str) {
     drop(writeln!(std::io::stdout(), "{text}"));
 }
 
-/// The environment as a map; what is not UTF-8 cannot be one of our settings.
-fn environment() -> BTreeMap<String, String> {
-    std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
-        .collect()
+/// The environment as a map.
+fn environment() -> Result<BTreeMap<String, String>, Failure> {
+    let mut environment = BTreeMap::new();
+    let mut unreadable = Vec::new();
+    for (name, value) in std::env::vars_os() {
+        let Ok(name) = name.into_string() else { continue };
+        match value.into_string() {
+            Ok(value) => {
+                environment.insert(name, value);
+            }
+            // A setting of ours must not be passed over in silence.
+            Err(_) if config::is_ours(&name) => unreadable
+                .push(Problem::new(format!("{name} is not UTF-8"), "give its value as UTF-8 text")),
+            Err(_) => {}
+        }
+    }
+    if unreadable.is_empty() { Ok(environment) } else { Err(Failure::Configuration(unreadable)) }
 }
 
 fn settings(file: Option<&std::path::Path>) -> Result<Settings, Failure> {
-    config::load(file, &environment()).map_err(Failure::Configuration)
+    config::load(file, &environment()?).map_err(Failure::Configuration)
 }
 
 fn resolved(file: Option<&std::path::Path>) -> Result<Resolved, Failure> {

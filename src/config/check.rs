@@ -9,10 +9,11 @@ use url::Url;
 
 use super::sections::{self, Settings};
 use crate::creem;
+use crate::job::request::is_extra_field;
 use crate::job::success_url::{self, is_loopback};
 use crate::job::{Lane, Mode, Rules};
 use crate::ledger::OnUnknown;
-use crate::observe::logging::Format;
+use crate::observe::logging::{self, Format};
 use crate::rabbit::envelope::ReplyRules;
 use crate::rabbit::{self, Topology};
 use crate::retry::{Backoff, Policy};
@@ -95,6 +96,14 @@ pub fn resolve(settings: &Settings) -> Result<Resolved, Vec<Problem>> {
     let topology = check_topology(settings, &mut problems);
     let job =
         check_job(settings, creem.as_ref().map_or(Mode::Test, |creem| creem.mode), &mut problems);
+    check_hosts("creem.checkout_hosts", &settings.creem.checkout_hosts, &mut problems);
+    check_hosts("job.success_hosts", &settings.job.success_hosts, &mut problems);
+    if let Err(why) = logging::check(&settings.log.level) {
+        problems.push(Problem::new(
+            format!("`log.level` (or RUST_LOG) is not usable: {why}"),
+            "give error, warn, info, debug or trace, or directives such as info,creem_checkout_worker=debug",
+        ));
+    }
     if let Some(rate) = settings.rate_limit.per_second
         && !(rate.is_finite() && (0.001..=1_000_000.0).contains(&rate))
     {
@@ -242,10 +251,11 @@ fn check_creem(settings: &Settings, problems: &mut Vec<Problem>) -> Option<creem
 
 fn mode_of(key: &SecretString, problems: &mut Vec<Problem>) -> Option<Mode> {
     let key = key.expose_secret();
-    if key.trim() != key || key.chars().any(char::is_control) {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'_' | b'-');
+    if !key.bytes().all(plain) || key.len() > 512 {
         problems.push(Problem::new(
-            "the Creem API key has white space around or in it",
-            "give the key alone",
+            "the Creem API key has white space or other characters in it that no key has",
+            "give the key alone, as Creem's dashboard shows it",
         ));
         None
     } else if key.starts_with("creem_test_") {
@@ -317,6 +327,13 @@ fn base_url(settings: &Settings, mode: Mode, problems: &mut Vec<Problem>) -> Opt
 fn check_ledger(settings: &Settings, problems: &mut Vec<Problem>) -> Option<PathBuf> {
     let url = settings.ledger.url.expose_secret();
     match url.split_once(':') {
+        Some(("sqlite", path)) if odd_path(path) => {
+            problems.push(Problem::new(
+                "`ledger.url` would name another file than it seems to",
+                "give sqlite:PATH with a plain path: no ~, no //, no file:, no blanks around it",
+            ));
+            None
+        }
         Some(("sqlite", path))
             if !path.is_empty() && !path.starts_with(':') && !path.contains('?') =>
         {
@@ -335,6 +352,18 @@ fn check_ledger(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Path
                 "give sqlite:PATH, e.g. sqlite:data/ledger.db",
             ));
             None
+        }
+    }
+}
+
+/// A host that is not written the way URLs write it would never match.
+fn check_hosts(key: &str, hosts: &[String], problems: &mut Vec<Problem>) {
+    for host in hosts {
+        if url::Host::parse(host).map(|parsed| parsed.to_string()).as_ref() != Ok(host) {
+            problems.push(Problem::new(
+                format!("`{key}` names {host:?}, which no URL's host ever equals"),
+                "give host names only: lower case, no https://, no port, no *",
+            ));
         }
     }
 }
@@ -413,6 +442,12 @@ fn check_lanes(settings: &Settings, problems: &mut Vec<Problem>) -> Vec<LaneSize
                 format!("give 1 to {MAX_PREFETCH}, which is the most that a quorum queue lets out unacked"),
             )),
         }
+        if section.max_age.is_some_and(|age| age.0.is_zero()) {
+            problems.push(Problem::new(
+                format!("`lanes.{lane}.max_age` is zero"),
+                "leave it out, or every job with a timestamp expires",
+            ));
+        }
         if section.max_elapsed.0.is_zero() {
             problems.push(Problem::new(
                 format!("`lanes.{lane}.max_elapsed` is zero"),
@@ -421,6 +456,15 @@ fn check_lanes(settings: &Settings, problems: &mut Vec<Problem>) -> Vec<LaneSize
         }
     }
     sizes
+}
+
+/// Forms that shells, URLs or other programs read differently.
+fn odd_path(path: &str) -> bool {
+    path.trim() != path
+        || path.chars().any(char::is_control)
+        || path.starts_with('~')
+        || path.starts_with("//")
+        || path.starts_with("file:")
 }
 
 fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -> Topology {
@@ -445,7 +489,9 @@ fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -> Topology 
             "give a queue name that is none of the worker's own",
         ));
     }
-    if !topology.replies_exchange.is_empty() && !name(&topology.replies_exchange, 255) {
+    let exchange = &topology.replies_exchange;
+    let own = [topology.dead_exchange(), topology.retry_exchange()].contains(exchange);
+    if own || (!exchange.is_empty() && !name(exchange, 255)) {
         problems.push(Problem::new(
             "`replies.exchange` is not usable",
             "give an exchange name, or leave it empty for the default exchange",
@@ -465,6 +511,12 @@ fn check_job(settings: &Settings, mode: Mode, problems: &mut Vec<Problem>) -> Ru
     };
     let max_bytes = bounded("max_bytes", job.max_bytes, 1024 * 1024);
     let max_units = bounded("max_units", job.max_units, i64::from(u32::MAX));
+    for field in job.extra_fields.iter().filter(|field| !is_extra_field(field)) {
+        problems.push(Problem::new(
+            format!("`job.extra_fields` names {field:?}"),
+            "give names of a-z, 0-9 and _ that are no fields of Creem's request already",
+        ));
+    }
     let loopback_http = mode == Mode::Test;
     if let Some(url) = &job.success_url
         && let Err(code) = success_url::check(url, loopback_http, &job.success_hosts)
@@ -525,6 +577,23 @@ mod tests {
             (&[("CREEM_BASE_URL", "https://a:b@creem.example")], "more than a host"),
             (&[("CREEM_API_KEY", "sk_live_x")], "does not begin with creem_"),
             (&[("CREEM_API_KEY", "creem_test_x ")], "white space"),
+            (&[("CREEM_API_KEY", "creem_test_é")], "no key has"),
+            (&[("LEDGER_URL", "sqlite:~/x.db")], "another file"),
+            (&[("LEDGER_URL", "sqlite: /tmp/x")], "another file"),
+            (&[("LEDGER_URL", "sqlite://data/x.db")], "another file"),
+            (&[("CHECKOUT_WORKER__CREEM__CHECKOUT_HOSTS", "https://creem.io")], "checkout_hosts"),
+            (&[("CHECKOUT_WORKER__JOB__SUCCESS_HOSTS", "Shop.example")], "success_hosts"),
+            (&[("CHECKOUT_WORKER__JOB__EXTRA_FIELDS", "metadata")], "extra_fields"),
+            (&[("CHECKOUT_WORKER__JOB__EXTRA_FIELDS", "customer.email")], "extra_fields"),
+            (&[("CHECKOUT_WORKER__LOG__LEVEL", "warning")], "log.level"),
+            (&[("RUST_LOG", "a=b=c")], "RUST_LOG"),
+            (&[("CHECKOUT_WORKER__REPLIES__EXCHANGE", "checkout.retry")], "replies.exchange"),
+            (
+                &[("CHECKOUT_WORKER__LANES__BULK__MAX_ELAPSED", "18446744073709551615s")],
+                "max_elapsed",
+            ),
+            (&[("CHECKOUT_WORKER__LANES__BULK__MAX_AGE", "0s")], "max_age"),
+            (&[("AMQP_URL", "amqp://u:12#pw@host/")], "%23"),
             (&[("CHECKOUT_WORKER__LANES__BULK__CONCURRENCY", "0")], "lanes.bulk.concurrency"),
             (&[("CHECKOUT_WORKER__LANES__INTERACTIVE__CONCURRENCY", "2001")], "1 to 2000"),
             (&[("CHECKOUT_WORKER__SHUTDOWN__GRACE", "11s")], "creem.request_timeout"),

@@ -241,6 +241,12 @@ fn key_of(name: &str) -> Option<String> {
     short.or_else(long)
 }
 
+/// Whether a variable of that name would be a setting.
+#[must_use]
+pub fn is_ours(name: &str) -> bool {
+    name.starts_with(PREFIX) || key_of(name).is_some()
+}
+
 fn is_secret(key: &str) -> bool {
     KEYS.contains(&(key, Kind::Secret))
 }
@@ -277,7 +283,7 @@ fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
             ));
             continue;
         }
-        match std::fs::read_to_string(&path) {
+        match read_secret_file(Path::new(&path)) {
             Ok(text) => {
                 // Editors and `kubectl create secret` leave a newline that no secret ends with.
                 let secret = text.strip_suffix('\n').unwrap_or(&text);
@@ -286,10 +292,26 @@ fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
             }
             Err(error) => problems.push(Problem::new(
                 format!("`{twin}`: {path} cannot be read: {error}"),
-                "check the path and its permissions",
+                "name a small text file that this user may read",
             )),
         }
     }
+}
+
+/// Largest file that may hold a secret.
+const MAX_SECRET: u64 = 64 * 1024;
+
+/// Reads a regular, small, non-empty text file; a pipe would wait for ever.
+fn read_secret_file(path: &Path) -> Result<String, String> {
+    let file = path.metadata().map_err(|error| error.to_string())?;
+    if !file.is_file() {
+        return Err("it is not a regular file".to_owned());
+    }
+    if file.len() > MAX_SECRET {
+        return Err(format!("it is larger than {MAX_SECRET} bytes"));
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+    if text.trim().is_empty() { Err("it is empty".to_owned()) } else { Ok(text) }
 }
 
 fn get<'a>(table: &'a Table, path: &str) -> Option<&'a Value> {

@@ -12,6 +12,9 @@ use toml::Table;
 
 use super::check::Problem;
 
+/// Longest duration of a setting: sums of two cannot overflow anything.
+pub const LONGEST: Duration = Duration::from_secs(3650 * 24 * 3600);
+
 /// A duration written as `250ms`, `10s`, `7d`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Span(pub Duration);
@@ -20,8 +23,15 @@ impl<'de> Deserialize<'de> for Span {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         humantime::parse_duration(&text)
+            .ok()
+            .filter(|span| *span <= LONGEST)
             .map(Span)
-            .map_err(|_| D::Error::custom("a duration is written as 250ms, 10s, 5m, 6h or 7d"))
+            .ok_or(())
+            .map_err(|()| {
+                D::Error::custom(
+                    "a duration is written as 250ms, 10s, 5m, 6h or 7d, and is at most 3650d",
+                )
+            })
     }
 }
 

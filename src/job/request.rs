@@ -299,9 +299,14 @@ fn short_text(value: &Node, max: usize) -> Option<&str> {
     let count = text.chars().count();
     let hidden = |c: char| {
         c.is_control()
+            || matches!(
+                c,
+                '\u{ad}' | '\u{61c}' | '\u{2060}' | '\u{3164}' | '\u{e0000}'..='\u{e007f}'
+            )
             || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
     };
-    ((1..=max).contains(&count) && !text.chars().any(hidden)).then_some(text)
+    let shown = !text.trim().is_empty() && !text.chars().any(hidden);
+    ((1..=max).contains(&count) && shown).then_some(text)
 }
 
 fn check_customer(value: Option<&Node>) -> Result<(), Refusal> {
@@ -350,8 +355,24 @@ fn is_email(text: &str) -> bool {
     text.len() <= 254
         && (1..=64).contains(&local.len())
         && local.chars().all(local_char)
+        && local.split('.').all(|part| !part.is_empty())
         && domain.contains('.')
         && domain.split('.').all(label)
+        && domain
+            .rsplit('.')
+            .next()
+            .is_some_and(|top| top.len() >= 2 && top.chars().any(char::is_alphabetic))
+}
+
+/// Whether a name may be passed on as a field that is newer than this program.
+#[must_use]
+pub fn is_extra_field(name: &str) -> bool {
+    (1..=64).contains(&name.len())
+        && name
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_')
+        && !name.starts_with('_')
+        && !FIELDS.contains(&name)
 }
 
 fn check_custom_fields(value: Option<&Node>) -> Result<(), Refusal> {
@@ -414,9 +435,12 @@ fn check_custom_field(field: &Node) -> Result<(), Refusal> {
         }
     }
     if let Some(checkbox) = field.get("checkbox") {
-        let label = checkbox.get("label").is_none_or(|label| label.as_str().is_some());
+        let short = |label: &Node| label.as_str().is_some_and(|text| text.chars().count() <= 1000);
+        let label = checkbox.get("label").is_none_or(short);
         if !known(checkbox, &["label"]) || !label {
-            return Err(wrong("a custom field's `checkbox` holds a label"));
+            return Err(wrong(
+                "a custom field's `checkbox` holds a label of at most 1000 characters",
+            ));
         }
     }
     Ok(())
@@ -622,6 +646,10 @@ mod tests {
             (r#""customer":{"email":"not an address"}"#, "email"),
             (r#""customer":{"email":"a@b.co\r\nBcc: x@y.z"}"#, "email"),
             (r#""customer":{"email":"Ada <a@b.co>"}"#, "email"),
+            (r#""customer":{"email":".ada@b.co"}"#, "email"),
+            (r#""customer":{"email":"a..b@b.co"}"#, "email"),
+            (r#""customer":{"email":"ada@1.2.3.4"}"#, "email"),
+            (r#""customer":{"email":"ada@example.c"}"#, "email"),
             (r#""customer":{"email":"a@b.co","role":"x"}"#, "unknown_field"),
             (r#""customer":{"email":"a@b.co","name":"Ünï"}"#, "ok"),
             (r#""custom_fields":{}"#, "custom_fields"),
@@ -670,6 +698,8 @@ mod tests {
             (r#""discount_code":"A\u0000B""#, "discount_code"),
             (r#""discount_code":"A\u202eB""#, "discount_code"),
             (r#""discount_code":5"#, "discount_code"),
+            (r#""discount_code":"   ""#, "discount_code"),
+            (r#""discount_code":"A\u061cB""#, "discount_code"),
             (r#""success_url":5"#, "success_url_form"),
             (r#""success_url":"javascript:alert(1)""#, "success_url_scheme"),
             (r#""checkout_url":"https://x.y""#, "unknown_field"),

@@ -54,7 +54,7 @@ fn check_host(
     let Host::Domain(name) = host else {
         return if local && hosts.is_empty() { Ok(()) } else { Err("success_url_host") };
     };
-    if !local && (!name.contains('.') || name.ends_with('.')) {
+    if !local && !is_public_name(name) {
         return Err("success_url_host");
     }
     // What was written must be the host itself, not something that only parses to it.
@@ -67,6 +67,20 @@ fn check_host(
     } else {
         Err("success_url_host")
     }
+}
+
+/// Whether a name is one that the public DNS can hold.
+fn is_public_name(name: &str) -> bool {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= 253
+        && name.contains('.')
+        && name.split('.').all(label)
+        && !name.ends_with(".localhost")
 }
 
 /// Whether a host is this machine.
@@ -127,6 +141,10 @@ mod tests {
             ("https://[::1]/", "success_url_host"),
             ("https://169.254.169.254/latest", "success_url_host"),
             ("https://intranet/", "success_url_host"),
+            ("https://shop..example/", "success_url_host"),
+            ("https://-shop.example/", "success_url_host"),
+            ("https://*.example/", "success_url_host"),
+            ("https://app.localhost/", "success_url_host"),
             ("https://shop.example./", "success_url_host"),
             ("https://sh\top.example/", "success_url_form"),
             ("https://shop.example/\n", "success_url_form"),

@@ -92,10 +92,8 @@ impl SqliteLedger {
         if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             std::fs::create_dir_all(parent).map_err(|error| io(&error))?;
         }
+        recognise(path)?;
         let lock = lock(path)?;
-        if path.metadata().is_ok_and(|file| file.len() == 0) {
-            return Err(OpenError::Empty(path.to_owned()));
-        }
         let mut connection = Connection::open(path).map_err(|error| io(&error))?;
         prepare(&mut connection, path)?;
         let (identity, epoch) = begin(&mut connection, clock.now()).map_err(|error| io(&error))?;
@@ -116,6 +114,26 @@ impl Ledger for SqliteLedger {
 
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
         self.group.sweep(before)
+    }
+}
+
+/// Refuses what cannot be a ledger before anything is written beside it.
+fn recognise(path: &Path) -> Result<(), OpenError> {
+    let Ok(file) = path.metadata() else { return Ok(()) };
+    let foreign = |what: &str| OpenError::Foreign(path.to_owned(), what.to_owned());
+    if !file.is_file() {
+        return Err(foreign("it is not a regular file"));
+    }
+    if file.len() == 0 {
+        return Err(OpenError::Empty(path.to_owned()));
+    }
+    let mut start = [0; 16];
+    let read =
+        File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut start));
+    match read {
+        Ok(()) if start == *b"SQLite format 3\0" => Ok(()),
+        Ok(()) => Err(foreign("it is no SQLite database")),
+        Err(error) => Err(OpenError::Io(path.to_owned(), error.to_string())),
     }
 }
 

@@ -3,6 +3,7 @@
 use std::io::IsTerminal as _;
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
@@ -17,36 +18,49 @@ pub enum Format {
     Json,
 }
 
-/// What may never be louder than this, whatever the level: at WARN lapin logs whole returned
-/// messages, payload included, and HTTP libraries log headers at TRACE.
-const QUIET: [&str; 8] = [
-    "lapin=off",
-    "amq_protocol=off",
-    "async_rs=off",
-    "hyper=info",
-    "hyper_util=info",
-    "reqwest=info",
-    "rustls=warn",
-    "h2=info",
-];
+/// Crates that are never logged, whatever the level: lapin logs whole messages and what it sends
+/// at login, bytes and all.
+const NEVER: [&str; 3] = ["lapin", "amq_protocol", "async_rs"];
+/// Crates that are logged down to INFO only: below it they log headers.
+const QUIET: [&str; 6] = ["hyper", "hyper_util", "reqwest", "rustls", "h2", "tokio_rustls"];
+
+/// Whether an event may be written. Apart from the filter, because a filter's more specific
+/// directive would win over any that is added to it.
+fn may_show(metadata: &tracing::Metadata<'_>) -> bool {
+    let of = |crates: &[&str]| {
+        let name = metadata.target().split("::").next().unwrap_or_default();
+        crates.contains(&name)
+    };
+    !of(&NEVER) && (*metadata.level() <= tracing::Level::INFO || !of(&QUIET))
+}
+
+/// Checks a filter: a level, or directives such as `info,creem_checkout_worker::worker=debug`.
+///
+/// # Errors
+/// What is wrong with it. A word that is no level would otherwise silence everything.
+pub fn check(level: &str) -> Result<(), String> {
+    for directive in level.split(',').map(str::trim).filter(|part| !part.is_empty()) {
+        let word = directive.to_ascii_lowercase();
+        let is_level = ["off", "error", "warn", "info", "debug", "trace"].contains(&word.as_str());
+        if !is_level && !directive.contains(['=', '[']) && !directive.starts_with("creem_") {
+            return Err(format!("`{}` is no level", crate::job::request::printable(directive, 40)));
+        }
+    }
+    EnvFilter::try_new(level).map(|_| ()).map_err(|_| "it is not a filter".to_owned())
+}
 
 /// Installs the subscriber of this process; it writes to standard error.
 ///
 /// # Errors
 /// If the level is not one, or a subscriber is installed already.
 pub fn install(format: Format, level: &str) -> Result<(), String> {
-    let mut filter =
-        EnvFilter::try_new(level).map_err(|error| format!("log.level is not a filter: {error}"))?;
-    for directive in QUIET {
-        filter = filter
-            .add_directive(directive.parse().map_err(|error| format!("{directive}: {error}"))?);
-    }
+    let filter = EnvFilter::try_new(level).map_err(|error| error.to_string())?;
     let json = match format {
         Format::Json => true,
         Format::Text => false,
         Format::Auto => !std::io::stderr().is_terminal(),
     };
-    let registry = tracing_subscriber::registry().with(filter);
+    let registry = tracing_subscriber::registry().with(filter).with(filter_fn(may_show));
     let installed = if json {
         let layer = tracing_subscriber::fmt::layer()
             .json()
@@ -70,4 +84,21 @@ fn log_panics() {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         tracing::error!(place, "a bug: the code panicked; one job is affected, not the others");
     }));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::check;
+
+    #[test]
+    fn a_word_that_is_no_level_is_refused_rather_than_silencing_everything() {
+        for good in
+            ["info", "DEBUG", "info,creem_checkout_worker::worker=debug", "off", "warn,hyper=trace"]
+        {
+            assert_eq!(check(good), Ok(()), "{good}");
+        }
+        for bad in ["warning", "nonsense", "a=b=c", "info,loud"] {
+            assert!(check(bad).is_err(), "{bad}");
+        }
+    }
 }

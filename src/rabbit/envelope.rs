@@ -144,9 +144,13 @@ impl Envelope {
         {
             return false;
         }
-        // Direct reply-to lives on the default exchange only.
-        if target.direct && !rules.topology.replies_exchange.is_empty() {
-            return false;
+        // Direct reply-to lives on the default exchange only. The broker drops what is addressed
+        // to a malformed one without a word, or even closes the connection over it.
+        if target.direct {
+            return rules.topology.replies_exchange.is_empty()
+                && is_direct_address(&target.address)
+                && (rules.allow.is_empty()
+                    || rules.allow.iter().any(|pattern| matches(pattern, &target.address)));
         }
         rules.allow.is_empty()
             || target.address == rules.topology.replies_queue
@@ -164,9 +168,11 @@ fn content(properties: &BasicProperties) -> Result<(), Broken> {
     let kind = kind.as_str().to_ascii_lowercase();
     let mut parts = kind.split(';').map(str::trim);
     let json = matches!(parts.next(), Some("" | "application/json" | "text/json"));
-    let utf8 = parts.all(|part| {
-        !part.starts_with("charset")
-            || part.trim_start_matches("charset=").trim_matches('"') == "utf-8"
+    let utf8 = parts.all(|part| match part.split_once('=') {
+        Some((name, value)) if name.trim() == "charset" => {
+            ["utf-8", "utf8"].contains(&value.trim().trim_matches('"'))
+        }
+        Some(_) | None => true,
     });
     if json && utf8 {
         Ok(())
@@ -193,9 +199,10 @@ fn seconds(timestamp: u64) -> Option<Millis> {
 fn moment(value: &AMQPValue) -> Option<Millis> {
     match value {
         AMQPValue::Timestamp(timestamp) => seconds(*timestamp),
-        AMQPValue::LongLongInt(millis) => Some(*millis),
-        AMQPValue::LongInt(millis) => Some(Millis::from(*millis)),
-        AMQPValue::LongUInt(millis) => Some(Millis::from(*millis)),
+        // Smaller numbers can only be seconds by mistake; taken for milliseconds they would say
+        // 1973, and the job would be called late.
+        AMQPValue::LongLongInt(millis) => Some(*millis).filter(|millis| *millis > 100_000_000_000),
+        AMQPValue::LongInt(_) | AMQPValue::LongUInt(_) => None,
         value => {
             let time: jiff::Timestamp = as_text(value)?.parse().ok()?;
             Some(time.as_millisecond())
@@ -227,6 +234,21 @@ fn is_traceparent(value: &str) -> bool {
 #[must_use]
 pub fn keeps_tracestate(value: &AMQPValue) -> bool {
     as_text(value).is_some_and(|text| text.len() <= MAX_TRACESTATE)
+}
+
+/// The form of a direct reply-to address: two parts in base64, of which the first is an Erlang
+/// process id in the external term format, which begins with the byte 131 (base64 `g`).
+fn is_direct_address(address: &str) -> bool {
+    let base64 = |part: &str| {
+        part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+/=-_".contains(&byte))
+    };
+    let parts = address.strip_prefix(DIRECT).and_then(|rest| rest.strip_prefix('.'));
+    let Some((process, key)) = parts.and_then(|rest| rest.split_once('.')) else { return false };
+    process.len() >= 28
+        && process.starts_with('g')
+        && base64(process)
+        && !key.is_empty()
+        && base64(key)
 }
 
 /// A pattern with `*` for any text.
@@ -440,8 +462,14 @@ mod tests {
         };
         assert!(allowed("amq.gen-abc", &rules(&[], "")));
         assert!(allowed("", &rules(&["shop.*"], "")), "an empty address counts as absent");
-        assert!(allowed("amq.rabbitmq.reply-to.g1h2", &rules(&[], "")));
-        assert!(!allowed("amq.rabbitmq.reply-to.g1h2", &rules(&[], "checkout.reply")));
+        let direct = "amq.rabbitmq.reply-to.g1h2CnJlcGx5QGhvc3QAAAAAAAAAAQ==.aGVsbG8=";
+        assert!(allowed(direct, &rules(&[], "")));
+        assert!(!allowed(direct, &rules(&[], "checkout.reply")));
+        for malformed in ["garbage", "ggg", "g1hhMzE=", "g2dk.AAAA", ""] {
+            let address = format!("amq.rabbitmq.reply-to.{malformed}");
+            assert!(!allowed(&address, &rules(&[], "")), "{address}");
+        }
+        assert!(!allowed("amq.rabbitmq.reply-toX", &rules(&[], "")));
         assert!(!allowed("checkout.jobs", &rules(&["*"], "")));
         assert!(!allowed("a\nb", &rules(&[], "")));
         assert!(!allowed("other", &rules(&["shop.*"], "")));

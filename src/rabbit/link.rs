@@ -14,6 +14,9 @@ const PROBE: Duration = Duration::from_secs(5);
 /// For the whole AMQP handshake.
 const HANDSHAKE: Duration = Duration::from_secs(15);
 
+/// RabbitMQ's own default, in bytes.
+const FRAME_MAX: u32 = 131_072;
+
 /// How to reach the broker.
 #[derive(Debug, Clone)]
 pub struct Options {
@@ -73,12 +76,17 @@ pub fn uris(options: &Options) -> Result<Vec<AMQPUri>, LinkError> {
     let wrong = |reason: &str| LinkError::Url(reason.to_owned());
     let (scheme, rest) =
         text.split_once("://").ok_or_else(|| wrong("it must begin with amqp:// or amqps://"))?;
-    let end = rest.find(['/', '?']).unwrap_or(rest.len());
+    let end = rest.find(['/', '?', '#']).unwrap_or(rest.len());
     let (authority, tail) = rest.split_at(end);
     let (user, hosts) = match authority.rsplit_once('@') {
         Some((user, hosts)) => (format!("{user}@"), hosts),
         None => (String::new(), authority),
     };
+    if tail.contains('@') {
+        return Err(wrong(
+            "there is an @ after the host: write / # ? @ in a password as %2F %23 %3F %40",
+        ));
+    }
     hosts
         .split(',')
         .map(|host| {
@@ -89,6 +97,8 @@ pub fn uris(options: &Options) -> Result<Vec<AMQPUri>, LinkError> {
             if let Some(literal) = host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
                 literal.0.clone_into(&mut uri.authority.host);
             }
+            // Bounds the headers of a message, and with them the depth of their nesting.
+            uri.query.frame_max.get_or_insert(FRAME_MAX);
             if uri.query.heartbeat.is_none() {
                 uri.query.heartbeat =
                     Some(u16::try_from(options.heartbeat.as_secs()).unwrap_or(u16::MAX));

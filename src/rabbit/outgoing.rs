@@ -15,6 +15,18 @@ use crate::job::{FingerprintKey, Lane, RequestId, reply};
 /// Most bytes of a message's headers that are carried on: a header frame must fit one AMQP
 /// frame, and a broker refuses what does not.
 const MAX_HEADERS: usize = 16 * 1024;
+/// Headers that the worker reads.
+const READ: [&str; 4] = ["checkout-deadline", "checkout-campaign", "traceparent", "tracestate"];
+/// Beginnings of headers that the worker writes.
+const OURS: [&str; 7] = [
+    "checkout-original-",
+    "checkout-error-",
+    "checkout-attempts",
+    "checkout-parked-at",
+    "checkout-source-queue",
+    "checkout-headers-dropped",
+    "checkout-publish-id",
+];
 /// Survives a restart of the broker.
 const PERSISTENT: u8 = 2;
 
@@ -234,13 +246,15 @@ fn carried(original: &BasicProperties) -> (BasicProperties, FieldTable) {
 fn carry_headers(original: &BasicProperties, headers: &mut FieldTable) {
     let Some(all) = original.headers() else { return };
     // What the worker itself reads comes first, so that a flood of other headers cannot push it out.
-    let own = |name: &str| name.starts_with("checkout-") || name.starts_with("trace");
+    let own = |name: &str| READ.contains(&name);
     let mut ordered: Vec<_> = all.inner().iter().collect();
     ordered.sort_by_key(|(name, _)| !own(name.as_str()));
     let (mut bytes, mut dropped) = (0, 0_i64);
     for (name, value) in ordered {
         let carried = match name.as_str() {
             HOP | "x-death" | "x-delivery-count" | "x-acquired-count" => continue,
+            // The worker's own words about a message are not a producer's to write.
+            name if OURS.iter().any(|ours| name.starts_with(ours)) => continue,
             name if name.starts_with("x-first-death-") || name.starts_with("x-last-death-") => {
                 continue;
             }
@@ -249,10 +263,11 @@ fn carry_headers(original: &BasicProperties, headers: &mut FieldTable) {
             "tracestate" if !keeps_tracestate(value) => continue,
             _ => (name.clone(), value.clone()),
         };
-        bytes += carried.0.as_str().len() + size(&carried.1) + 8;
-        if bytes > MAX_HEADERS {
+        let more = carried.0.as_str().len() + size(&carried.1) + 8;
+        if bytes + more > MAX_HEADERS {
             dropped += 1;
         } else {
+            bytes += more;
             headers.insert(carried.0, carried.1);
         }
     }

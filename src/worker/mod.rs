@@ -32,7 +32,7 @@ use crate::rabbit::consumer::{OpenError, Plan};
 use crate::rabbit::{Delivery, LinkError, Session};
 use crate::retry::{Backoff, backoff};
 use gate::{Gate, Reason};
-use intake::{Intake, Read};
+use intake::{Intake, Read, Unfit};
 use journey::{Journey, Verdict};
 use settle::{Settler, Summary};
 
@@ -427,7 +427,11 @@ impl Shared {
         let Read { envelope, job } = worker.intake.read(delivery, self.worker.clock.now(), permits);
         let ask = match job {
             Ok(ask) => ask,
-            Err(unfit) => return (None, worker.settler.refuse(delivery, &envelope, unfit).await),
+            Err(unfit) => {
+                let (Unfit::Invalid(why) | Unfit::Unanswerable(why)) = &unfit;
+                let key = why.request_id.as_ref().map(|id| format!("{}/{id}", worker.intake.mode));
+                return (key, worker.settler.refuse(delivery, &envelope, unfit).await);
+            }
         };
         let (verdict, turn) = worker.journey.run(&ask).await;
         if let Verdict::Fatal(error) = &verdict {

@@ -404,6 +404,36 @@ async fn a_message_that_lapin_cannot_read_ends_in_the_dead_queue_and_takes_nobod
 }
 
 #[tokio::test]
+async fn headers_nested_as_deep_as_a_frame_can_hold_end_no_process() {
+    let Some(world) = World::new("nested").await else { return };
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    crate::support::raw::publish_nested(&world, 17_000).await;
+    assert_eq!(next(&mut replies).await.text("/request_id"), "nested");
+    world.job("after").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    assert_eq!(worker.get("/livez").await.0, 200, "it is still the same process");
+}
+
+#[tokio::test]
+async fn no_log_filter_brings_out_the_password_or_an_address() {
+    let Some(mut world) = World::new("log_filter").await else { return };
+    let loud = "trace,lapin::channel=trace,lapin::io_loop=trace,amq_protocol=trace,hyper=trace";
+    world.settings.insert("RUST_LOG".into(), loud.into());
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    let job = r#"{"request_id":"a","product_id":"p","customer":{"email":"canary@example.com"}}"#;
+    world.publish(job, persistent()).await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    // Libraries print bytes as numbers, too.
+    let numbers: Vec<String> = b"canary".iter().map(u8::to_string).collect();
+    for line in worker.log() {
+        assert!(!line.contains("canary"), "{line}");
+        assert!(!line.contains(&numbers.join(", ")), "{line}");
+    }
+}
+
+#[tokio::test]
 async fn a_deadline_far_away_and_odd_properties_do_no_harm() {
     let Some(world) = World::new("odd_properties").await else { return };
     let _worker = world.worker().await;

@@ -184,11 +184,18 @@ async fn direct_reply_to_is_served_and_a_malformed_one_harms_nobody() {
         .unwrap();
     assert_eq!(next(&mut direct).await.status(), "succeeded");
     assert_eq!(world.depth("dead").await, 0);
+    let mut dead = world.dead().await;
 
     // RabbitMQ 3.10 closes the whole connection over such an address.
     for address in ["amq.rabbitmq.reply-to.garbage", "amq.rabbitmq.reply-to.g2dk.AAAA"] {
         let properties = persistent().with_reply_to(address.into());
         world.publish(body(&format!("bad-{}", address.len())), properties).await;
+        let parked = next(&mut dead).await;
+        assert_eq!(
+            parked.header("checkout-error-code").as_deref(),
+            Some("reply_to_denied"),
+            "{address}"
+        );
     }
     let mut replies = world.replies().await;
     world.job("order_2").await;
@@ -421,12 +428,14 @@ async fn a_refusal_of_one_job_with_a_good_key_ends_only_this_job() {
 #[tokio::test]
 async fn spoofed_bookkeeping_changes_nothing() {
     let Some(world) = World::new("spoofed").await else { return };
-    let _worker = world.worker().await;
+    let worker = world.worker().await;
     let mut replies = world.replies().await;
-    // A new ledger takes a foreign mark for a sign that another ledger was lost; one that serves
-    // knows better.
+    // A new ledger takes a foreign mark for a sign that another ledger was lost; one that has
+    // served before knows better.
     world.job("first").await;
     assert_eq!(next(&mut replies).await.status(), "succeeded");
+    worker.kill().await;
+    let _worker = world.worker().await;
     let mut headers = FieldTable::default();
     for name in ["x-death", "x-delivery-count", "checkout-hop", "checkout-attempts", "x-retry"] {
         headers.insert(name.into(), AMQPValue::LongString("99".into()));

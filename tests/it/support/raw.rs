@@ -35,6 +35,25 @@ async fn answer(stream: &mut TcpStream) -> Vec<u8> {
 
 /// Publishes a job whose `correlation_id` is not UTF-8.
 pub(crate) async fn publish_garbled(world: &World) {
+    publish(world, "garbled", 0x0400, &short(b"\xff\xfe\xfd")).await;
+}
+
+/// Publishes a job with a header whose tables are nested that deep.
+pub(crate) async fn publish_nested(world: &World, levels: usize) {
+    let mut table = Vec::new();
+    for _ in 0..levels {
+        let inner = table;
+        table =
+            [&short(b"n")[..], b"F", &u32::try_from(inner.len()).unwrap().to_be_bytes()].concat();
+        table.extend(inner);
+    }
+    let mut headers = u32::try_from(table.len()).unwrap().to_be_bytes().to_vec();
+    headers.extend(table);
+    publish(world, "nested", 0x2000, &headers).await;
+}
+
+/// Publishes a job with properties as they are on the wire.
+async fn publish(world: &World, request_id: &str, flags: u16, properties: &[u8]) {
     let uri: AMQPUri = world.environment()["AMQP_URL"].parse().unwrap();
     let address = (uri.authority.host.as_str(), uri.authority.port);
     soon("a publish by hand", async {
@@ -63,11 +82,11 @@ pub(crate) async fn publish_garbled(world: &World) {
         answer(&mut stream).await;
         let publish =
             [vec![0, 0], short(b""), short(world.queue("jobs").as_bytes()), vec![1]].concat();
-        let text = body("garbled");
+        let text = body(request_id);
         let mut header = vec![0, 60, 0, 0];
         header.extend(u64::try_from(text.len()).unwrap().to_be_bytes());
-        header.extend(0x0400_u16.to_be_bytes()); // correlation_id and nothing else
-        header.extend(short(b"\xff\xfe\xfd"));
+        header.extend(flags.to_be_bytes());
+        header.extend(properties);
         stream.write_all(&method(1, 60, 40, &publish)).await.unwrap();
         stream.write_all(&frame(2, 1, &header)).await.unwrap();
         stream.write_all(&frame(3, 1, text.as_bytes())).await.unwrap();
