@@ -109,6 +109,9 @@ async fn publishing(shared: Arc<Shared>) {
             }
         }
         if state.changed().await.is_err() {
+            if shared.stop.is_cancelled() {
+                return;
+            }
             let text = "the task that publishes has ended (a bug)";
             return shared.end(super::Fatal::Broken(text.to_owned()));
         }
