@@ -1,7 +1,7 @@
 //! The broker: the one at `TEST_AMQP_URL`, RabbitMQ 4 in a container where `TEST_BROKER=container`
 //! asks for it, and otherwise Debian's as a private process.
 
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use testcontainers::core::{IntoContainerPort as _, WaitFor};
@@ -25,11 +25,32 @@ pub(crate) async fn shared(test: &str) -> Option<String> {
             if std::env::var("TEST_BROKER").as_deref() == Ok("container") {
                 return in_container().await;
             }
-            let directory = root().join("target/test-broker");
-            tokio::task::spawn_blocking(move || run("start", &directory)).await.unwrap()
+            let name = format!("test-broker-it-{}", std::process::id());
+            let directory = root().join("target").join(name);
+            tokio::task::spawn_blocking(move || {
+                let url = run("start", &directory)?;
+                clean_up_after(&directory);
+                Ok(url)
+            })
+            .await
+            .unwrap()
         })
         .await;
     skipped(test, url.clone())
+}
+
+/// Leaves somebody behind who removes the broker when this process is gone: a test binary has no
+/// last moment of its own.
+fn clean_up_after(directory: &std::path::Path) {
+    let wait = r#"while kill -0 "$1" 2>/dev/null; do sleep 1; done; "$2" clean "$3""#;
+    let spawned = Command::new("setsid")
+        .args(["bash", "-c", wait, "clean-up", &std::process::id().to_string()])
+        .args([script().as_os_str(), directory.as_os_str()])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    assert!(spawned.is_ok(), "nobody to clean up after the tests: {spawned:?}");
 }
 
 async fn in_container() -> Result<String, String> {
