@@ -131,6 +131,9 @@ impl Books {
             let reply: serde_json::Value = serde_json::from_slice(body).unwrap();
             let status = reply["status"].as_str().unwrap().to_owned();
             clean |= ["rejected", "failed", "expired", "cancelled"].contains(&status.as_str());
+            if status == "unresolved" && !self.parked.contains_key(id) {
+                sums.wrong.push(format!("{id} is unresolved, and no copy of it was parked"));
+            }
             *sums.statuses.entry(status).or_default() += 1;
             urls.extend(reply["checkout_url"].as_str().map(str::to_owned));
         }
