@@ -28,7 +28,7 @@ const WINDOW: usize = 256;
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// NDJSON, one job a line; `-` is standard input. Without it, one job from the flags below.
-    #[arg(value_name = "FILE", conflicts_with_all = ["request_id", "product_id"])]
+    #[arg(value_name = "FILE", conflicts_with_all = ["request_id", "product_id", "units", "email", "discount_code", "success_url", "metadata"])]
     file: Option<PathBuf>,
     /// The job's idempotency key.
     #[arg(long, requires = "product_id")]

@@ -127,7 +127,9 @@ fn with_deep_stacks() {
         return;
     }
     let mut arguments = std::env::args_os();
-    let mut again = std::process::Command::new("/proc/self/exe");
+    // By its own path, so that it keeps its name in the process list.
+    let own = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
+    let mut again = std::process::Command::new(own);
     if let Some(name) = arguments.next() {
         again.arg0(name);
     }

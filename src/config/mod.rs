@@ -100,8 +100,11 @@ pub fn load(
     if let Some(path) = file {
         match read_file(path) {
             Ok(given) => {
-                unknown_keys(&given, path, &mut problems);
+                let unknown = unknown_keys(&given, path, &mut problems);
                 merge(&mut table, given);
+                for key in unknown {
+                    remove(&mut table, &key);
+                }
             }
             Err(problem) => problems.push(problem),
         }
@@ -111,13 +114,38 @@ pub fn load(
     if let Some(level) = environment.get("RUST_LOG").filter(|level| !level.is_empty()) {
         set(&mut table, "log.level", Value::String(level.clone()));
     }
-    if !problems.is_empty() {
-        return Err(problems);
+    let settings = read_all(table, &mut problems);
+    if problems.is_empty()
+        && let Some(settings) = settings
+    {
+        return Ok(settings);
     }
-    match Settings::from_table(table) {
-        Ok(settings) => Ok(settings),
-        Err(problem) => Err(vec![problem]),
+    // What is wrong between the settings is said together with what is wrong with them.
+    if let Some(settings) = settings.filter(|settings| settings.creem.api_key.is_some()) {
+        problems.extend(resolve(&settings).err().unwrap_or_default());
     }
+    Err(problems)
+}
+
+/// Reads the sections. A value that does not fit is noted and taken for its default, so that the
+/// next one is noted as well.
+fn read_all(mut table: Table, problems: &mut Vec<Problem>) -> Option<Settings> {
+    let defaults: Table = DEFAULTS.parse().expect("the embedded defaults are TOML");
+    for _ in 0..KEYS.len() {
+        let (path, problem) = match Settings::from_table(table.clone()) {
+            Ok(settings) => return Some(settings),
+            Err(wrong) => wrong,
+        };
+        problems.push(problem);
+        match get(&defaults, &path).cloned() {
+            Some(default) => set(&mut table, &path, default),
+            None => {
+                // A section that is no table, or a key without a default.
+                remove(&mut table, &path)?;
+            }
+        }
+    }
+    None
 }
 
 fn read_file(path: &Path) -> Result<Table, Problem> {
@@ -138,23 +166,23 @@ fn read_file(path: &Path) -> Result<Table, Problem> {
 }
 
 /// Names every key that is none, with the nearest that is one.
-fn unknown_keys(table: &Table, path: &Path, problems: &mut Vec<Problem>) {
+fn unknown_keys(table: &Table, path: &Path, problems: &mut Vec<Problem>) -> Vec<String> {
     let known: Vec<String> = known_keys().collect();
-    for key in leaves(table, "") {
-        if !known.contains(&key) {
-            problems.push(Problem::new(
-                format!("{}: there is no key `{key}`", path.display()),
-                nearest(&key),
-            ));
-        }
+    let unknown: Vec<String> =
+        leaves(table, "").into_iter().filter(|key| !known.contains(key)).collect();
+    for key in &unknown {
+        let what = format!("{}: there is no key `{key}`", path.display());
+        problems.push(Problem::new(what, nearest(key)));
     }
+    unknown
 }
 
 fn nearest(key: &str) -> String {
-    known_keys()
-        .map(|known| (strsim::osa_distance(&known, key), known))
-        .min()
-        .map_or_else(String::new, |(_, known)| format!("did you mean `{known}`?"))
+    let nearest = known_keys().map(|known| (strsim::osa_distance(&known, key), known)).min();
+    match nearest {
+        Some((distance, known)) if distance <= 5 => format!("did you mean `{known}`?"),
+        Some(_) | None => "config/default.toml has every key there is".to_owned(),
+    }
 }
 
 /// The paths of all values; a section with nothing in it counts as nothing.
@@ -409,9 +437,25 @@ mod tests {
             text.contains("`retry.max_attemps`") && text.contains("`retry.max_attempts`"),
             "{text}"
         );
-        assert!(text.contains("`lanes.bulk.concurrency`"), "{text}");
+        assert!(text.contains("`lane.bulk.concurrency`"), "{text}");
         let text = problems(None, &[("CHECKOUT_WORKER__LEDGER__URI", "x")]);
         assert!(text.contains("`ledger.url`"), "{text}");
+    }
+
+    #[test]
+    fn every_wrong_value_is_said_at_once() {
+        let file = "[creem]\nrequest_timeout = 5\n[retry]\nfirst = \"1 parsec\"\nlongst = 1\n[job]\nmax_units = 0\n[lanes.bulk]\nconcurrency = \"x\"\n";
+        let text = problems(Some(file), &[("CREEM_API_KEY", "creem_test_x")]);
+        for key in [
+            "creem.request_timeout",
+            "retry.first",
+            "retry.longst",
+            "job.max_units",
+            "lanes.bulk.concurrency",
+        ] {
+            assert!(text.contains(key), "{key}: {text}");
+        }
+        assert_eq!(text.lines().count(), 5, "{text}");
     }
 
     #[test]

@@ -67,13 +67,14 @@ pub struct Settings {
 
 impl Settings {
     /// Reads the merged table; what does not fit is named by its key.
-    pub(super) fn from_table(table: Table) -> Result<Self, Problem> {
+    pub(super) fn from_table(table: Table) -> Result<Self, (String, Problem)> {
         serde_path_to_error::deserialize(toml::Value::Table(table)).map_err(|error| {
             let path = error.path().to_string();
-            Problem::new(
+            let problem = Problem::new(
                 format!("`{path}`: {}", one_line(error.inner())),
                 "see config/default.toml for what it takes",
-            )
+            );
+            (path, problem)
         })
     }
 }

@@ -226,7 +226,10 @@ fn check_amounts<'a>(
     if let Some(value) = field("units") {
         let units = integer(value).filter(|units| *units >= 1);
         let units = units.ok_or_else(|| {
-            Refusal::new("units", "units must be an integer from 1, written as one")
+            Refusal::new(
+                "units",
+                "units must be a positive integer, without sign, fraction or exponent",
+            )
         })?;
         if units > u64::from(rules.max_units) {
             let message = format!("units must be at most {} (job.max_units)", rules.max_units);

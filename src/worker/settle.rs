@@ -254,6 +254,7 @@ impl Settler {
         let left = self.place(delivery, message, "the job cannot be parked").await;
         if left == Left::Acked {
             metrics::parked(code);
+            tracing::warn!(code, source_queue = queue, reason = text, "a job was parked");
         }
         left
     }
