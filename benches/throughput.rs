@@ -7,12 +7,15 @@
 
 #![expect(
     clippy::unwrap_used,
+    clippy::panic,
     clippy::disallowed_methods,
     clippy::print_stdout,
     clippy::print_stderr,
     reason = "a benchmark program"
 )]
 
+#[path = "../tests/it/support/amqp.rs"]
+mod amqp;
 #[path = "../tests/it/support/private_broker.rs"]
 #[expect(dead_code, reason = "the tests use more of it")]
 mod private_broker;
@@ -21,14 +24,14 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use amqp::{connect, declared};
 use creem_checkout_worker::simulator::{Options, Simulator};
 use futures::StreamExt as _;
 use lapin::options::{
-    BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
-    QueuePurgeOptions,
+    BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueuePurgeOptions,
 };
 use lapin::types::FieldTable;
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties, Consumer};
+use lapin::{BasicProperties, Channel, Connection, Consumer};
 use private_broker::Private;
 use tokio::process::{Child, Command};
 
@@ -80,8 +83,7 @@ async fn run(broker: &Private, number: usize, backlog: usize, paced: usize) -> R
     let (simulator, serve) =
         Simulator::start(([127, 0, 0, 1], 0).into(), Options::default()).await.unwrap();
     let serving = tokio::spawn(serve);
-    let connection =
-        Connection::connect(&broker.url, ConnectionProperties::default()).await.unwrap();
+    let connection = connect(&broker.url).await;
     let channel = connection.create_channel().await.unwrap();
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
 
@@ -146,21 +148,14 @@ async fn stop(child: &mut Child) {
 
 /// Consumes the reply queue, once the worker has declared it.
 async fn replies(connection: &Connection) -> Consumer {
+    declared(connection, PREFIX).await;
+    let channel = connection.create_channel().await.unwrap();
+    let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
     let name = format!("{PREFIX}.replies");
-    loop {
-        let channel = connection.create_channel().await.unwrap();
-        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
-        let jobs = format!("{PREFIX}.retry.bulk.10m");
-        if channel.queue_declare(jobs.as_str().into(), passive, FieldTable::default()).await.is_ok()
-        {
-            let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-            return channel
-                .basic_consume(name.as_str().into(), "".into(), options, FieldTable::default())
-                .await
-                .unwrap();
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
+    channel
+        .basic_consume(name.as_str().into(), "".into(), options, FieldTable::default())
+        .await
+        .unwrap()
 }
 
 async fn publish(

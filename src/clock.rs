@@ -1,7 +1,7 @@
 //! Wall-clock time as an argument, so that tests can hold it still.
 //!
-//! Only ages, deadlines and what a person reads use this clock. Leases are measured on the
-//! monotonic one as well, because a wall clock may jump.
+//! Ages, deadlines, due times and the ledger's leases use this clock. How much of a lease is left
+//! is measured on the monotonic one as well, because a wall clock may jump.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};

@@ -13,7 +13,7 @@
 //! | layer | modules |
 //! |---|---|
 //! | words: no I/O | [`job`], [`clock`] |
-//! | rules: time and chance come in as arguments | [`retry`], [`pace`] |
+//! | rules: no I/O; only [`retry::backoff::chance`] draws, only [`pace`] waits | [`retry`], [`pace`] |
 //! | outsiders: siblings that never meet | [`ledger`], [`creem`], [`rabbit`], [`observe`] |
 //! | the work | [`worker`]: `intake` reads, `journey` decides, `settle` acts |
 //! | the frame | [`config`], [`lifecycle`], [`cli`] |

@@ -40,7 +40,7 @@ impl Stages {
                     tracing::warn!(signal = name, "leaving at once; what was not settled will be delivered again");
                 }
                 () = tokio::time::sleep(grace) => {
-                    tracing::warn!(grace = %humantime::format_duration(grace), "shutdown.grace is over; what was not settled will be delivered again");
+                    tracing::warn!(grace_ms = crate::clock::as_millis(grace), "shutdown.grace is over; what was not settled will be delivered again");
                 }
             }
             stages.hard.cancel();

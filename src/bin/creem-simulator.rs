@@ -17,8 +17,8 @@ struct Arguments {
     /// Where to listen; port 0 takes a free one, which is printed.
     #[arg(long, default_value = "127.0.0.1:4010")]
     listen: SocketAddr,
-    /// The only key to accept; without it, any that begins with `creem_test`_ (or, with --live,
-    /// with creem_ and not with `creem_test`_).
+    /// The only key to accept; without it, any that begins with `creem_test_` (with --live: with
+    /// `creem_` and not with `creem_test_`).
     #[arg(long)]
     api_key: Option<String>,
     /// Before every answer, e.g. 50ms.

@@ -7,6 +7,7 @@ use crate::config::check::Resolved;
 use crate::creem::{Client, KeyCheck};
 use crate::job::Lane;
 use crate::ledger::sqlite::Inspector;
+use crate::rabbit::topology::Differences;
 use crate::rabbit::{Topology, link};
 
 /// Check configuration and surroundings; works beside a running worker and changes nothing.
@@ -33,7 +34,10 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         }
     };
     report("ledger", ledger(&settings));
-    let (broker, key) = block_on(async { tokio::join!(broker(&settings), key(&settings)) })?;
+    let (broker, key, listen) = block_on(async {
+        tokio::join!(broker(&settings), key(&settings), listen(settings.listen))
+    })?;
+    report("http.listen", listen);
     for (what, result) in broker {
         report(what, result);
     }
@@ -41,7 +45,7 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     if wrong == 0 {
         Ok(())
     } else {
-        Err(Failure::Failed(anyhow::anyhow!("{wrong} of the surroundings are wrong, see above")))
+        Err(Failure::Failed(anyhow::anyhow!("{} wrong, see above", super::count(wrong, "thing"))))
     }
 }
 
@@ -52,23 +56,27 @@ fn ledger(settings: &Resolved) -> Result<String, String> {
             .map(|_| format!("{} is a ledger", path.display()))
             .map_err(|error| error.to_string());
     }
-    let parent = path
-        .parent()
-        .filter(|parent| !parent.as_os_str().is_empty())
-        .unwrap_or_else(|| Path::new("."));
-    let existing =
-        parent.ancestors().find(|directory| directory.exists() || directory.as_os_str().is_empty());
-    let writable = existing.is_some_and(|directory| {
-        let directory = if directory.as_os_str().is_empty() { Path::new(".") } else { directory };
-        directory.metadata().is_ok_and(|metadata| !metadata.permissions().readonly())
+    let nearest = path.ancestors().skip(1).map(|directory| {
+        // The parent of a bare file name is written as nothing.
+        if directory.as_os_str().is_empty() { Path::new(".") } else { directory }
     });
-    if writable {
-        Ok(format!("{} will be created", path.display()))
-    } else {
-        Err(format!(
-            "{} cannot be created: make its directory writable for this user",
-            path.display()
-        ))
+    let Some(nearest) = nearest.into_iter().find(|directory| directory.exists()) else {
+        return Err(format!("{} cannot be created: no directory above it exists", path.display()));
+    };
+    if !nearest.is_dir() {
+        return Err(format!(
+            "{} cannot be created: {} is a file; set ledger.url to another path",
+            path.display(),
+            nearest.display()
+        ));
+    }
+    match rustix::fs::access(nearest, rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK) {
+        Ok(()) => Ok(format!("{} will be created", path.display())),
+        Err(error) => Err(format!(
+            "{} cannot be created: {} is not writable for this user ({error})",
+            path.display(),
+            nearest.display()
+        )),
     }
 }
 
@@ -99,20 +107,8 @@ async fn broker(settings: &Resolved) -> Vec<(&'static str, Result<String, String
         }
     };
     let mut found = vec![("broker", Ok("connected".to_owned()))];
-    found.push(match settings.topology.missing(&connection).await {
-        Ok(missing) if missing.is_empty() => {
-            ("topology", Ok("every queue and exchange is there".to_owned()))
-        }
-        Ok(missing) if settings.declare => {
-            ("topology", Ok(format!("{} not there yet; `run` declares them", missing.len())))
-        }
-        Ok(missing) => (
-            "topology",
-            Err(format!(
-                "{}; import the definitions, or set topology.declare = true",
-                missing.join("; ")
-            )),
-        ),
+    found.push(match settings.topology.compare(&connection, settings.declare).await {
+        Ok(found) => ("topology", judge(&found, settings.declare)),
         Err(error) => ("topology", Err(error.to_string())),
     });
     for (what, queue) in [
@@ -125,6 +121,38 @@ async fn broker(settings: &Resolved) -> Vec<(&'static str, Result<String, String
         }
     }
     found
+}
+
+fn judge(found: &Differences, declare: bool) -> Result<String, String> {
+    let Differences { missing, wrong } = found;
+    if !wrong.is_empty() {
+        return Err(wrong.join("; "));
+    }
+    match missing.len() {
+        0 => Ok("every queue and exchange is there".to_owned()),
+        count if declare => Ok(format!(
+            "{} not there yet; `run` declares it",
+            super::count(count, "queue or exchange")
+        )),
+        _ => Err(format!(
+            "not there: {}; import the definitions, or set topology.declare = true",
+            missing.join(", ")
+        )),
+    }
+}
+
+/// Whether the HTTP server could be bound now; nothing is left behind.
+async fn listen(address: std::net::SocketAddr) -> Result<String, String> {
+    match tokio::net::TcpListener::bind(address).await {
+        Ok(_) => Ok(format!("{address} is free")),
+        // Beside a running worker that is as it should be.
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            Ok(format!("{address} is in use; by the running worker, if there is one"))
+        }
+        Err(error) => Err(format!(
+            "{address} cannot be bound: {error}; give an address of this machine and a port above 1023"
+        )),
+    }
 }
 
 fn whole_ledger(settings: &Resolved) -> Outcome {

@@ -11,12 +11,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use super::{Failure, Outcome, block_on, resolved_without_key, say, say_error};
+use super::{Failure, Outcome, block_on, count, resolved_without_key, say, say_error};
 use crate::clock::{Clock as _, SystemClock};
 use crate::config::check::Resolved;
 use crate::config::sections::LONGEST;
 use crate::job::json::Node;
 use crate::job::{Lane, Mode};
+use crate::rabbit::envelope::is_campaign;
 use crate::rabbit::publisher::Class;
 use crate::rabbit::replies::ReplyQueue;
 use crate::rabbit::{Message, Published, Publisher};
@@ -61,9 +62,9 @@ pub(super) struct Arguments {
     #[arg(long, value_parser = span)]
     deadline: Option<Duration>,
     /// The campaign's name.
-    #[arg(long)]
+    #[arg(long, value_parser = campaign)]
     campaign: Option<String>,
-    /// Wait for the replies and print each, one JSON object a line.
+    /// Wait for the replies and print each, one JSON object a line. Exit code 1 if a job got no link.
     #[arg(long)]
     wait: bool,
     /// How long to wait for the next reply before giving up.
@@ -76,6 +77,10 @@ fn span(text: &str) -> Result<Duration, String> {
     if span <= LONGEST { Ok(span) } else { Err("give at most 3650d".to_owned()) }
 }
 
+fn campaign(text: &str) -> Result<String, String> {
+    if is_campaign(text) { Ok(text.to_owned()) } else { Err("give 1-64 characters".to_owned()) }
+}
+
 fn pair(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("give KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
@@ -83,6 +88,13 @@ fn pair(text: &str) -> Result<(String, String), String> {
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let settings = resolved_without_key(file, None)?;
+    if let Some(queue) = &arguments.reply_to
+        && settings.topology.denies_replies_to(queue)
+    {
+        let text =
+            format!("--reply-to {queue}: replies must not go to a queue of the worker's own");
+        return Err(Failure::Usage(text));
+    }
     block_on(enqueue(&settings, arguments))?
 }
 
@@ -116,7 +128,10 @@ async fn enqueue(settings: &Resolved, arguments: &Arguments) -> Outcome {
         bar: &bar,
     };
     let outcome = match expecting {
-        None => context.send_all().await.map(|sent| say_error(&format!("{sent} jobs enqueued"))),
+        None => context
+            .send_all()
+            .await
+            .map(|sent| say_error(&format!("{} enqueued", count(sent, "job")))),
         Some(replies) => context.send_and_wait(replies).await,
     };
     bar.finish_and_clear();
@@ -242,11 +257,15 @@ impl Sending<'_> {
             }
         }
         say_error(&format!(
-            "{} jobs answered, {} of them with a link",
-            answered.len(),
+            "{} answered, {} of them with a link",
+            count(answered.len(), "job"),
             answered.len() - unhappy
         ));
-        Ok(())
+        if unhappy == 0 {
+            Ok(())
+        } else {
+            Err(Failure::Failed(anyhow!("{} got no link", count(unhappy, "job"))))
+        }
     }
 
     /// The bodies, line by line; a million lines take no more memory than one.

@@ -1,4 +1,4 @@
-//! The commands. `main` maps an error to its exit code and does nothing else.
+//! The commands, what they share, and the one place where an error becomes an exit code.
 
 mod check;
 mod enqueue;
@@ -140,6 +140,11 @@ fn with_deep_stacks() {
 /// Seen to hold the deepest nesting that a frame of 128 KiB can carry; without optimisation a
 /// level takes several times as much.
 const DEEP_STACK: &str = if cfg!(debug_assertions) { "1073741824" } else { "67108864" };
+
+/// A number of things, in English.
+fn count(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
+}
 
 /// One line on standard error.
 fn say_error(text: &str) {

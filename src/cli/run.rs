@@ -25,7 +25,7 @@ use crate::worker::intake::Intake;
 use crate::worker::journey::Journey;
 use crate::worker::settle::Settler;
 use crate::worker::turns::Turns;
-use crate::worker::{LaneSize, Worker, describe};
+use crate::worker::{LaneSize, Worker};
 
 /// Serve.
 #[derive(Debug, clap::Args)]
@@ -92,7 +92,7 @@ async fn serve(
         "starting"
     );
     let worker =
-        assemble(&settings, ledger, clock, health, &stages, &background, accept_empty_ledger)?;
+        assemble(&settings, ledger, &clock, health, &stages, &background, accept_empty_ledger)?;
     worker.run(stages.soft.clone(), stages.hard.clone()).await?;
     Ok(())
 }
@@ -100,7 +100,7 @@ async fn serve(
 fn assemble(
     settings: &Resolved,
     ledger: Arc<dyn Ledger>,
-    clock: SharedClock,
+    clock: &SharedClock,
     health: Health,
     stages: &Stages,
     background: &TaskTracker,
@@ -130,7 +130,7 @@ fn assemble(
             rules: settings.job.clone(),
             replies: settings.replies.clone(),
             mode: settings.creem.mode,
-            key: identity.key.clone(),
+            secret: identity.key.clone(),
         },
         journey: Journey {
             rules: settings.journey,
@@ -148,12 +148,19 @@ fn assemble(
             backoff: settings.backoff,
             clock: clock.clone(),
             ledger,
-            key: identity.key,
+            secret: identity.key,
         },
         backoff: settings.backoff,
-        retention: settings.retention,
         health,
-        clock,
         accept_empty_ledger,
     })
+}
+
+/// The lane sizes as `lane=concurrency`, for a log line.
+fn describe(lanes: &[LaneSize]) -> String {
+    lanes
+        .iter()
+        .map(|size| format!("{}={}", size.lane, size.concurrency))
+        .collect::<Vec<_>>()
+        .join(" ")
 }

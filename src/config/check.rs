@@ -18,7 +18,7 @@ use crate::rabbit::envelope::ReplyRules;
 use crate::rabbit::{self, Topology};
 use crate::retry::{Backoff, Policy};
 use crate::worker::LaneSize;
-use crate::worker::journey::{LaneRules, Rules as JourneyRules};
+use crate::worker::ask::{LaneRules, Rules as JourneyRules};
 
 /// RabbitMQ caps the prefetch of quorum queues here.
 const MAX_PREFETCH: i64 = 2_000;
@@ -211,16 +211,16 @@ fn check_creem(settings: &Settings, problems: &mut Vec<Problem>) -> Option<creem
     };
     let mode = mode_of(key, problems)?;
     let base_url = base_url(settings, mode, problems)?;
-    let proxy = match settings.creem.proxy.as_deref().map(Url::parse).transpose() {
-        Ok(proxy) => proxy,
-        Err(error) => {
+    let proxy = settings.creem.proxy.as_deref().and_then(|text| {
+        let url = Url::parse(text).ok().filter(|url| ["http", "https"].contains(&url.scheme()));
+        if url.is_none() {
             problems.push(Problem::new(
-                format!("`creem.proxy` is not a URL ({error})"),
-                "give http://host:port",
+                "`creem.proxy` is not the URL of an HTTP proxy",
+                "give http://host:port or https://host:port",
             ));
-            None
         }
-    };
+        url
+    });
     let ca_pem = settings.creem.ca_file.as_ref().and_then(|path| match std::fs::read(path) {
         Ok(pem) => Some(pem),
         Err(error) => {
@@ -578,6 +578,9 @@ mod tests {
             (&[("CREEM_API_KEY", "sk_live_x")], "does not begin with creem_"),
             (&[("CREEM_API_KEY", "creem_test_x ")], "white space"),
             (&[("CREEM_API_KEY", "creem_test_é")], "no key has"),
+            (&[("CHECKOUT_WORKER__CREEM__PROXY", "ftp://proxy")], "creem.proxy"),
+            (&[("CHECKOUT_WORKER__CREEM__PROXY", "proxy:3128")], "creem.proxy"),
+            (&[("CHECKOUT_WORKER__CREEM__CA_FILE", "/dev/null")], "creem.ca_file"),
             (&[("LEDGER_URL", "sqlite:~/x.db")], "another file"),
             (&[("LEDGER_URL", "sqlite: /tmp/x")], "another file"),
             (&[("LEDGER_URL", "sqlite://data/x.db")], "another file"),

@@ -95,7 +95,7 @@ fn one_line(error: &toml::de::Error) -> String {
 pub struct Amqp {
     /// The URL.
     pub url: SecretString,
-    /// Between two heartbeats.
+    /// The AMQP heartbeat; see `rabbit::Options`.
     pub heartbeat: Span,
 }
 

@@ -126,6 +126,9 @@ impl Client {
         if let Some(pem) = &options.ca_pem {
             let certificates = reqwest::Certificate::from_pem_bundle(pem)
                 .map_err(|error| BuildError::Certificates(error.to_string()))?;
+            if certificates.is_empty() {
+                return Err(BuildError::Certificates("there is none in it".to_owned()));
+            }
             builder = builder.tls_certs_merge(certificates);
         }
         let http = builder.build().map_err(|error| BuildError::Client(chain(&error)))?;

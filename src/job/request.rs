@@ -228,7 +228,7 @@ fn check_amounts<'a>(
         let units = units.ok_or_else(|| {
             Refusal::new(
                 "units",
-                "units must be a positive integer, without sign, fraction or exponent",
+                "units must be an integer from 1 to job.max_units, without sign, fraction or exponent",
             )
         })?;
         if units > u64::from(rules.max_units) {

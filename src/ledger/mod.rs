@@ -14,7 +14,7 @@
 //!                    └ waiting   (an unknown answer: ambiguous + 1; throttled or not sent: + 0)
 //! ```
 //!
-//! Two rules carry the promises. Every write is compare-and-set on the `fence`, which each claim
+//! Two rules carry the promises. Every result is compare-and-set on the `fence`, which each claim
 //! raises: a worker that was taken for dead finds its fence stale, touches no row, and what it
 //! brought back is recorded as an orphan and never published. And every ending passes
 //! [`crate::job::Ending::honest`], so that "no session exists" is said only where that is known.

@@ -47,7 +47,7 @@ impl State {
 pub struct Row {
     /// Where it stands.
     pub state: State,
-    /// Raised by every claim and close; every write compares it.
+    /// Raised by every claim and close; every result compares it.
     pub fence: u64,
     /// The last claim's name.
     pub token: Token,

@@ -35,7 +35,7 @@ const SWEEP: i64 = 500;
 pub enum OpenError {
     /// Another process has it.
     #[error(
-        "{0} is in use by another worker (its lock file is held): an embedded ledger serves one `run` at a time; stop the other one, or use a postgres:// ledger for replicas"
+        "{0} is in use by another worker (its lock file is held): an embedded ledger serves one `run` at a time; stop the other one first"
     )]
     Locked(PathBuf),
     /// It is not a ledger.
@@ -58,7 +58,7 @@ pub enum OpenError {
     Missing(PathBuf),
     /// On a file system without dependable locks.
     #[error(
-        "{0} lies on a network file system ({1}), whose locks cannot be trusted: put the ledger on a local disk, or use a postgres:// ledger"
+        "{0} lies on a network file system ({1}), whose locks cannot be trusted: put the ledger on a local disk"
     )]
     Network(PathBuf, String),
     /// The system said no.
@@ -580,7 +580,8 @@ impl Inspector {
     /// See [`OpenError`].
     pub fn open(path: &Path) -> Result<Self, OpenError> {
         if !path.exists() {
-            return Err(OpenError::Missing(path.to_owned()));
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+            return Err(OpenError::Missing(path));
         }
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let foreign =

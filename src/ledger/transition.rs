@@ -1,7 +1,7 @@
 //! The state machine, pure: a row and a command go in, an answer and a changed row come out.
 //!
-//! One machine for all back-ends: what SQLite and PostgreSQL differ in is how rows are loaded,
-//! locked and made durable, never what a command means.
+//! One machine for all back-ends: they differ in how rows are loaded, locked and made durable,
+//! never in what a command means.
 
 use super::row::{Row, State};
 use super::{
@@ -18,8 +18,11 @@ use crate::job::{Ending, Key, Problem, Status};
 pub const MOST_CRASHES: u32 = 5;
 
 /// No retry is ever due later than this from now, in milliseconds; one that seems to be was
-/// written under a clock that ran ahead, and is due.
-const LONGEST_WAIT: Millis = 31 * 60 * 1000;
+/// written under a clock that ran ahead, and is due. The longest delay that a policy can choose is
+/// 35 minutes: a clamped `Retry-After` of 5, and jitter of up to `retry.first`, at most 30.
+const LONGEST_WAIT: Millis = 40 * 60 * 1000;
+/// When a row that a newer version wrote is looked at again, in milliseconds.
+const LEAVE_TO_NEWER: Millis = 30_000;
 
 /// What the back-end knows besides the row.
 #[derive(Debug, Clone, Copy)]
@@ -151,21 +154,18 @@ fn last_word_of_a_takeover(row: &Row, request: &ClaimRequest) -> Option<Ending> 
 
 fn arrive(row: Option<Row>, who: &Claimant, context: Context) -> Arrival {
     let Some(row) = row else { return Arrival::Free(None) };
-    let same = match row.fingerprint.compare(&who.fingerprint) {
-        Comparison::Same => true,
-        Comparison::Differs(fields) => {
-            return if frees_the_id(&row) {
-                Arrival::Free(Some(reopen(&row, who, context)))
-            } else {
-                Arrival::Answered(Claim::Conflict(fields))
-            };
+    match row.fingerprint.compare(&who.fingerprint) {
+        Comparison::Same => {}
+        Comparison::Differs(_) if frees_the_id(&row) => {
+            return Arrival::Free(Some(reopen(&row, who, context)));
         }
+        Comparison::Differs(fields) => return Arrival::Answered(Claim::Conflict(fields)),
         // Written by a newer version: neither "same" nor "conflict" may be said. The newer
         // worker will serve it; here it waits.
-        Comparison::Unknown => false,
-    };
-    if !same {
-        return Arrival::Answered(Claim::Busy { until: context.now.saturating_add(30_000) });
+        Comparison::Unknown => {
+            let until = context.now.saturating_add(LEAVE_TO_NEWER);
+            return Arrival::Answered(Claim::Busy { until });
+        }
     }
     match row.state {
         State::Sending if alive(&row, context) => {

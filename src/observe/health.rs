@@ -110,6 +110,10 @@ impl Health {
     #[must_use]
     pub fn not_ready(&self) -> Vec<String> {
         let parts = self.locked();
+        if parts.stopping {
+            // All the rest follows from it.
+            return vec!["the worker is stopping".to_owned()];
+        }
         let named = [
             ("broker", &parts.broker),
             ("publishing", &parts.publishing),
@@ -121,9 +125,6 @@ impl Health {
             .filter_map(|(name, state)| state.as_ref().err().map(|why| format!("{name}: {why}")))
             .collect();
         reasons.extend(parts.waiting.iter().cloned());
-        if parts.stopping {
-            reasons.push("the worker is stopping".to_owned());
-        }
         reasons
     }
 

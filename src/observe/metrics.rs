@@ -62,7 +62,10 @@ fn describe() {
         "checkout_worker_orphan_sessions",
         "Sessions known to exist at Creem that nobody was given; starts from the ledger's total"
     );
-    describe_counter!("checkout_worker_replies_total", "Replies, by what became of them");
+    describe_counter!(
+        "checkout_worker_replies_total",
+        "Replies: confirmed, refused by a full queue (tried again), or unroutable (the job is parked)"
+    );
     describe_counter!("checkout_worker_parked_total", "Jobs parked, by reason");
     describe_gauge!(
         "checkout_worker_oldest_unsettled_seconds",
@@ -72,9 +75,12 @@ fn describe() {
     describe_histogram!("checkout_worker_ledger_batch_size", "Commands in one commit");
     describe_histogram!(
         "checkout_worker_rate_limit_wait_seconds",
-        "Waiting for the right to call Creem"
+        "Waiting for rate_limit to let a call through"
     );
-    describe_gauge!("checkout_worker_circuit_open", "1 while the circuit breaker is open");
+    describe_gauge!(
+        "checkout_worker_circuit_open",
+        "1 while the circuit breaker is open; always 0 in this version, which has none"
+    );
     describe_gauge!(
         "checkout_worker_broker_connected",
         "1 while there is a session with the broker"

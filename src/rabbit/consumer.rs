@@ -77,7 +77,7 @@ impl Delivery {
 pub enum OpenError {
     /// Another worker with an embedded ledger serves these queues.
     #[error(
-        "another worker with an embedded ledger serves these queues (its exclusive queue {0} exists); waiting until it is gone. For several workers use a postgres:// ledger"
+        "another worker with an embedded ledger serves these queues (its exclusive queue {0} exists); waiting until it is gone"
     )]
     Guarded(String),
     /// The broker is not there, or says no.
@@ -146,7 +146,7 @@ impl Session {
         topology: &Topology,
         lane: Lane,
         prefetch: u16,
-    ) -> Result<Intake, LinkError> {
+    ) -> Result<Deliveries, LinkError> {
         let queue = topology.jobs(lane);
         in_time(async {
             let channel = self.connection.create_channel().await?;
@@ -161,7 +161,7 @@ impl Session {
             let consumer = channel
                 .basic_consume(short(&queue)?, short("")?, options, FieldTable::default())
                 .await?;
-            Ok(Intake { lane, queue, channel, consumer, over: self.over.clone() })
+            Ok(Deliveries { lane, queue, channel, consumer, over: self.over.clone() })
         })
         .await
     }
@@ -211,7 +211,7 @@ async fn guard(connection: &Connection, topology: &Topology) -> Result<(), OpenE
 }
 
 /// One lane's deliveries.
-pub struct Intake {
+pub struct Deliveries {
     lane: Lane,
     queue: String,
     channel: Channel,
@@ -219,13 +219,13 @@ pub struct Intake {
     over: CancellationToken,
 }
 
-impl std::fmt::Debug for Intake {
+impl std::fmt::Debug for Deliveries {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Intake").field("queue", &self.queue).finish_non_exhaustive()
+        f.debug_struct("Deliveries").field("queue", &self.queue).finish_non_exhaustive()
     }
 }
 
-impl Intake {
+impl Deliveries {
     /// The next delivery.
     ///
     /// # Errors

@@ -4,12 +4,11 @@
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 
+use super::headers;
 use super::topology::Topology;
 use crate::clock::Millis;
 use crate::job::{FingerprintKey, Lane};
 
-/// The header under which the worker signs what it must remember over a delay queue.
-pub const HOP: &str = "checkout-hop";
 /// Prefix of direct reply-to addresses.
 const DIRECT: &str = "amq.rabbitmq.reply-to";
 /// Longest trace state that is kept.
@@ -92,22 +91,20 @@ impl Envelope {
                 message: "the timestamp property is beyond the year 9999",
             }));
         }
-        let deadline = headers.inner().get("checkout-deadline").map(moment);
+        let deadline = headers.inner().get(headers::DEADLINE).map(moment);
         if deadline.is_some_and(|time| time.is_none()) {
             let message = "checkout-deadline must be RFC 3339 text, an AMQP timestamp or integer Unix milliseconds";
             check(Err(Broken { code: "deadline", message }));
         }
-        let campaign = headers.inner().get("checkout-campaign").map(as_text);
-        let named = |name: &&str| {
-            (1..=64).contains(&name.chars().count()) && !name.chars().any(char::is_control)
-        };
-        if campaign.is_some_and(|name| name.is_none_or(|name| !named(&name))) {
+        let campaign = headers.inner().get(headers::CAMPAIGN).map(as_text);
+        if campaign.is_some_and(|name| name.is_none_or(|name| !is_campaign(name))) {
             check(Err(Broken {
                 code: "campaign",
                 message: "checkout-campaign must be a text of 1-64 characters",
             }));
         }
-        let first_picked_up_at = text(HOP).and_then(|value| read_hop(value, key, body, lane));
+        let first_picked_up_at =
+            text(headers::HOP).and_then(|value| read_hop(value, key, body, lane));
         let envelope = Self {
             reply_to: properties
                 .reply_to()
@@ -125,11 +122,11 @@ impl Envelope {
                 .filter(|id| !id.chars().any(char::is_control)),
             timestamp: timestamp.flatten(),
             deadline: deadline.flatten(),
-            campaign: campaign.flatten().filter(named).map(str::to_owned),
-            traceparent: text("traceparent")
+            campaign: campaign.flatten().filter(|name| is_campaign(name)).map(str::to_owned),
+            traceparent: text(headers::TRACEPARENT)
                 .filter(|value| is_traceparent(value))
                 .map(str::to_owned),
-            foreign_hop: headers.contains_key(HOP) && first_picked_up_at.is_none(),
+            foreign_hop: headers.contains_key(headers::HOP) && first_picked_up_at.is_none(),
             first_picked_up_at,
         };
         (envelope, broken)
@@ -182,6 +179,12 @@ fn content(properties: &BasicProperties) -> Result<(), Broken> {
             message: "content_type must be absent or application/json in UTF-8",
         })
     }
+}
+
+/// Whether a text may name a campaign.
+#[must_use]
+pub fn is_campaign(name: &str) -> bool {
+    (1..=64).contains(&name.chars().count()) && !name.chars().any(char::is_control)
 }
 
 /// AMQP timestamps are seconds; some clients write milliseconds, which no plausible number of
@@ -304,6 +307,7 @@ fn hop_mac(time: Millis, key: &FingerprintKey, body: &[u8], lane: Lane) -> [u8; 
 
 #[cfg(test)]
 mod tests {
+    use super::headers::HOP;
     use super::*;
 
     fn key() -> FingerprintKey {

@@ -22,7 +22,8 @@ const FRAME_MAX: u32 = 131_072;
 pub struct Options {
     /// `amqp(s)://user:password@host[:port][,host[:port]…]/vhost[?heartbeat=…]`
     pub url: SecretString,
-    /// Sent to the broker; half of it passes between two heartbeats. A `?heartbeat=` wins.
+    /// The AMQP heartbeat: a frame is sent every half of it, and a peer that is silent for twice of
+    /// it is given up. A `?heartbeat=` wins.
     pub heartbeat: Duration,
 }
 

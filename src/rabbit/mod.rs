@@ -1,11 +1,12 @@
 //! RabbitMQ: the one door to lapin. Nothing outside this folder names it.
 //!
 //! lapin's automatic recovery is off: in 4.12 it can leave a consumer silent for ever without an
-//! error. Without it every failure arrives as an error at once, and this folder rebuilds what
-//! failed, for ever, with jitter.
+//! error. Without it every failure arrives as an error at once; `publisher` rebuilds its connection
+//! for ever, with jitter, and `worker::sessions` opens one consuming session after another.
 
 pub mod consumer;
 pub mod envelope;
+pub mod headers;
 pub mod link;
 pub mod outgoing;
 pub mod publisher;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-use super::envelope::{Envelope, HOP, keeps_tracestate, write_hop};
+use super::envelope::{Envelope, keeps_tracestate, write_hop};
+use super::headers;
 use super::link::{LinkError, short};
 use super::topology::Topology;
 use crate::clock::Millis;
@@ -16,17 +17,8 @@ use crate::job::{FingerprintKey, Lane, RequestId, reply};
 /// frame, and a broker refuses what does not.
 const MAX_HEADERS: usize = 16 * 1024;
 /// Headers that the worker reads.
-const READ: [&str; 4] = ["checkout-deadline", "checkout-campaign", "traceparent", "tracestate"];
-/// Beginnings of headers that the worker writes.
-const OURS: [&str; 7] = [
-    "checkout-original-",
-    "checkout-error-",
-    "checkout-attempts",
-    "checkout-parked-at",
-    "checkout-source-queue",
-    "checkout-headers-dropped",
-    "checkout-publish-id",
-];
+const READ: [&str; 4] =
+    [headers::DEADLINE, headers::CAMPAIGN, headers::TRACEPARENT, headers::TRACESTATE];
 /// Survives a restart of the broker.
 const PERSISTENT: u8 = 2;
 
@@ -77,10 +69,10 @@ impl Message {
         };
         let mut headers = FieldTable::default();
         if let Some(id) = request_id {
-            headers.insert("checkout-request-id".into(), text(id.as_str()));
+            headers.insert(headers::REQUEST_ID.into(), text(id.as_str()));
         }
         if let Some(trace) = &envelope.traceparent {
-            headers.insert("traceparent".into(), text(trace));
+            headers.insert(headers::TRACEPARENT.into(), text(trace));
         }
         let mut properties = BasicProperties::default()
             .with_content_type("application/json".into())
@@ -117,7 +109,7 @@ impl Message {
         key: &FingerprintKey,
     ) -> Result<Self, LinkError> {
         let (properties, mut headers) = carried(original);
-        headers.insert(HOP.into(), text(&write_hop(first_picked_up_at, key, &body, lane)));
+        headers.insert(headers::HOP.into(), text(&write_hop(first_picked_up_at, key, &body, lane)));
         Ok(Self {
             exchange: short(&topology.retry_exchange())?,
             routing_key: short(&Topology::retry_key(lane, delay))?,
@@ -138,14 +130,12 @@ impl Message {
         parking: &Parking<'_>,
     ) -> Result<Self, LinkError> {
         let (properties, mut headers) = carried(original);
-        headers.insert("checkout-error-code".into(), text(parking.code));
-        headers.insert("checkout-error-message".into(), text(parking.message));
-        headers.insert(
-            "checkout-attempts".into(),
-            AMQPValue::LongLongInt(i64::from(parking.attempts)),
-        );
-        headers.insert("checkout-parked-at".into(), text(&reply::rfc3339(parking.at)));
-        headers.insert("checkout-source-queue".into(), text(parking.source_queue));
+        headers.insert(headers::ERROR_CODE.into(), text(parking.code));
+        headers.insert(headers::ERROR_MESSAGE.into(), text(parking.message));
+        headers
+            .insert(headers::ATTEMPTS.into(), AMQPValue::LongLongInt(i64::from(parking.attempts)));
+        headers.insert(headers::PARKED_AT.into(), text(&reply::rfc3339(parking.at)));
+        headers.insert(headers::SOURCE_QUEUE.into(), text(parking.source_queue));
         Ok(Self {
             exchange: short(&topology.dead_exchange())?,
             routing_key: short(&topology.dead())?,
@@ -234,10 +224,10 @@ fn carried(original: &BasicProperties) -> (BasicProperties, FieldTable) {
         properties = properties.with_app_id(value.clone());
     }
     if let Some(value) = original.expiration() {
-        headers.insert("checkout-original-expiration".into(), text(value.as_str()));
+        headers.insert(headers::ORIGINAL_EXPIRATION.into(), text(value.as_str()));
     }
     if let Some(value) = original.user_id() {
-        headers.insert("checkout-original-user-id".into(), text(value.as_str()));
+        headers.insert(headers::ORIGINAL_USER_ID.into(), text(value.as_str()));
     }
     carry_headers(original, &mut headers);
     (properties, headers)
@@ -252,15 +242,15 @@ fn carry_headers(original: &BasicProperties, headers: &mut FieldTable) {
     let (mut bytes, mut dropped) = (0, 0_i64);
     for (name, value) in ordered {
         let carried = match name.as_str() {
-            HOP | "x-death" | "x-delivery-count" | "x-acquired-count" => continue,
+            "x-death" | "x-delivery-count" | "x-acquired-count" => continue,
             // The worker's own words about a message are not a producer's to write.
-            name if OURS.iter().any(|ours| name.starts_with(ours)) => continue,
+            name if headers::is_ours(name) => continue,
             name if name.starts_with("x-first-death-") || name.starts_with("x-last-death-") => {
                 continue;
             }
-            "CC" => ("checkout-original-cc".into(), text(&addresses(value))),
-            "BCC" => ("checkout-original-bcc".into(), text(&addresses(value))),
-            "tracestate" if !keeps_tracestate(value) => continue,
+            "CC" => (headers::ORIGINAL_CC.into(), text(&addresses(value))),
+            "BCC" => (headers::ORIGINAL_BCC.into(), text(&addresses(value))),
+            headers::TRACESTATE if !keeps_tracestate(value) => continue,
             _ => (name.clone(), value.clone()),
         };
         let more = carried.0.as_str().len() + size(&carried.1) + 8;
@@ -272,7 +262,7 @@ fn carry_headers(original: &BasicProperties, headers: &mut FieldTable) {
         }
     }
     if dropped > 0 {
-        headers.insert("checkout-headers-dropped".into(), AMQPValue::LongLongInt(dropped));
+        headers.insert(headers::HEADERS_DROPPED.into(), AMQPValue::LongLongInt(dropped));
     }
 }
 

@@ -23,12 +23,12 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::headers;
 use super::link::{self, LinkError, Options};
 use super::outgoing::Message;
+use crate::clock::as_millis;
 use crate::retry::{Backoff, backoff};
 
-/// The header that tells one publish from every other of this process.
-pub const PUBLISH_ID: &str = "checkout-publish-id";
 /// Most messages in one batch: larger ones only make the first wait for the last.
 const BATCH: usize = 64;
 /// How long the broker may take for the confirms of a batch.
@@ -119,7 +119,7 @@ impl Publisher {
                 };
                 failures = if began.elapsed() > GOOD { 1 } else { failures + 1 };
                 let delay = backoff.delay(failures, None, backoff::chance());
-                tracing::warn!(error = %reason, retry_in_ms = u64::try_from(delay.as_millis()).unwrap_or(u64::MAX), "the publishing connection is down");
+                tracing::warn!(error = %reason, delay_ms = as_millis(delay), "the publishing connection is down");
                 told.send_replace(State::Down(reason.to_string()));
                 tokio::select! {
                     () = tokio::time::sleep(delay) => {}
@@ -179,7 +179,7 @@ async fn generation(
         let reopened = tokio::select! {
             event = events.next() => match event {
                 Some(Event::ConnectionBlocked(reason)) => {
-                    tracing::warn!(reason, "the broker has blocked publishing: a memory or disk alarm");
+                    tracing::warn!(error = reason, "the broker has blocked publishing: a memory or disk alarm");
                     told.send_replace(State::Blocked(reason));
                     continue;
                 }
@@ -285,7 +285,7 @@ async fn send_and_confirm(channel: &Channel, batch: &[Order]) -> Result<Vec<Publ
         if let Some(message) = confirmation.take_message() {
             let headers = message.properties.headers().as_ref();
             if let Some(AMQPValue::LongLongInt(id)) =
-                headers.and_then(|headers| headers.inner().get(PUBLISH_ID))
+                headers.and_then(|headers| headers.inner().get(headers::PUBLISH_ID))
             {
                 returned.insert(*id, message.reply_text.to_string());
             }
@@ -306,7 +306,7 @@ async fn send(
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let id = NEXT.fetch_add(1, Ordering::Relaxed).cast_signed();
     let mut headers = message.properties.headers().clone().unwrap_or_default();
-    headers.insert(PUBLISH_ID.into(), AMQPValue::LongLongInt(id));
+    headers.insert(headers::PUBLISH_ID.into(), AMQPValue::LongLongInt(id));
     let confirm = channel
         .basic_publish(
             message.exchange.clone(),

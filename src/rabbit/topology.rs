@@ -17,6 +17,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
 
 use super::link::{LinkError, short};
+use crate::clock::as_millis;
 use crate::job::Lane;
 
 /// Deliveries of one job that may end without an ack before the broker takes it out. A crash
@@ -124,7 +125,7 @@ impl Topology {
             for (delay, ttl) in DELAYS {
                 let mut arguments = passed_on("", &self.jobs(lane));
                 limit(&mut arguments, DELIVERY_LIMIT);
-                let ttl = i64::try_from(ttl.as_millis()).unwrap_or(i64::MAX);
+                let ttl = as_millis(ttl);
                 arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(ttl));
                 let name = format!("{}.{}", self.retry_exchange(), Self::retry_key(lane, delay));
                 queues.push(Queue { name, arguments });
@@ -225,22 +226,33 @@ impl Topology {
         Ok(())
     }
 
-    /// Says what is missing on the broker, without making anything.
+    /// Compares what is on the broker with what should be, without making anything: queues are
+    /// compared with their arguments if `declare` says that the worker may. Bindings cannot be
+    /// asked for in AMQP.
     ///
     /// # Errors
     /// If the broker cannot be asked.
-    pub async fn missing(&self, connection: &Connection) -> Result<Vec<String>, LinkError> {
-        let mut missing = Vec::new();
+    pub async fn compare(
+        &self,
+        connection: &Connection,
+        declare: bool,
+    ) -> Result<Differences, LinkError> {
+        let mut found = Differences::default();
         for queue in self.queues() {
             // A failed passive declare closes its channel, so each has its own.
             let channel = connection.create_channel().await?;
             let options = QueueDeclareOptions { passive: true, ..durable() };
             match channel.queue_declare(short(&queue.name)?, options, FieldTable::default()).await {
-                Ok(_) => {}
-                Err(error) if error.is_amqp_soft_error() => {
-                    missing.push(format!("queue {}: {error}", queue.name));
+                Ok(_) if declare => {
+                    // Of a queue that is there this changes nothing, and the broker compares.
+                    let name = queue.name;
+                    let declared = channel.queue_declare(short(&name)?, durable(), queue.arguments);
+                    if let Err(error) = declared.await {
+                        found.wrong.push(differs(&name, &error).to_string());
+                    }
                 }
-                Err(error) => return Err(error.into()),
+                Ok(_) => {}
+                Err(error) => found.note(format!("queue {}", queue.name), error)?,
             }
         }
         for exchange in self.exchanges() {
@@ -262,13 +274,10 @@ impl Topology {
                 .await
             {
                 Ok(()) => {}
-                Err(error) if error.is_amqp_soft_error() => {
-                    missing.push(format!("exchange {exchange}: {error}"));
-                }
-                Err(error) => return Err(error.into()),
+                Err(error) => found.note(format!("exchange {exchange}"), error)?,
             }
         }
-        Ok(missing)
+        Ok(found)
     }
 
     /// How many messages wait in a queue, or `None` if it is not there.
@@ -283,6 +292,31 @@ impl Topology {
             Err(error) if error.is_amqp_soft_error() => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// How a broker differs from a [`Topology`].
+#[derive(Debug, Clone, Default)]
+pub struct Differences {
+    /// What is not there.
+    pub missing: Vec<String>,
+    /// What is there and not as it should be, or may not be looked at; a sentence each.
+    pub wrong: Vec<String>,
+}
+
+impl Differences {
+    /// Sorts a broker's "no" to a question after something.
+    fn note(&mut self, what: String, error: lapin::Error) -> Result<(), LinkError> {
+        if !error.is_amqp_soft_error() {
+            return Err(error.into());
+        }
+        // The broker's code for this is 404; every other one says that it may be there.
+        if error.to_string().contains("NOT_FOUND") || error.to_string().contains("NOT-FOUND") {
+            self.missing.push(what);
+        } else {
+            self.wrong.push(format!("{what}: {error}"));
+        }
+        Ok(())
     }
 }
 

@@ -44,7 +44,7 @@ impl Reason {
     }
 }
 
-/// See the module's text.
+/// The reasons that hold intake, and how long they have held it.
 #[derive(Debug)]
 pub struct Gate {
     held: watch::Sender<u8>,

@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
-use super::journey::Ask;
+use super::ask::{Ask, LONGEST_HOLD};
 use crate::clock::Millis;
 use crate::job::{CheckoutRequest, Fingerprint, FingerprintKey, Key, Mode, Refusal, Rules};
 use crate::rabbit::envelope::ReplyRules;
@@ -20,7 +21,7 @@ pub struct Intake {
     /// Creem's world.
     pub mode: Mode,
     /// The ledger's secret.
-    pub key: FingerprintKey,
+    pub secret: FingerprintKey,
 }
 
 /// A delivery, read.
@@ -46,7 +47,7 @@ impl Intake {
     #[must_use]
     pub fn read(&self, delivery: &Delivery, now: Millis, permits: &Arc<Semaphore>) -> Read {
         let (envelope, broken) =
-            Envelope::read(&delivery.properties, &delivery.body, &self.key, delivery.lane);
+            Envelope::read(&delivery.properties, &delivery.body, &self.secret, delivery.lane);
         let parsed = match broken {
             // The body is read all the same: the answer carries its request_id.
             Some(rule) => Err(Refusal {
@@ -71,7 +72,7 @@ impl Intake {
         let job = parsed.map_err(Unfit::Invalid).map(|request| {
             Box::new(Ask {
                 key: Key { mode: self.mode, request_id: request.request_id.clone() },
-                fingerprint: Fingerprint::of(&request.members, &self.key),
+                fingerprint: Fingerprint::of(&request.members, &self.secret),
                 request,
                 lane: delivery.lane,
                 campaign: envelope.campaign.clone(),
@@ -80,6 +81,7 @@ impl Intake {
                 picked_up_at: envelope.first_picked_up_at.unwrap_or(now).min(now),
                 redelivered: delivery.redelivered,
                 session: delivery.session.clone(),
+                hold_until: Instant::now() + LONGEST_HOLD,
                 permits: permits.clone(),
             })
         });
@@ -91,7 +93,7 @@ impl Intake {
     #[must_use]
     pub fn was_taken_before(&self, delivery: &Delivery) -> bool {
         let read =
-            || Envelope::read(&delivery.properties, &delivery.body, &self.key, delivery.lane).0;
+            || Envelope::read(&delivery.properties, &delivery.body, &self.secret, delivery.lane).0;
         delivery.redelivered || read().foreign_hop
     }
 

@@ -6,102 +6,32 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::ask::{Ask, Rules};
 use super::gate::{Gate, Reason};
 use super::turns::{Turn, Turns};
 use crate::clock::{Millis, SharedClock, as_duration, as_millis};
 use crate::creem::{Answer, Client, KeyCheck};
-use crate::job::{CheckoutRequest, Ending, Fingerprint, Key, Lane, Problem, reply};
+use crate::job::{Ending, Lane, Problem};
 use crate::ledger::{
-    Attempt, Claim, ClaimRequest, Claimant, CloseRequest, Lease, Ledger, LedgerError, Next,
-    OnUnknown, Settle, SettleRequest, Stored, token,
+    Attempt, Claim, ClaimRequest, Claimant, CloseRequest, Lease, Ledger, LedgerError, Next, Settle,
+    SettleRequest, Stored, token,
 };
 use crate::observe::metrics;
 use crate::pace::Pacer;
 use crate::retry::policy::{LONGEST_IN_PLACE, Tried};
-use crate::retry::{Policy, backoff, policy};
+use crate::retry::{backoff, policy};
 
 /// What a lease lasts beyond the call itself: the durable write before it and after it.
 const LEASE_MARGIN: Duration = Duration::from_secs(15);
 /// What must be left of a lease, beyond the call, when the call begins.
 const SETTLE_MARGIN: Duration = Duration::from_secs(5);
-/// Jobs closer than this to the end of retention are not begun: their row would be swept while
-/// a copy of them may still be about.
-const RETENTION_MARGIN: Duration = Duration::from_hours(1);
 /// While the key is refused and a lane is full, jobs without a deadline make room this long.
 const MAKE_ROOM: Duration = Duration::from_secs(30);
-
-/// The rules of one lane.
-#[derive(Debug, Clone, Copy)]
-pub struct LaneRules {
-    /// When to try again, and when not.
-    pub policy: Policy,
-    /// Oldest `timestamp` that is still worth a link.
-    pub max_age: Option<Duration>,
-}
-
-/// How long a delivery is held through a pause: well within the 30 minutes after which RabbitMQ
-/// takes an unacked one back. Then it goes to a delay queue, as a new message with a count of its
-/// own.
-const LONGEST_HOLD: Duration = Duration::from_secs(20 * 60);
-/// For how long it goes there.
-const AFTER_A_HOLD: Duration = Duration::from_secs(10 * 60);
-
-/// What journeys have in common.
-#[derive(Debug, Clone, Copy)]
-pub struct Rules {
-    /// Of the interactive lane.
-    pub interactive: LaneRules,
-    /// Of the bulk lane.
-    pub bulk: LaneRules,
-    /// What may follow an unknown answer.
-    pub on_unknown: OnUnknown,
-    /// One deadline for a whole exchange with Creem.
-    pub request_timeout: Duration,
-    /// How long the ledger keeps outcomes.
-    pub retention: Duration,
-}
-
-impl Rules {
-    /// The rules of a lane.
-    #[must_use]
-    pub const fn of(&self, lane: Lane) -> &LaneRules {
-        match lane {
-            Lane::Interactive => &self.interactive,
-            Lane::Bulk => &self.bulk,
-        }
-    }
-}
-
-/// One copy of a job, on its way.
-#[derive(Debug)]
-pub struct Ask {
-    /// The ledger's key.
-    pub key: Key,
-    /// The request.
-    pub request: CheckoutRequest,
-    /// The body's fingerprint.
-    pub fingerprint: Fingerprint,
-    /// Where it came from.
-    pub lane: Lane,
-    /// Its campaign.
-    pub campaign: Option<String>,
-    /// After which nobody waits.
-    pub deadline: Option<Millis>,
-    /// When it was published.
-    pub timestamp: Option<Millis>,
-    /// When this copy was first picked up.
-    pub picked_up_at: Millis,
-    /// Whether the broker delivered this copy before.
-    pub redelivered: bool,
-    /// Cancelled when the delivery cannot be acked any more.
-    pub session: CancellationToken,
-    /// The lane's permits: none left means that the lane is full.
-    pub permits: Arc<Semaphore>,
-}
+/// For how long a job goes to a delay queue that was held for [`super::ask::LONGEST_HOLD`].
+const AFTER_A_HOLD: Duration = Duration::from_mins(10);
 
 /// What is to be done with the message.
 #[derive(Debug)]
@@ -112,9 +42,9 @@ pub enum Verdict {
     Conflict(Vec<String>),
     /// Let it come back after a while, then ack.
     Delay(Duration),
-    /// Nothing was sent and this worker stops: somebody else's turn.
+    /// Nothing was sent and this worker stops: the next delivery is somebody else's.
     GiveBack,
-    /// The delivery will come again by itself, or another worker has the job.
+    /// Another worker has the job, or the session is over: given back where that still can be.
     Abandon,
     /// The job's row in the ledger is damaged: park the job for a person, and go on.
     Damaged(String),
@@ -122,9 +52,9 @@ pub enum Verdict {
     Fatal(LedgerError),
 }
 
-/// Everything a journey needs.
+/// What brings a job from its turn to a [`Verdict`]: the ledger, Creem, and what holds calls back.
 #[derive(Debug)]
-pub struct Journey<L: ?Sized> {
+pub struct Journey {
     /// Whatever the rules are.
     pub rules: Rules,
     /// Creem.
@@ -140,7 +70,7 @@ pub struct Journey<L: ?Sized> {
     /// Cancelled when nothing new may be sent.
     pub stop: CancellationToken,
     /// The ledger.
-    pub ledger: Arc<L>,
+    pub ledger: Arc<dyn Ledger>,
 }
 
 /// One step of a journey: go on, or the verdict.
@@ -159,7 +89,7 @@ enum Admission {
     Verdict(Verdict),
 }
 
-impl Journey<dyn Ledger> {
+impl Journey {
     /// Takes one copy of a job from its turn to a verdict.
     ///
     /// The turn comes back with the verdict: whoever carries it out may keep the next copy waiting.
@@ -173,7 +103,7 @@ impl Journey<dyn Ledger> {
 
     async fn travel(&self, ask: &Ask) -> Verdict {
         loop {
-            if let Some(problem) = self.too_late(ask) {
+            if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
                 return self.close(ask, problem).await;
             }
             match self.admit(ask).await {
@@ -200,23 +130,27 @@ impl Journey<dyn Ledger> {
     /// Resolves when this copy cannot or may not go on; nothing of it is under way then.
     async fn interrupted(&self, ask: &Ask) -> Verdict {
         tokio::select! {
+            biased;
             () = ask.session.cancelled() => Verdict::Abandon,
             () = self.stop.cancelled() => Verdict::GiveBack,
+            // A broker takes a delivery back that is held too long, and counts that against it.
+            () = tokio::time::sleep_until(ask.hold_until) => Verdict::Delay(AFTER_A_HOLD),
         }
     }
 
     /// Waits for the gate and the pacer, as long as the job can still make it.
     async fn admit(&self, ask: &Ask) -> Admission {
         let expiry = async {
-            match self.expires_at(ask) {
+            match self.rules.expires_at(ask) {
                 Some(at) => tokio::time::sleep(as_duration(at - self.clock.now())).await,
                 None => std::future::pending().await,
             }
         };
-        let waited = Instant::now();
         let paced = async {
             self.gate.opened().await;
+            let waited = Instant::now();
             self.pacer.admit().await;
+            metrics::rate_limit_wait(ask.lane, waited.elapsed());
         };
         let admission = tokio::select! {
             biased;
@@ -224,12 +158,7 @@ impl Journey<dyn Ledger> {
             () = paced => Admission::Admitted,
             () = expiry => Admission::LookAgain,
             () = self.must_make_room(ask) => Admission::Verdict(Verdict::Delay(MAKE_ROOM)),
-            // A broker takes a delivery back that is held too long, and counts that against it.
-            () = tokio::time::sleep(LONGEST_HOLD) => {
-                Admission::Verdict(Verdict::Delay(AFTER_A_HOLD))
-            }
         };
-        metrics::rate_limit_wait(ask.lane, waited.elapsed());
         // The gate may have closed while the pacer was waited for.
         let closed = !self.gate.reasons().is_empty();
         if closed && matches!(admission, Admission::Admitted) {
@@ -241,7 +170,7 @@ impl Journey<dyn Ledger> {
     /// Resolves when an interactive job without a deadline holds a slot that one with a deadline
     /// may need: while the key is refused all wait, but those who are late must be told.
     async fn must_make_room(&self, ask: &Ask) {
-        if ask.lane != Lane::Interactive || self.expires_at(ask).is_some() {
+        if ask.lane != Lane::Interactive || self.rules.expires_at(ask).is_some() {
             return std::future::pending().await;
         }
         loop {
@@ -323,7 +252,7 @@ impl Journey<dyn Ledger> {
                 .settle(ask, lease, Attempt::NotSent, Next::Wait { until: self.clock.now() })
                 .await;
         }
-        if let Some(problem) = self.too_late(ask) {
+        if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
             return self
                 .settle(ask, lease, Attempt::NotSent, Next::End(Ending::Expired(problem)))
                 .await;
@@ -374,7 +303,7 @@ impl Journey<dyn Ledger> {
                 )
             }
             Answer::Mismatch { reason, checkout_id } => {
-                tracing::error!(job.key = %ask.key, reason, checkout_id, "an answer of Creem's is not this job's; its link is not published");
+                tracing::error!(job.key = %ask.key, error = reason, checkout_id, "an answer of Creem's is not this job's; its link is not published");
                 let text = format!("Creem's answer cannot be trusted: {reason}");
                 (Attempt::Ambiguous { checkout_id, reason }, unresolved("answer_mismatch", text))
             }
@@ -415,7 +344,7 @@ impl Journey<dyn Ledger> {
         match lane.next(tried, retry_after, backoff::chance()) {
             policy::Next::After(delay) => {
                 metrics::retry(code);
-                tracing::debug!(job.key = %ask.key, attempt = lease.attempt, reason, "asking again in {delay:?}");
+                tracing::debug!(job.key = %ask.key, attempt = lease.attempt, error = reason, delay_ms = as_millis(delay), "asking again");
                 Next::Wait { until: self.clock.now() + as_millis(delay) }
             }
             policy::Next::AttemptsExhausted => failed(
@@ -457,7 +386,7 @@ impl Journey<dyn Ledger> {
             KeyCheck::Unknown(reason) => {
                 metrics::paused(Reason::Key.as_str(), true);
                 tracing::error!(
-                    reason,
+                    error = reason,
                     "intake is paused: Creem refused a call, and whether it refuses the API key is not known yet"
                 );
                 wait
@@ -475,7 +404,8 @@ impl Journey<dyn Ledger> {
         }
     }
 
-    /// Makes the result durable, however long the ledger takes: giving up here would lose it.
+    /// Makes the result durable, however long the ledger takes, past the session and past any hold:
+    /// giving up here would lose it.
     async fn settle(&self, ask: &Ask, lease: Lease, attempt: Attempt, next: Next) -> Step {
         let sent = !matches!(attempt, Attempt::NotSent);
         let request = SettleRequest {
@@ -530,35 +460,5 @@ impl Journey<dyn Ledger> {
                 }
             }
         }
-    }
-
-    /// When nobody waits for the link any more.
-    fn expires_at(&self, ask: &Ask) -> Option<Millis> {
-        let aged = ask.timestamp.zip(self.rules.of(ask.lane).max_age);
-        let aged = aged.map(|(at, age)| at.saturating_add(as_millis(age)));
-        [ask.deadline, aged].into_iter().flatten().min()
-    }
-
-    fn too_late(&self, ask: &Ask) -> Option<Problem> {
-        let now = self.clock.now();
-        if ask.deadline.is_some_and(|deadline| deadline <= now) {
-            return Some(Problem::new(
-                "deadline_passed",
-                "its checkout-deadline passed before there was a link",
-            ));
-        }
-        if self.expires_at(ask).is_some_and(|at| at <= now) {
-            return Some(Problem::new("max_age", "the job is older than its lane's max_age"));
-        }
-        let oldest = now - as_millis(self.rules.retention.saturating_sub(RETENTION_MARGIN));
-        let stamped = ask.timestamp.unwrap_or(ask.picked_up_at);
-        if stamped >= oldest {
-            return None;
-        }
-        let text = format!(
-            "the job was published at {}, longer ago than the ledger remembers, so it may have a link already",
-            reply::rfc3339(stamped)
-        );
-        Some(Problem::new("older_than_retention", text))
     }
 }

@@ -36,7 +36,7 @@ pub struct Settler {
     /// For notes about parked copies.
     pub ledger: Arc<dyn Ledger>,
     /// Signs hops.
-    pub key: FingerprintKey,
+    pub secret: FingerprintKey,
 }
 
 /// How a message left.
@@ -151,7 +151,7 @@ impl Settler {
             // A person needs the job itself; one copy of it, before anybody is told.
             let code = stored.code.as_deref().unwrap_or("unresolved");
             let text = "a session may exist at Creem that nobody was given";
-            if self.put_aside(delivery, code, text, stored.attempts).await == Left::ComesAgain {
+            if self.put_aside(delivery, code, text, stored.attempts).await == Placed::SessionOver {
                 return summary(Left::ComesAgain, &stored);
             }
             let parked = Command::Parked { key: key.clone(), fence: stored.fence };
@@ -211,7 +211,10 @@ impl Settler {
         match self.publish(delivery, Class::Replies, message, most_lost).await {
             Sent::Routed => {
                 metrics::reply("confirmed");
-                self.ack(delivery).await
+                if let Some(at) = envelope.timestamp {
+                    metrics::latency(delivery.lane, as_duration(self.clock.now() - at));
+                }
+                ack(delivery).await
             }
             Sent::Nowhere(reason) => {
                 metrics::reply("unroutable");
@@ -232,43 +235,36 @@ impl Settler {
             &delivery.properties,
             delivery.body.clone(),
             picked_up_at,
-            &self.key,
+            &self.secret,
         );
-        self.replace(delivery, message, "the job cannot be delayed").await
+        let placed = self.place(delivery, message, "the job cannot be delayed").await;
+        ack_if_placed(delivery, placed).await
     }
 
     async fn park(&self, delivery: &Delivery, code: &str, text: &str, attempts: u32) -> Left {
-        match self.put_aside(delivery, code, text, attempts).await {
-            Left::Acked => self.ack(delivery).await,
-            Left::ComesAgain => Left::ComesAgain,
-        }
+        let placed = self.put_aside(delivery, code, text, attempts).await;
+        ack_if_placed(delivery, placed).await
     }
 
     /// Puts a copy of the job into the dead queue, without acking the job.
-    async fn put_aside(&self, delivery: &Delivery, code: &str, text: &str, attempts: u32) -> Left {
+    async fn put_aside(
+        &self,
+        delivery: &Delivery,
+        code: &str,
+        text: &str,
+        attempts: u32,
+    ) -> Placed {
         let queue = self.topology.jobs(delivery.lane);
         let parking =
             Parking { code, message: text, attempts, at: self.clock.now(), source_queue: &queue };
         let message =
             Message::parked(&self.topology, &delivery.properties, delivery.body.clone(), &parking);
-        let left = self.place(delivery, message, "the job cannot be parked").await;
-        if left == Left::Acked {
+        let placed = self.place(delivery, message, "the job cannot be parked").await;
+        if placed == Placed::InQueue {
             metrics::parked(code);
-            tracing::warn!(code, source_queue = queue, reason = text, "a job was parked");
+            tracing::warn!(code, source_queue = queue, error = text, "a job was parked");
         }
-        left
-    }
-
-    async fn replace(
-        &self,
-        delivery: &Delivery,
-        message: Result<Message, LinkError>,
-        what: &str,
-    ) -> Left {
-        match self.place(delivery, message, what).await {
-            Left::Acked => self.ack(delivery).await,
-            Left::ComesAgain => Left::ComesAgain,
-        }
+        placed
     }
 
     /// Publishes to one of our own queues, for as long as that takes: there is no other place
@@ -278,28 +274,28 @@ impl Settler {
         delivery: &Delivery,
         message: Result<Message, LinkError>,
         what: &str,
-    ) -> Left {
+    ) -> Placed {
         let message = match message {
             Ok(message) => message,
             Err(error) => {
                 tracing::error!(%error, what);
-                return Left::ComesAgain;
+                return Placed::SessionOver;
             }
         };
         let mut tries = 0;
         loop {
             match self.publish(delivery, Class::Internal, message.clone(), u32::MAX).await {
-                Sent::Routed => return Left::Acked,
-                Sent::SessionOver => return Left::ComesAgain,
-                Sent::Nowhere(reason) => {
+                Sent::Routed => return Placed::InQueue,
+                Sent::SessionOver => return Placed::SessionOver,
+                Sent::Nowhere(error) => {
                     tracing::error!(
-                        reason,
+                        error,
                         what,
                         "one of the worker's own queues does not take it; was it deleted?"
                     );
                     tries += 1;
-                    if self.pause(delivery, tries).await == Left::ComesAgain {
-                        return Left::ComesAgain;
+                    if !self.pause(delivery, tries).await {
+                        return Placed::SessionOver;
                     }
                 }
             }
@@ -325,7 +321,9 @@ impl Settler {
                 Ok(Published::Returned(reason)) => return Sent::Nowhere(reason),
                 Ok(Published::Refused) => {
                     refused += 1;
-                    metrics::reply("refused");
+                    if class == Class::Replies {
+                        metrics::reply("refused");
+                    }
                     if refused >= FULL_TRIES {
                         return Sent::Nowhere("the queue refused it: it is full".to_owned());
                     }
@@ -333,7 +331,7 @@ impl Settler {
                 }
                 Err(reason) => {
                     lost += 1;
-                    tracing::debug!(%reason, "publishing again");
+                    tracing::debug!(error = %reason, "publishing again");
                     if lost >= most_lost {
                         return Sent::Nowhere(format!(
                             "publishing to it broke the channel {lost} times: {reason}"
@@ -342,34 +340,42 @@ impl Settler {
                     lost
                 }
             };
-            if self.pause(delivery, tries).await == Left::ComesAgain {
+            if !self.pause(delivery, tries).await {
                 return Sent::SessionOver;
             }
         }
     }
 
-    async fn pause(&self, delivery: &Delivery, tries: u32) -> Left {
+    /// Waits before another try; says whether the delivery is still ours.
+    async fn pause(&self, delivery: &Delivery, tries: u32) -> bool {
         tokio::select! {
-            () = tokio::time::sleep(self.backoff.delay(tries, None, backoff::chance())) => Left::Acked,
-            () = delivery.session.cancelled() => Left::ComesAgain,
+            () = tokio::time::sleep(self.backoff.delay(tries, None, backoff::chance())) => true,
+            () = delivery.session.cancelled() => false,
         }
     }
+}
 
-    async fn ack(&self, delivery: &Delivery) -> Left {
-        match delivery.ack().await {
-            Acked::Sent => Left::Acked,
-            Acked::TooLate => {
-                metrics::reply("ack_too_late");
-                Left::ComesAgain
-            }
-        }
+async fn ack_if_placed(delivery: &Delivery, placed: Placed) -> Left {
+    match placed {
+        Placed::InQueue => ack(delivery).await,
+        Placed::SessionOver => Left::ComesAgain,
     }
+}
 
-    /// Time from the producer's timestamp, if it gave one.
-    #[must_use]
-    pub fn age(&self, envelope: &Envelope) -> Option<Duration> {
-        envelope.timestamp.map(|at| as_duration(self.clock.now() - at))
+async fn ack(delivery: &Delivery) -> Left {
+    match delivery.ack().await {
+        Acked::Sent => Left::Acked,
+        Acked::TooLate => Left::ComesAgain,
     }
+}
+
+/// What became of a message for one of our own queues.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Placed {
+    /// Confirmed and routed; the delivery may be acked.
+    InQueue,
+    /// The delivery is not ours any more and will come again.
+    SessionOver,
 }
 
 /// What became of publishing.

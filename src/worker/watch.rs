@@ -23,6 +23,10 @@ const FIRST_SWEEP: Duration = Duration::from_secs(3600);
 const CLOCK_JUMP: Duration = Duration::from_secs(3600);
 /// How often gauges are refreshed.
 const GAUGES_EVERY: Duration = Duration::from_secs(1);
+/// A ledger that fails again at once must not make the gate flutter.
+const STEADY: Duration = Duration::from_secs(1);
+/// Between two batches of old rows: jobs come first.
+const BETWEEN_SWEEPS: Duration = Duration::from_secs(1);
 
 pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     tasks.spawn(ledger(shared.clone()));
@@ -56,8 +60,7 @@ async fn ledger(shared: Arc<Shared>) {
                 }
             }
         }
-        // A ledger that fails at once again must not make the gate flutter.
-        tokio::time::sleep(GAUGES_EVERY).await;
+        tokio::time::sleep(STEADY).await;
         tracing::info!("the ledger can be written again; intake goes on");
         shared.worker.health.set_ledger(Ok(()));
         shared.worker.journey.reopen(Reason::Ledger);
@@ -120,22 +123,22 @@ async fn publishing(shared: Arc<Shared>) {
 
 /// Removes outcomes that are older than retention, a small batch at a time.
 async fn sweep(shared: Arc<Shared>) {
-    let (wall, monotonic) = (shared.worker.clock.now(), Instant::now());
+    let (wall, monotonic) = (shared.worker.journey.clock.now(), Instant::now());
     // Jobs that waited while no worker ran come first: some may need rows that are old by now.
     tokio::time::sleep(FIRST_SWEEP).await;
     loop {
-        let now = shared.worker.clock.now();
+        let now = shared.worker.journey.clock.now();
         if now - wall - as_millis(monotonic.elapsed()) > as_millis(CLOCK_JUMP) {
             // Outcomes would be removed that are not old at all.
             tracing::warn!("the clock has jumped forward; no outcomes are removed until a restart");
             return;
         }
-        let before = now - as_millis(shared.worker.retention);
+        let before = now - as_millis(shared.worker.journey.rules.retention);
         match shared.worker.journey.ledger.sweep(before).await {
             Ok(0) => tokio::time::sleep(SWEEP_EVERY).await,
             Ok(swept) => {
                 tracing::debug!(swept, "outcomes older than ledger.retention were removed");
-                tokio::time::sleep(GAUGES_EVERY).await;
+                tokio::time::sleep(BETWEEN_SWEEPS).await;
             }
             Err(error) => {
                 tracing::warn!(%error, "old outcomes could not be removed");

@@ -16,6 +16,8 @@
     reason = "a test program: it says what is wrong by failing"
 )]
 
+#[path = "../it/support/amqp.rs"]
+mod amqp;
 mod oracle;
 #[path = "../it/support/private_broker.rs"]
 mod private_broker;
@@ -26,6 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use amqp::{connect, declared};
 use creem_checkout_worker::simulator::script::Script;
 use creem_checkout_worker::simulator::{Options, Simulator};
 use futures::StreamExt as _;
@@ -34,7 +37,7 @@ use lapin::options::{
     QueueDeclareOptions,
 };
 use lapin::types::FieldTable;
-use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
+use lapin::{BasicProperties, Channel};
 use oracle::{Books, Message};
 use private_broker::Private;
 use tokio::process::{Child, Command};
@@ -276,35 +279,9 @@ async fn drain(url: &str, child: &mut Child, worker: &Worker) {
     assert!(status.unwrap().success(), "the worker's end");
 }
 
-async fn connect(url: &str) -> Connection {
-    loop {
-        if let Ok(connection) = Connection::connect(url, ConnectionProperties::default()).await {
-            return connection;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
-/// Waits until the worker has declared the last of its queues. Only then is anything published:
-/// lapin gives returned messages to the wrong publishes, so a job that no queue took could be
-/// taken for a confirmed one here as well.
-async fn declared(url: &str) {
-    let connection = connect(url).await;
-    loop {
-        let channel = connection.create_channel().await.unwrap();
-        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
-        let last = format!("{PREFIX}.retry.bulk.10m");
-        if channel.queue_declare(last.as_str().into(), passive, FieldTable::default()).await.is_ok()
-        {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
 /// Publishes every job until the broker has confirmed it; lanes alternate.
 async fn publish_all(url: String, jobs: usize, confirmed: Arc<AtomicUsize>) {
-    declared(&url).await;
+    declared(&connect(&url).await, PREFIX).await;
     let mut left: Vec<usize> = (0..jobs).collect();
     while !left.is_empty() {
         let connection = connect(&url).await;

@@ -4,6 +4,9 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::process::{Command, Output, Stdio};
 
+use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::FieldTable;
+
 use crate::support::{World, body};
 
 fn run(arguments: &[&str], environment: &BTreeMap<String, String>, input: &str) -> Output {
@@ -85,7 +88,7 @@ async fn jobs_are_enqueued_from_flags_and_lines_and_their_replies_printed() {
         format!("{}\n\n{}\r\n{}", body("order_2"), body("order_3"), r#"{"request_id":"order_4"}"#);
     let (code, output, error) =
         command(&["enqueue", "-", "--wait", "--lane", "bulk"], world.environment(), &lines).await;
-    assert_eq!(code, 0, "{error}");
+    assert_eq!(code, 1, "one got no link: {error}");
     assert_eq!(output.lines().count(), 3, "{output}");
     assert!(error.contains("3 jobs answered, 2 of them with a link"), "{error}");
 
@@ -125,6 +128,25 @@ async fn check_names_all_that_is_wrong_around_it_and_works_beside_a_worker() {
     let (code, output, _) = command(&["check", "--ledger"], world.environment(), "").await;
     assert_eq!(code, 0);
     assert!(output.contains("no damage found"), "{output}");
+
+    // A queue with other arguments, where the worker declares: said before `run` stumbles over it.
+    let channel = world.connection.create_channel().await.unwrap();
+    channel
+        .queue_declare("x.replies".into(), QueueDeclareOptions::durable(), FieldTable::default())
+        .await
+        .unwrap();
+    let mut other = world.environment();
+    other.insert("CHECKOUT_WORKER__REPLIES__QUEUE".into(), "x.replies".into());
+    let file = world.directory.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    other.insert("LEDGER_URL".into(), format!("sqlite:{}/ledger.db", file.display()));
+    other.insert("CHECKOUT_WORKER__HTTP__LISTEN".into(), "192.0.2.1:9464".into());
+    let (code, output, _) = command(&["check"], other, "").await;
+    channel.queue_delete("x.replies".into(), QueueDeleteOptions::default()).await.unwrap();
+    assert_eq!(code, 1);
+    for wrong in ["WRONG    topology: x.replies", "WRONG    ledger", "WRONG    http.listen"] {
+        assert!(output.contains(wrong), "{wrong}: {output}");
+    }
 
     let mut wrong = world.environment();
     wrong.insert("AMQP_URL".into(), "amqp://guest:canary@127.0.0.1:1/".into());

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::support::tls::{self, Authority};
 use creem_checkout_worker::creem::{Answer, Client, KeyCheck, Options};
 use creem_checkout_worker::job::{CheckoutRequest, Mode, RequestId, Rules};
 use creem_checkout_worker::simulator::script::Script;
@@ -223,4 +224,32 @@ fn parts(line: &str) -> (String, String, String) {
     }
     let line: Line<'_> = serde_json::from_str(line).unwrap();
     (line.name, line.job.get().to_owned(), line.body)
+}
+
+#[tokio::test]
+async fn a_private_authority_is_trusted_only_where_it_is_configured() {
+    let simulator = simulator().await;
+    let to: SocketAddr = simulator.url().trim_start_matches("http://").parse().unwrap();
+    let (authority, stranger) = (Authority::new(), Authority::new());
+    let good = tls::relay(&authority.issue("127.0.0.1"), to).await;
+    let elsewhere = tls::relay(&authority.issue("creem.example"), to).await;
+    let with = |address: SocketAddr, ca: Option<&Authority>| {
+        let ca_pem = ca.map(|ca| ca.pem().into_bytes());
+        let options = Options { ca_pem, ..options(&format!("https://{address}")) };
+        Client::new(&options).unwrap()
+    };
+    assert_eq!(ask(&with(good, Some(&authority)), "a").await.label(), "made");
+    for (client, what) in [
+        (with(good, None), "no authority"),
+        (with(good, Some(&stranger)), "another authority"),
+        (with(elsewhere, Some(&authority)), "another host's certificate"),
+    ] {
+        // The handshake comes before the first byte of a request: certainly nothing was made.
+        let answer = ask(&client, "b").await;
+        let Answer::NotMade { reason } = answer else { panic!("{what}: {answer:?}") };
+        assert!(reason.contains("certificate"), "{what}: {reason}");
+    }
+    assert_eq!(simulator.log().posts().len(), 1);
+    let nothing = Options { ca_pem: Some(b"no certificate".to_vec()), ..options("https://[::1]") };
+    assert!(Client::new(&nothing).unwrap_err().to_string().contains("creem.ca_file"));
 }

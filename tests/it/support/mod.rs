@@ -6,6 +6,7 @@ pub(crate) mod private_broker;
 pub(crate) mod process;
 pub(crate) mod raw;
 pub(crate) mod relay;
+pub(crate) mod tls;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;

@@ -1,0 +1,254 @@
+//! Sessions with the broker, one after another, for ever: each consumes every lane until one of
+//! them breaks, and at the stop what was sent is finished before the last one is closed.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+use super::Shared;
+use super::gate::Reason;
+use crate::clock::as_millis;
+use crate::job::Lane;
+use crate::observe::metrics;
+use crate::rabbit::consumer::OpenError;
+use crate::rabbit::{LinkError, Session};
+use crate::retry::backoff;
+
+/// After this long a session is taken for a good one.
+const LONG_SESSION: Duration = Duration::from_secs(30);
+
+/// While deliveries are taken one at a time, the longest pause between two sessions: every job
+/// waits behind the one that breaks them, until the delivery limit has taken it away.
+const CAREFUL_PAUSE: Duration = Duration::from_millis(250);
+/// Whether deliveries are taken one at a time, because one of them breaks the connection.
+///
+/// A message that lapin cannot read ends the connection, and the broker counts that against
+/// every delivery that was out. One at a time, it is counted against the culprit alone, which
+/// the delivery limit then takes away.
+#[derive(Debug, Default)]
+struct Care {
+    garbled: bool,
+    short: u32,
+}
+
+impl Care {
+    fn needed(&self) -> bool {
+        self.garbled || self.short >= 3
+    }
+
+    /// Learns from a session's end. Often the real reason shows only as a session that is over
+    /// before it has begun.
+    fn note(&mut self, ended: &LinkError, lasted: Duration) {
+        if lasted >= LONG_SESSION {
+            *self = Self::default();
+        } else {
+            self.garbled |= matches!(ended, LinkError::Garbled(_));
+            self.short += 1;
+        }
+    }
+}
+
+impl Shared {
+    /// Session after session, until the stop; then what was sent is finished.
+    pub(super) async fn keep_sessions(self: Arc<Self>) {
+        let session = self.sessions_until_the_stop().await;
+        tracing::info!(jobs = self.jobs.len(), "stopping: finishing what was sent");
+        self.jobs.close();
+        self.jobs.wait().await;
+        if let Some(session) = session {
+            session.close().await;
+        }
+        tracing::info!("stopped");
+    }
+
+    /// The last session, if there is one at the stop.
+    async fn sessions_until_the_stop(self: &Arc<Self>) -> Option<Arc<Session>> {
+        let mut failures = 0;
+        let mut care = Care::default();
+        while !self.stop.is_cancelled() {
+            let opened = tokio::select! {
+                opened = self.open_session() => opened,
+                () = self.stop.cancelled() => return None,
+            };
+            let reason = match opened {
+                Ok(session) => {
+                    let session = Arc::new(session);
+                    let began = Instant::now();
+                    let ended = self.serve(&session, care.needed()).await;
+                    self.not_consuming("the session with the broker is over");
+                    if self.stop.is_cancelled() {
+                        return Some(session);
+                    }
+                    session.close().await;
+                    care.note(&ended, began.elapsed());
+                    if began.elapsed() > LONG_SESSION {
+                        failures = 0;
+                    }
+                    ended.to_string()
+                }
+                Err(error) => {
+                    if let OpenError::Guarded(..) = error {
+                        self.worker.health.set_waiting(Some(error.to_string()));
+                    }
+                    error.to_string()
+                }
+            };
+            failures += 1;
+            let delay = self.worker.backoff.delay(failures, None, backoff::chance());
+            let delay = if care.needed() { delay.min(CAREFUL_PAUSE) } else { delay };
+            self.worker.health.set_broker(Err(reason.clone()));
+            tracing::warn!(
+                error = reason,
+                delay_ms = as_millis(delay),
+                "not consuming; trying again"
+            );
+            tokio::select! {
+                () = tokio::time::sleep(delay) => {}
+                () = self.stop.cancelled() => {}
+            }
+        }
+        None
+    }
+
+    /// Opens a session, once there is a use for one: deliveries that are taken only to be held
+    /// through a pause would count against their delivery limit when the broker takes them back.
+    async fn open_session(&self) -> Result<Session, OpenError> {
+        self.gate.free_of(Reason::Ledger).await;
+        self.gate.free_of(Reason::Publishing).await;
+        Session::open(&self.worker.plan).await
+    }
+
+    /// Consumes every lane until one of them breaks; returns why.
+    ///
+    /// `careful` takes one delivery at a time: the last session broke over a message that cannot
+    /// be read, and each break counts against every delivery that was out.
+    async fn serve(self: &Arc<Self>, session: &Arc<Session>, careful: bool) -> LinkError {
+        let mut lanes = JoinSet::new();
+        // What a new ledger's first session is redelivered was taken by a worker with another one.
+        let fresh = self.ledger_is_new().await;
+        let (subscribed, mut subscriptions) = mpsc::channel(self.permits.len());
+        for (size, permits) in &self.permits {
+            let lane = LaneLoop {
+                shared: self.clone(),
+                session: session.clone(),
+                lane: size.lane,
+                prefetch: if careful { 1 } else { size.concurrency },
+                permits: permits.clone(),
+                fresh,
+            };
+            lanes.spawn(lane.run(subscribed.clone()));
+        }
+        drop(subscribed);
+        let all_subscribed = async {
+            for _ in &self.permits {
+                // A lane that fails instead ends the session; nothing more comes then.
+                if subscriptions.recv().await.is_none() {
+                    return std::future::pending().await;
+                }
+            }
+        };
+        let ended = tokio::select! {
+            ended = lanes.join_next() => ended,
+            () = async { all_subscribed.await; self.consuming(); std::future::pending().await } => None,
+            () = tokio::time::sleep(LONG_SESSION), if careful => {
+                Some(Ok(Some(LinkError::Broken("taking many deliveries at a time again".to_owned()))))
+            }
+        };
+        let reason = match ended {
+            Some(Ok(Some(error))) => error,
+            Some(Ok(None)) | None => LinkError::Broken("stopping".to_owned()),
+            Some(Err(error)) => LinkError::Broken(format!("a lane's task died: {error}")),
+        };
+        if self.stop.is_cancelled() {
+            // Each lane gives back what it has not begun.
+            while lanes.join_next().await.is_some() {}
+        } else {
+            session.over.cancel();
+            lanes.shutdown().await;
+        }
+        reason
+    }
+
+    fn consuming(&self) {
+        self.worker.health.set_broker(Ok(()));
+        self.worker.health.set_waiting(None);
+        for size in &self.worker.lanes {
+            metrics::consuming(size.lane, true);
+        }
+        metrics::broker_connected(true);
+        tracing::info!(lanes = ?self.worker.lanes.iter().map(|size| size.lane.as_str()).collect::<Vec<_>>(), "consuming");
+        self.worker.journey.reopen(Reason::Broker);
+    }
+
+    fn not_consuming(&self, why: &str) {
+        self.gate.close(Reason::Broker);
+        metrics::paused(Reason::Broker.as_str(), true);
+        for size in &self.worker.lanes {
+            metrics::consuming(size.lane, false);
+        }
+        metrics::broker_connected(false);
+        self.worker.health.set_broker(Err(why.to_owned()));
+    }
+}
+
+/// One lane of one session.
+struct LaneLoop {
+    shared: Arc<Shared>,
+    session: Arc<Session>,
+    lane: Lane,
+    prefetch: u16,
+    permits: Arc<Semaphore>,
+    /// Whether the ledger is new, so that redelivered jobs are a sign that another was lost.
+    fresh: bool,
+}
+
+impl LaneLoop {
+    /// Takes deliveries until the session breaks (then why) or the worker stops.
+    async fn run(self, subscribed: mpsc::Sender<()>) -> Option<LinkError> {
+        let topology = &self.shared.worker.plan.topology;
+        let consume = self.session.consume(topology, self.lane, self.prefetch);
+        let mut intake = tokio::select! {
+            intake = consume => match intake {
+                Ok(intake) => intake,
+                Err(error) => return Some(error),
+            },
+            () = self.session.over.cancelled() => return None,
+        };
+        // The receiver is gone only when the session is.
+        if subscribed.send(()).await.is_err() {
+            return None;
+        }
+        let mut waiting = VecDeque::new();
+        let mut permit = None;
+        loop {
+            tokio::select! {
+                biased;
+                () = self.shared.stop.cancelled() => break,
+                () = self.session.over.cancelled() => return None,
+                granted = self.permits.clone().acquire_owned(), if permit.is_none() => {
+                    permit = Some(granted.ok()?);
+                }
+                // Read even while the lane is full, or a broken session would go unnoticed. What
+                // waits here is bounded by the prefetch.
+                delivery = intake.next() => match delivery {
+                    Ok(delivery) if self.shared.may_serve(&delivery, self.fresh).await => waiting.push_back(delivery),
+                    Ok(_) => return None,
+                    Err(error) => return Some(error),
+                },
+            }
+            if permit.is_some()
+                && let Some(delivery) = waiting.pop_front()
+                && let Some(permit) = permit.take()
+            {
+                let shared = self.shared.clone();
+                self.shared.jobs.spawn(shared.handle(delivery, self.permits.clone(), permit));
+            }
+        }
+        intake.cancel(waiting).await;
+        None
+    }
+}
