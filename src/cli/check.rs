@@ -6,7 +6,7 @@ use super::{Failure, Outcome, block_on, resolved, say};
 use crate::config::check::Resolved;
 use crate::creem::{Client, KeyCheck};
 use crate::job::Lane;
-use crate::ledger::sqlite::Inspector;
+use crate::ledger::sqlite::inspect::Inspector;
 use crate::rabbit::topology::Differences;
 use crate::rabbit::{Topology, link};
 

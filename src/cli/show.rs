@@ -9,7 +9,7 @@ use crate::job::reply::rfc3339;
 use crate::job::request::printable;
 use crate::job::{Key, Mode, RequestId};
 use crate::ledger::Row;
-use crate::ledger::sqlite::{Inspector, KnownOrphan};
+use crate::ledger::sqlite::inspect::{Inspector, KnownOrphan};
 
 /// Tell what the ledger knows; works beside a running worker.
 #[derive(Debug, clap::Args)]

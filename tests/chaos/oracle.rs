@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::Path;
 use std::time::Duration;
 
-use creem_checkout_worker::ledger::sqlite::Inspector;
+use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
 use creem_checkout_worker::simulator::Simulator;
 
 use super::Plan;

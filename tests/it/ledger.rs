@@ -9,7 +9,8 @@ use creem_checkout_worker::job::json::Node;
 use creem_checkout_worker::job::{
     Ending, Fingerprint, Key, Lane, Mode, Problem, RequestId, Status,
 };
-use creem_checkout_worker::ledger::sqlite::{Inspector, OpenError, SqliteLedger};
+use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
+use creem_checkout_worker::ledger::sqlite::{OpenError, SqliteLedger};
 use creem_checkout_worker::ledger::*;
 use tempfile::TempDir;
 

@@ -12,6 +12,7 @@ mod architecture;
 mod cli;
 mod creem;
 mod faults;
+mod journey;
 mod ledger;
 mod publisher;
 mod support;

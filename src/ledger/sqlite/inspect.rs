@@ -1,0 +1,169 @@
+//! A look into a ledger file beside a running worker: read-only and without its lock.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use rusqlite::{Connection, OpenFlags};
+
+use super::{APPLICATION, OpenError, VERSION, load, own_damage, read, unavailable};
+use crate::clock::Millis;
+use crate::job::{Key, Mode, RequestId};
+use crate::ledger::{LedgerError, Row};
+
+/// An open ledger file.
+#[derive(Debug)]
+pub struct Inspector {
+    connection: Connection,
+}
+
+/// An orphan as it is shown.
+#[derive(Debug, Clone)]
+pub struct KnownOrphan {
+    /// Creem's id of the session.
+    pub checkout_id: String,
+    /// Why nobody was given it.
+    pub reason: String,
+    /// When it was recorded.
+    pub found_at: Millis,
+}
+
+/// What a check of the whole file found.
+#[derive(Debug, Clone, Default)]
+pub struct Report {
+    /// Rows read.
+    pub rows: u64,
+    /// Rows per state.
+    pub states: BTreeMap<String, u64>,
+    /// Ambiguous attempts in the rows.
+    pub ambiguous_attempts: u64,
+    /// Orphan sessions recorded.
+    pub orphan_sessions: u64,
+    /// What is wrong, at most a hundred lines.
+    pub damage: Vec<String>,
+}
+
+impl Inspector {
+    /// Opens a ledger file for reading.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub fn open(path: &Path) -> Result<Self, OpenError> {
+        if !path.exists() {
+            let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+            return Err(OpenError::Missing(path));
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let foreign =
+            |error: rusqlite::Error| OpenError::Foreign(path.to_owned(), error.to_string());
+        let connection = Connection::open_with_flags(path, flags).map_err(foreign)?;
+        connection.busy_timeout(std::time::Duration::from_secs(5)).map_err(foreign)?;
+        let number =
+            |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        if number("application_id").map_err(foreign)? != APPLICATION {
+            return Err(OpenError::Foreign(
+                path.to_owned(),
+                "another program's database".to_owned(),
+            ));
+        }
+        match number("user_version").map_err(foreign)? {
+            version if version > VERSION => Err(OpenError::Newer(path.to_owned(), version)),
+            _ => Ok(Self { connection }),
+        }
+    }
+
+    /// Reads one job's row.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub fn row(&self, key: &Key) -> Result<Option<Row>, LedgerError> {
+        load(&self.connection, key).map_err(|error| unavailable(&error))?
+    }
+
+    /// The sessions nobody was given for one job.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub fn orphans(&self, key: &Key) -> Result<Vec<KnownOrphan>, LedgerError> {
+        let query = || {
+            self.connection
+                .prepare("SELECT checkout_id, reason, found_at FROM orphan WHERE mode = ?1 AND request_id = ?2 ORDER BY id")?
+                .query_map([key.mode.as_str(), key.request_id.as_str()], |row| {
+                    Ok(KnownOrphan { checkout_id: row.get(0)?, reason: row.get(1)?, found_at: row.get(2)? })
+                })?
+                .collect::<Result<_, _>>()
+        };
+        query().map_err(|error| unavailable(&error))
+    }
+
+    /// Visits every row; a damaged one comes as an error.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub fn rows(
+        &self,
+        mut visit: impl FnMut(Key, Result<Row, LedgerError>),
+    ) -> Result<(), LedgerError> {
+        let mut query = || -> rusqlite::Result<()> {
+            let mut statement = self.connection.prepare(
+                "SELECT mode, request_id, state, updated_at, ended_at, ambiguous, body, sum FROM job",
+            )?;
+            let mut rows = statement.query([])?;
+            while let Some(row) = rows.next()? {
+                let (mode, id): (String, String) = (row.get(0)?, row.get(1)?);
+                let (Some(mode), Ok(request_id)) = (Mode::parse(&mode), RequestId::parse(&id))
+                else {
+                    let unknown = Key {
+                        mode: Mode::Test,
+                        request_id: RequestId::parse("damaged")
+                            .map_err(|_| rusqlite::Error::InvalidQuery)?,
+                    };
+                    visit(
+                        unknown,
+                        Err(LedgerError::DamagedRow("a row's key is not a job's".to_owned())),
+                    );
+                    continue;
+                };
+                let key = Key { mode, request_id };
+                let row = read(row, 2, &key).map_or_else(own_damage, |row| Ok(Ok(row)))?;
+                visit(key, row);
+            }
+            Ok(())
+        };
+        query().map_err(|error| unavailable(&error))
+    }
+
+    /// Reads the whole file: SQLite's own integrity check, then every row's checksum.
+    #[must_use]
+    pub fn report(&self) -> Report {
+        let mut report = Report::default();
+        let integrity = || -> rusqlite::Result<Vec<String>> {
+            self.connection
+                .prepare("PRAGMA integrity_check(20)")?
+                .query_map([], |row| row.get(0))?
+                .collect::<Result<_, _>>()
+        };
+        match integrity() {
+            Ok(lines) => report.damage.extend(lines.into_iter().filter(|line| line != "ok")),
+            Err(error) => report.damage.push(error.to_string()),
+        }
+        let visited = self.rows(|_, row| {
+            report.rows += 1;
+            match row {
+                Ok(row) => {
+                    *report.states.entry(row.state.as_str().to_owned()).or_default() += 1;
+                    report.ambiguous_attempts += u64::from(row.ambiguous);
+                }
+                Err(error) if report.damage.len() < 100 => report.damage.push(error.to_string()),
+                Err(_) => {}
+            }
+        });
+        if let Err(error) = visited {
+            report.damage.push(error.to_string());
+        }
+        report.orphan_sessions = self
+            .connection
+            .query_row("SELECT count(*) FROM orphan", [], |row| row.get::<_, i64>(0))
+            .map_or(0, i64::cast_unsigned);
+        report
+    }
+}

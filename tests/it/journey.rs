@@ -1,0 +1,119 @@
+//! Journeys under a clock that a test moves: how long a delivery is held for which nothing is under
+//! way.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use creem_checkout_worker::clock::{ManualClock, SharedClock};
+use creem_checkout_worker::creem::{Client, Options};
+use creem_checkout_worker::job::{CheckoutRequest, Fingerprint, Lane, Mode, Rules as JobRules};
+use creem_checkout_worker::ledger::OnUnknown;
+use creem_checkout_worker::ledger::sqlite::SqliteLedger;
+use creem_checkout_worker::pace::Pacer;
+use creem_checkout_worker::retry::{Backoff, Pauses, Policy};
+use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD, LaneRules, Rules};
+use creem_checkout_worker::worker::gate::{Gate, Reason};
+use creem_checkout_worker::worker::journey::{Journey, Verdict};
+use creem_checkout_worker::worker::turns::Turns;
+use tempfile::TempDir;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::ledger::key;
+use crate::support::body;
+
+const START: i64 = 1_795_370_400_000;
+
+struct Bench {
+    journey: Journey,
+    directory: TempDir,
+}
+
+fn bench() -> Bench {
+    let directory = TempDir::new().unwrap();
+    let clock: SharedClock = Arc::new(ManualClock::at(START));
+    let path = directory.path().join("ledger.db");
+    let ledger = SqliteLedger::open(&path, clock.clone(), |_| {}).unwrap();
+    let lane = LaneRules {
+        policy: Policy {
+            max_attempts: 8,
+            max_elapsed: Duration::from_hours(6),
+            backoff: Backoff::try_new(Duration::from_millis(250), Duration::from_mins(1)).unwrap(),
+        },
+        max_age: None,
+    };
+    let creem = Options {
+        // Nobody is there, and nobody is asked.
+        base_url: "http://127.0.0.1:1".parse().unwrap(),
+        api_key: "creem_test_canary".to_owned().into(),
+        mode: Mode::Test,
+        request_timeout: Duration::from_secs(10),
+        proxy: None,
+        ca_pem: None,
+        concurrency: 1,
+        checkout_hosts: Vec::new(),
+    };
+    let journey = Journey {
+        rules: Rules {
+            interactive: lane,
+            bulk: lane,
+            on_unknown: OnUnknown::Retry,
+            request_timeout: Duration::from_secs(10),
+            retention: Duration::from_hours(7 * 24),
+        },
+        creem: Client::new(&creem).unwrap(),
+        pacer: Pacer::new(None),
+        gate: Arc::new(Gate::new(clock.clone(), Pauses::default())),
+        turns: Turns::default(),
+        clock,
+        stop: CancellationToken::new(),
+        ledger: Arc::new(ledger),
+    };
+    Bench { journey, directory }
+}
+
+impl Bench {
+    fn ask(&self) -> Ask {
+        let request = CheckoutRequest::parse(body("a").as_bytes(), &JobRules::default()).unwrap();
+        Ask {
+            key: key("a"),
+            fingerprint: Fingerprint::of(&request.members, &self.journey.ledger.identity().key),
+            request,
+            lane: Lane::Interactive,
+            campaign: None,
+            deadline: None,
+            timestamp: None,
+            picked_up_at: START,
+            redelivered: false,
+            session: CancellationToken::new(),
+            hold_until: Instant::now() + LONGEST_HOLD,
+            permits: Arc::new(Semaphore::new(1)),
+        }
+    }
+
+    async fn held(&self, what: &str) {
+        let began = Instant::now();
+        let ask = self.ask();
+        let travelled = tokio::time::timeout(LONGEST_HOLD * 2, self.journey.run(&ask)).await;
+        let (verdict, _) = travelled.unwrap_or_else(|_| panic!("{what}: held too long"));
+        assert!(matches!(verdict, Verdict::Delay(_)), "{what}: {verdict:?}");
+        assert_eq!(began.elapsed().as_secs(), LONGEST_HOLD.as_secs(), "{what}");
+        let inspector = creem_checkout_worker::ledger::sqlite::inspect::Inspector::open(
+            &self.directory.path().join("ledger.db"),
+        );
+        assert_eq!(inspector.unwrap().row(&key("a")).unwrap(), None, "{what}: no attempt");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_delivery_is_held_for_so_long_and_no_longer_whatever_it_waits_for() {
+    for reason in [Reason::Key, Reason::Publishing, Reason::Ledger] {
+        let bench = bench();
+        bench.journey.gate.close(reason);
+        bench.held(reason.as_str()).await;
+    }
+    let bench = bench();
+    let _turn = bench.journey.turns.take(&key("a")).await;
+    bench.held("the turn of another copy").await;
+}
