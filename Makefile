@@ -11,7 +11,7 @@ demo:
 test:
 	@scripts/test
 
-# Ten thousand jobs, twenty kills, two broker deaths; prints its figures. `make chaos SEED=7`.
+# Ten thousand jobs, twenty kills, a broker that is restarted and one that is killed; prints its figures. `make chaos SEED=7`.
 SEED ?= 1
 chaos:
 	@scripts/broker install

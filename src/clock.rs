@@ -25,7 +25,10 @@ pub struct SystemClock;
 
 impl Clock for SystemClock {
     fn now(&self) -> Millis {
-        #[expect(clippy::disallowed_methods, reason = "the one place that reads the wall clock")]
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the place that reads the wall clock for all parts"
+        )]
         let now = SystemTime::now();
         now.duration_since(SystemTime::UNIX_EPOCH).map_or(0, as_millis)
     }

@@ -3,7 +3,8 @@
 //! No job is lost, and no `request_id` is ever given two links, whatever crashes. Creem does not
 //! deduplicate and cannot be asked afterwards, so both promises rest on the [`ledger`]: an intent
 //! is durable before a call, the outcome with the bytes of its reply before the reply, and a
-//! message is acked only after what replaces it is confirmed *and* known to be in a queue.
+//! message is acked only after what replaces it is confirmed *and* known to be in a queue (but for
+//! direct reply-to, where the broker's answer says nothing).
 //!
 //! # The house
 //!

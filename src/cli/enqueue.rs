@@ -15,9 +15,10 @@ use super::{Failure, Outcome, block_on, count, resolved_without_key, say, say_er
 use crate::clock::{Clock as _, SystemClock};
 use crate::config::check::Resolved;
 use crate::config::sections::LONGEST;
+use crate::job::Lane;
 use crate::job::json::Node;
-use crate::job::{Lane, Mode};
 use crate::rabbit::envelope::is_campaign;
+use crate::rabbit::headers;
 use crate::rabbit::publisher::Class;
 use crate::rabbit::replies::ReplyQueue;
 use crate::rabbit::{Message, Published, Publisher};
@@ -53,8 +54,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
     metadata: Vec<(String, String)>,
     /// The lane.
-    #[arg(long, default_value = "interactive", value_parser = ["interactive", "bulk"])]
-    lane: String,
+    #[arg(long, default_value = "interactive", value_parser = super::lane)]
+    lane: Lane,
     /// Send replies to this queue instead of the configured one.
     #[arg(long, conflicts_with = "wait")]
     reply_to: Option<String>,
@@ -178,16 +179,12 @@ struct Sending<'a> {
 }
 
 impl Sending<'_> {
-    fn lane(&self) -> Lane {
-        Lane::parse(&self.arguments.lane).unwrap_or(Lane::Interactive)
-    }
-
     fn message(&self, body: &[u8], number: usize) -> Result<Message, Failure> {
         let now = SystemClock.now();
         let correlation = format!("{number}");
         let mut message = Message::job(
             &self.settings.topology,
-            self.lane(),
+            self.arguments.lane,
             Arc::from(body),
             self.reply_to,
             &correlation,
@@ -195,10 +192,10 @@ impl Sending<'_> {
         )?;
         if let Some(deadline) = self.arguments.deadline {
             let at = now + crate::clock::as_millis(deadline);
-            message = message.with_header("checkout-deadline", &crate::job::reply::rfc3339(at));
+            message = message.with_header(headers::DEADLINE, &crate::job::reply::rfc3339(at));
         }
         if let Some(campaign) = &self.arguments.campaign {
-            message = message.with_header("checkout-campaign", campaign);
+            message = message.with_header(headers::CAMPAIGN, campaign);
         }
         Ok(message)
     }
@@ -314,11 +311,7 @@ impl Sending<'_> {
         put("metadata", (!metadata.is_empty()).then(|| metadata.into()));
         let body = job.to_string().into_bytes();
         // One job by hand is checked before it is sent; the worker would only say the same later.
-        let rules = crate::job::Rules {
-            loopback_http: self.settings.creem.mode == Mode::Test,
-            ..self.settings.job.clone()
-        };
-        crate::job::CheckoutRequest::parse(&body, &rules)
+        crate::job::CheckoutRequest::parse(&body, &self.settings.job)
             .map_err(|refusal| Failure::Usage(refusal.to_string()))?;
         Ok(body)
     }

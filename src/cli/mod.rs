@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand};
 
 use crate::config::check::Resolved;
 use crate::config::{self, Problem, Settings};
+use crate::job::Lane;
 
 /// Turns create-checkout jobs from RabbitMQ into Creem checkout links: no job lost, never two
 /// links for one `request_id`.
@@ -141,6 +142,11 @@ fn with_deep_stacks() {
 /// level takes several times as much.
 const DEEP_STACK: &str = if cfg!(debug_assertions) { "1073741824" } else { "67108864" };
 
+/// A lane on the command line.
+fn lane(text: &str) -> Result<Lane, String> {
+    Lane::parse(text).ok_or_else(|| "a lane is `interactive` or `bulk`".to_owned())
+}
+
 /// A number of things, in English.
 fn count(number: usize, thing: &str) -> String {
     format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
@@ -227,5 +233,20 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         super::Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn no_command_takes_a_secret_where_the_process_list_shows_it() {
+        fn names(command: &clap::Command) -> Vec<String> {
+            let own = command.get_arguments().map(|argument| argument.get_id().to_string());
+            own.chain(command.get_subcommands().flat_map(names)).collect()
+        }
+        let names = names(&super::Arguments::command());
+        assert!(names.contains(&"reply_to".to_owned()), "the walk reaches subcommands");
+        for secret in ["key", "password", "secret", "url", "token"] {
+            let found = names.iter().find(|name| name.split('_').any(|word| word == secret));
+            // The buyer's way back is a URL, and no secret.
+            assert!(found.is_none_or(|name| name == "success_url"), "{found:?}");
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use tokio_util::task::TaskTracker;
+use tokio::task::JoinSet;
 
 use super::{Failure, Outcome, block_on, resolved};
 use crate::clock::{SharedClock, SystemClock};
@@ -31,16 +31,12 @@ use crate::worker::{LaneSize, Worker};
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// The lanes to serve.
-    #[arg(long, value_delimiter = ',', default_value = "interactive,bulk", value_parser = lane)]
+    #[arg(long, value_delimiter = ',', default_value = "interactive,bulk", value_parser = super::lane)]
     lanes: Vec<Lane>,
     /// Serve with a new ledger even if the broker redelivers jobs that some worker had taken
     /// before: links of theirs may exist that this ledger does not know.
     #[arg(long)]
     accept_empty_ledger: bool,
-}
-
-fn lane(text: &str) -> Result<Lane, String> {
-    Lane::parse(text).ok_or_else(|| "a lane is `interactive` or `bulk`".to_owned())
 }
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
@@ -71,7 +67,7 @@ async fn serve(
 ) -> Outcome {
     let health = Health::default();
     let stages = Stages::default();
-    let background = TaskTracker::new();
+    let mut background = JoinSet::new();
     let (address, admin) = admin::bind(settings.listen, health.clone(), handle)
         .await
         .with_context(|| format!("http.listen: {} cannot be bound", settings.listen))?;
@@ -92,8 +88,11 @@ async fn serve(
         "starting"
     );
     let worker =
-        assemble(&settings, ledger, &clock, health, &stages, &background, accept_empty_ledger)?;
-    worker.run(stages.soft.clone(), stages.hard.clone()).await?;
+        assemble(&settings, ledger, &clock, health, &stages, &mut background, accept_empty_ledger)?;
+    let ended = worker.run(stages.soft.clone(), stages.hard.clone()).await;
+    // Whatever still runs serves a worker that has ended.
+    background.shutdown().await;
+    ended?;
     Ok(())
 }
 
@@ -103,7 +102,7 @@ fn assemble(
     clock: &SharedClock,
     health: Health,
     stages: &Stages,
-    background: &TaskTracker,
+    background: &mut JoinSet<()>,
     accept_empty_ledger: bool,
 ) -> Result<Worker, Failure> {
     let name = |role: &str| format!("checkout-worker {} {role}", std::process::id());

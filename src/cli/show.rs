@@ -6,8 +6,7 @@ use serde_json::{Value, json};
 
 use super::{Failure, Outcome, resolved_without_key, say};
 use crate::job::reply::rfc3339;
-use crate::job::request::printable;
-use crate::job::{Key, Mode, RequestId};
+use crate::job::{Key, Mode, RequestId, printable};
 use crate::ledger::Row;
 use crate::ledger::sqlite::inspect::{Inspector, KnownOrphan};
 

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use url::Url;
 
-use super::{Reply, redact};
+use super::{Response, redact};
 use crate::job::json::Node;
 use crate::job::success_url::is_loopback;
 use crate::job::{Mode, Problem, RequestId};
@@ -100,20 +100,20 @@ pub struct Expected<'a> {
 
 /// Judges the answer to a create.
 #[must_use]
-pub fn of_create(reply: &Reply, expected: &Expected<'_>) -> Answer {
-    let retry_after = reply.retry_after.as_deref().and_then(retry_after);
+pub fn of_create(response: &Response, expected: &Expected<'_>) -> Answer {
+    let retry_after = response.retry_after.as_deref().and_then(retry_after);
     let unknown = |reason: String| Answer::Unknown { reason, retry_after };
-    match reply.status.as_u16() {
-        200 | 201 => of_success(reply, expected),
+    match response.status.as_u16() {
+        200 | 201 => of_success(response, expected),
         429 => Answer::Throttled { retry_after },
         401 | 403 => Answer::KeyRefused(problem(
-            reply,
+            response,
             "creem_key_refused",
             "Creem did not accept the API key",
         )),
         // Timeout, conflict, too early, trouble: Creem may have made it all the same.
         code @ (408 | 409 | 425 | 500..=599) => unknown(format!("HTTP {code}")),
-        400..=499 => of_refusal(reply),
+        400..=499 => of_refusal(response),
         code @ 300..=399 => unknown(format!(
             "HTTP {code}, a redirect, which is never followed: check creem.base_url"
         )),
@@ -123,11 +123,11 @@ pub fn of_create(reply: &Reply, expected: &Expected<'_>) -> Answer {
 
 /// Judges the answer to the question for a link; the session exists whatever is said.
 #[must_use]
-pub fn of_fetch(reply: &Reply, expected: &Expected<'_>, checkout_id: String) -> Answer {
-    if reply.status.as_u16() != 200 {
+pub fn of_fetch(response: &Response, expected: &Expected<'_>, checkout_id: String) -> Answer {
+    if response.status.as_u16() != 200 {
         return Answer::Linkless { checkout_id };
     }
-    let answer = of_success(reply, expected);
+    let answer = of_success(response, expected);
     match &answer {
         Answer::Made(checkout) if checkout.id != checkout_id => Answer::Mismatch {
             reason: "asked for one session, Creem answered with another".to_owned(),
@@ -145,12 +145,12 @@ pub fn of_fetch(reply: &Reply, expected: &Expected<'_>, checkout_id: String) -> 
     }
 }
 
-fn of_success(reply: &Reply, expected: &Expected<'_>) -> Answer {
+fn of_success(response: &Response, expected: &Expected<'_>) -> Answer {
     let unknown = |reason: &str| Answer::Unknown {
-        reason: format!("HTTP {}, but {reason}", reply.status.as_u16()),
+        reason: format!("HTTP {}, but {reason}", response.status.as_u16()),
         retry_after: None,
     };
-    let Some(body) = &reply.body else { return unknown("its body is too large or was cut off") };
+    let Some(body) = &response.body else { return unknown("its body is too large or was cut off") };
     let Ok(text) = std::str::from_utf8(body) else { return unknown("its body is not UTF-8") };
     let Ok(node @ Node::Object(_)) = Node::parse(text) else {
         return unknown("its body is not a JSON object");
@@ -209,8 +209,8 @@ fn check_url(text: &str, expected: &Expected<'_>) -> Result<(), &'static str> {
     }
 }
 
-fn of_refusal(reply: &Reply) -> Answer {
-    let mut problem = problem(reply, "creem_rejected", "Creem refused the request");
+fn of_refusal(response: &Response) -> Answer {
+    let mut problem = problem(response, "creem_rejected", "Creem refused the request");
     let duplicate =
         problem.details.iter().any(|text| text.to_ascii_lowercase().contains("already exist"));
     if duplicate {
@@ -223,8 +223,8 @@ fn of_refusal(reply: &Reply) -> Answer {
 }
 
 /// Creem's error body, as far as there is one: `message` is an array, a string, or absent.
-fn problem(reply: &Reply, code: &str, fallback: &str) -> Problem {
-    let text = reply.body.as_ref().and_then(|body| std::str::from_utf8(body).ok());
+fn problem(response: &Response, code: &str, fallback: &str) -> Problem {
+    let text = response.body.as_ref().and_then(|body| std::str::from_utf8(body).ok());
     let node = text.and_then(|text| Node::parse(text).ok());
     let field = |name: &str| node.as_ref().and_then(|node| node.get(name));
     let details: Vec<String> = match field("message") {
@@ -246,7 +246,7 @@ fn problem(reply: &Reply, code: &str, fallback: &str) -> Problem {
             .first()
             .map_or_else(|| fallback.to_owned(), |first| format!("{fallback}: {first}")),
         details,
-        http_status: Some(reply.status.as_u16()),
+        http_status: Some(response.status.as_u16()),
         trace_id,
     }
 }
@@ -284,12 +284,12 @@ mod tests {
         let id = RequestId::parse("job-42").unwrap();
         let expected =
             Expected { request_id: &id, mode: Mode::Test, checkout_hosts: hosts, loopback: false };
-        let reply = Reply {
+        let response = Response {
             status: StatusCode::from_u16(status).unwrap(),
             retry_after: None,
             body: Some(Bytes::copy_from_slice(body.as_bytes())),
         };
-        of_create(&reply, &expected)
+        of_create(&response, &expected)
     }
 
     const GOOD: &str = r#"{"id":"ch_1","object":"checkout","mode":"test","request_id":"job-42","checkout_url":"https://creem.io/x"}"#;

@@ -171,7 +171,7 @@ impl Client {
             .header("Idempotency-Key", request_id.as_str())
             .body(body);
         let answer = match exchange(request, deadline).await {
-            Ok(reply) => answer::of_create(&reply, &expected),
+            Ok(response) => answer::of_create(&response, &expected),
             Err(failure) => failure.into_answer(timeout),
         };
         if let Answer::Linkless { checkout_id } = answer {
@@ -191,7 +191,7 @@ impl Client {
         let mut url = self.checkouts.clone();
         url.query_pairs_mut().append_pair("checkout_id", &checkout_id);
         match exchange(self.http.request(Method::GET, url), deadline).await {
-            Ok(reply) => answer::of_fetch(&reply, expected, checkout_id),
+            Ok(response) => answer::of_fetch(&response, expected, checkout_id),
             Err(_) => Answer::Linkless { checkout_id },
         }
     }
@@ -200,17 +200,17 @@ impl Client {
     pub async fn check_key(&self) -> KeyCheck {
         let deadline = tokio::time::Instant::now() + self.timeout;
         match exchange(self.http.request(Method::GET, self.products.clone()), deadline).await {
-            Ok(reply) if matches!(reply.status.as_u16(), 401 | 403) => {
-                KeyCheck::Refused(reply.status.as_u16())
+            Ok(response) if matches!(response.status.as_u16(), 401 | 403) => {
+                KeyCheck::Refused(response.status.as_u16())
             }
             // Whatever else is wrong with the question, it was put with an accepted key.
-            Ok(reply)
-                if reply.status.is_success()
-                    || matches!(reply.status.as_u16(), 400 | 404 | 422) =>
+            Ok(response)
+                if response.status.is_success()
+                    || matches!(response.status.as_u16(), 400 | 404 | 422) =>
             {
                 KeyCheck::Accepted
             }
-            Ok(reply) => KeyCheck::Unknown(format!("HTTP {}", reply.status.as_u16())),
+            Ok(response) => KeyCheck::Unknown(format!("HTTP {}", response.status.as_u16())),
             Err(failure) => KeyCheck::Unknown(failure.text(self.timeout)),
         }
     }
@@ -227,12 +227,13 @@ impl Client {
 
 /// A whole HTTP answer.
 #[derive(Debug, Clone)]
-pub struct Reply {
+pub struct Response {
     /// The status.
     pub status: StatusCode,
     /// The first `Retry-After`, as text.
     pub retry_after: Option<String>,
-    /// The body; `None` where it was larger than [`MAX_ANSWER`].
+    /// The body; `None` where it was larger than [`MAX_ANSWER`], or was cut off after a status that
+    /// needs none.
     pub body: Option<Bytes>,
 }
 
@@ -266,11 +267,11 @@ impl Failure {
 async fn exchange(
     request: reqwest::RequestBuilder,
     deadline: tokio::time::Instant,
-) -> Result<Reply, Failure> {
+) -> Result<Response, Failure> {
     tokio::time::timeout_at(deadline, read_answer(request)).await.unwrap_or(Err(Failure::Late))
 }
 
-async fn read_answer(request: reqwest::RequestBuilder) -> Result<Reply, Failure> {
+async fn read_answer(request: reqwest::RequestBuilder) -> Result<Response, Failure> {
     let mut response = request.send().await.map_err(|error| {
         // Resolving, connecting and the TLS handshake come before the first byte of a request.
         if error.is_connect() || error.is_builder() {
@@ -282,18 +283,18 @@ async fn read_answer(request: reqwest::RequestBuilder) -> Result<Reply, Failure>
     let status = response.status();
     let header = response.headers().get(RETRY_AFTER);
     let retry_after = header.and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let too_large = Reply { status, retry_after: retry_after.clone(), body: None };
+    let without_body = Response { status, retry_after: retry_after.clone(), body: None };
     if response.content_length().is_some_and(|length| length > MAX_ANSWER as u64) {
-        return Ok(too_large);
+        return Ok(without_body);
     }
     let mut body = BytesMut::new();
     loop {
         match response.chunk().await {
-            Ok(Some(chunk)) if body.len() + chunk.len() > MAX_ANSWER => return Ok(too_large),
+            Ok(Some(chunk)) if body.len() + chunk.len() > MAX_ANSWER => return Ok(without_body),
             Ok(Some(chunk)) => body.extend_from_slice(&chunk),
-            Ok(None) => return Ok(Reply { status, retry_after, body: Some(body.freeze()) }),
+            Ok(None) => return Ok(Response { status, retry_after, body: Some(body.freeze()) }),
             // A status that settles the matter by itself settles it without its body, too.
-            Err(_) if !status.is_success() => return Ok(too_large),
+            Err(_) if !status.is_success() => return Ok(without_body),
             Err(error) => return Err(Failure::Unknown(chain(&error))),
         }
     }

@@ -1,6 +1,6 @@
 //! Texts that come from outside, made fit for logs and replies.
 
-use crate::job::request::printable;
+use crate::job::printable;
 
 /// Cuts a text to `max` characters, escapes what is not printable, and takes out whatever looks
 /// like an e-mail address or a key of Creem's: validation messages may repeat what was sent.

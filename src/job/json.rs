@@ -85,7 +85,7 @@ impl Node {
         self.as_object()?.iter().find(|(key, _)| key == name).map(|(_, value)| value)
     }
 
-    /// Levels of nesting: 1 for a scalar or an empty container's own level.
+    /// Levels of nesting: 0 for a scalar, 1 for a container of scalars or an empty one.
     #[must_use]
     pub fn depth(&self) -> usize {
         match self {
@@ -197,8 +197,8 @@ const DUPLICATE: &str = "duplicate key";
 
 /// Turns a value that is known to be well-formed into a tree.
 ///
-/// Each level is scanned again for its children; with [`MAX_DEPTH`] levels of at most 64 KiB
-/// that is cheaper than it looks, and it leaves number texts alone, which no other way through
+/// Each level is scanned again for its children; with [`MAX_DEPTH`] levels of a text whose size
+/// the caller bounds, that is cheaper than it looks, and it leaves number texts alone, which no other way through
 /// `serde_json` does without confusing an object that imitates its private number key.
 fn descend(raw: &RawValue) -> Result<Node, JsonError> {
     let text = raw.get();

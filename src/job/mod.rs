@@ -6,11 +6,14 @@ pub mod json;
 pub mod key;
 pub mod lane;
 pub mod outcome;
+pub mod printable;
 pub mod reply;
 pub mod request;
 pub mod success_url;
+mod wire;
 
 pub use key::{Fingerprint, FingerprintKey, Key, Mode, RequestId};
 pub use lane::Lane;
 pub use outcome::{Ending, Problem, Status};
+pub use printable::printable;
 pub use request::{CheckoutRequest, Refusal, Rules};

@@ -174,7 +174,7 @@ mod tests {
     use crate::job::RequestId;
 
     #[test]
-    fn a_link_is_written_as_the_contract_shows_it() {
+    fn a_link_is_written_as_the_readme_shows_it() {
         let key = Key { mode: Mode::Test, request_id: RequestId::parse("order_1").unwrap() };
         let ending = Ending::Succeeded {
             checkout_id: "ch_1".into(),

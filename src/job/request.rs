@@ -1,22 +1,10 @@
-//! The request a job makes: read, judged rule by rule, and written as Creem's own SDK writes it.
+//! The request a job makes: read, and judged rule by rule.
 
-use super::json::{self, JsonError, Node};
+use super::json::{JsonError, Node};
 use super::key::RequestId;
+use super::printable::printable;
 use super::success_url;
-
-/// Fields of Creem's create-checkout request, in the order in which Creem's SDK sends them.
-const FIELDS: [&str; 10] = [
-    "request_id",
-    "product_id",
-    "units",
-    "custom_price",
-    "discount_code",
-    "affiliate_code",
-    "customer",
-    "custom_fields",
-    "success_url",
-    "metadata",
-];
+use super::wire::{FIELDS, write_wire};
 
 /// Most top-level members a job may have, `extra_fields` included.
 const MAX_MEMBERS: usize = 64;
@@ -189,7 +177,7 @@ fn no_nulls(name: &str, value: &Node) -> Result<(), Refusal> {
         Node::Array(items) => return items.iter().try_for_each(|item| no_nulls(name, item)),
         Node::Object(_) | Node::Bool(_) | Node::Number(_) | Node::String(_) => return Ok(()),
     };
-    // Whatever is called `metadata` further down is not the metadata of the contract.
+    // Whatever is called `metadata` further down is not the job's metadata.
     inner.iter().try_for_each(|(key, value)| match value {
         Node::Object(members) => members.iter().try_for_each(|(key, value)| no_nulls(key, value)),
         Node::Null | Node::Bool(_) | Node::Number(_) | Node::String(_) | Node::Array(_) => {
@@ -476,90 +464,6 @@ fn has_key(node: &Node, name: &str) -> bool {
         Node::Array(items) => items.iter().any(|item| has_key(item, name)),
         Node::Null | Node::Bool(_) | Node::Number(_) | Node::String(_) => false,
     }
-}
-
-/// Writes the request as Creem's SDK does: its order of fields, compact, nothing added but a
-/// configured default, `extra_fields` last.
-fn write_wire(members: &[(String, Node)], rules: &Rules) -> Vec<u8> {
-    let mut out = Vec::with_capacity(512);
-    out.push(b'{');
-    let mut first = true;
-    let mut name_to = |out: &mut Vec<u8>, name: &str| {
-        if !std::mem::take(&mut first) {
-            out.push(b',');
-        }
-        json::write_string(name, out);
-        out.push(b':');
-    };
-    for name in FIELDS {
-        if let Some((_, value)) = members.iter().find(|(key, _)| key == name) {
-            name_to(&mut out, name);
-            write_field(name, value, &mut out);
-        } else if name == "success_url"
-            && let Some(url) = &rules.default_success_url
-        {
-            name_to(&mut out, name);
-            json::write_string(url, &mut out);
-        }
-    }
-    for (name, value) in members.iter().filter(|(name, _)| !FIELDS.contains(&name.as_str())) {
-        name_to(&mut out, name);
-        value.write_to(&mut out);
-    }
-    out.push(b'}');
-    out
-}
-
-/// Writes one field, its members in the SDK's order where the SDK has one.
-fn write_field(name: &str, value: &Node, out: &mut Vec<u8>) {
-    match (name, value) {
-        ("customer", customer) => ordered(customer, &["id", "email", "name"]).write_to(out),
-        ("custom_fields", Node::Array(fields)) => {
-            let order = ["type", "key", "label", "optional", "text", "checkbox"];
-            Node::Array(fields.iter().map(|field| ordered(field, &order)).collect()).write_to(out);
-        }
-        (_, value) => value.write_to(out),
-    }
-}
-
-fn ordered(node: &Node, order: &[&str]) -> Node {
-    let Node::Object(members) = node else { return node.clone() };
-    let place = |name: &str| order.iter().position(|known| *known == name).unwrap_or(order.len());
-    let mut members: Vec<(String, Node)> = members
-        .iter()
-        .map(|(name, value)| {
-            let inner = if name == "text" {
-                ordered(value, &["max_length", "min_length"])
-            } else {
-                value.clone()
-            };
-            (name.clone(), inner)
-        })
-        .collect();
-    members.sort_by_key(|(name, _)| place(name));
-    Node::Object(members)
-}
-
-/// A text that is safe to show: control and direction characters escaped, at most `max`
-/// characters.
-#[must_use]
-pub fn printable(text: &str, max: usize) -> String {
-    let mut out = String::new();
-    for (index, c) in text.chars().enumerate() {
-        if index == max {
-            out.push('…');
-            break;
-        }
-        if matches!(c, '\\' | '"')
-            || c.is_control()
-            || !(c.is_alphanumeric() || c.is_ascii() || c == '…')
-        {
-            out.extend(c.escape_default());
-        } else {
-            out.push(c);
-        }
-    }
-    out
 }
 
 #[cfg(test)]

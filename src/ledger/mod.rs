@@ -122,7 +122,7 @@ pub struct Stored {
     pub ended_at: Millis,
     /// The row's fence when it was read.
     pub fence: u64,
-    /// Calls sent for it.
+    /// Calls counted for it.
     pub attempts: u32,
     /// Whether a copy of the job was parked for it already.
     pub parked: bool,
@@ -154,13 +154,14 @@ pub enum Claim {
 /// How an attempt went.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Attempt {
-    /// Nothing was sent (a stop, a lease too short): the attempt is given back.
-    NotSent,
-    /// Sent, and what came of it is known: the link of the ending, or certainly no session.
-    Known,
-    /// Sent, refused for being too fast; certainly no session.
+    /// It does not count: nothing was sent (a stop, a lease too short), or the API key was refused,
+    /// which is not the job's doing. Certainly no session.
+    GivenBack,
+    /// It counts, and what came of it is known: the link of the ending, or certainly no session.
+    Counted,
+    /// It counts as a throttled one, which eats time but no attempt; certainly no session.
     Throttled,
-    /// Sent, and a session may exist; its id, if it could be read.
+    /// It counts, and a session may exist; its id, if it could be read.
     Ambiguous {
         /// The session that nobody is given.
         checkout_id: Option<String>,

@@ -65,7 +65,7 @@ pub struct Row {
     pub campaign: Option<String>,
     /// For the reply.
     pub product_id: String,
-    /// Calls sent for this outcome.
+    /// Calls counted for this outcome.
     pub attempts: u32,
     /// How many of them were throttled.
     pub throttled: u32,

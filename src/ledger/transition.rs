@@ -283,8 +283,8 @@ fn settle(row: Option<Row>, request: &SettleRequest, context: Context) -> Effect
         }
     }
     match &request.attempt {
-        Attempt::Known => {}
-        Attempt::NotSent => row.attempts = row.attempts.saturating_sub(1),
+        Attempt::Counted => {}
+        Attempt::GivenBack => row.attempts = row.attempts.saturating_sub(1),
         Attempt::Throttled => row.throttled += 1,
         Attempt::Ambiguous { .. } => row.ambiguous += 1,
     }

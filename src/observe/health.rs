@@ -18,7 +18,6 @@ struct Parts {
     publishing: Result<(), String>,
     ledger: Result<(), String>,
     key: Result<(), String>,
-    waiting: Option<String>,
     stopping: bool,
     next: u64,
     in_flight: HashMap<u64, (Lane, Instant)>,
@@ -31,7 +30,6 @@ impl Default for Parts {
             publishing: Err("no publishing connection yet".to_owned()),
             ledger: Ok(()),
             key: Ok(()),
-            waiting: None,
             stopping: false,
             next: 0,
             in_flight: HashMap::new(),
@@ -71,11 +69,6 @@ impl Health {
     /// Creem's opinion of the key.
     pub fn set_key(&self, state: Result<(), String>) {
         self.locked().key = state;
-    }
-
-    /// Another worker is in the way.
-    pub fn set_waiting(&self, why: Option<String>) {
-        self.locked().waiting = why;
     }
 
     /// The worker stops: no longer ready.
@@ -120,12 +113,10 @@ impl Health {
             ("ledger", &parts.ledger),
             ("creem key", &parts.key),
         ];
-        let mut reasons: Vec<String> = named
+        named
             .into_iter()
             .filter_map(|(name, state)| state.as_ref().err().map(|why| format!("{name}: {why}")))
-            .collect();
-        reasons.extend(parts.waiting.iter().cloned());
-        reasons
+            .collect()
     }
 
     fn locked(&self) -> MutexGuard<'_, Parts> {

@@ -43,7 +43,7 @@ pub fn check(level: &str) -> Result<(), String> {
         let word = directive.to_ascii_lowercase();
         let is_level = ["off", "error", "warn", "info", "debug", "trace"].contains(&word.as_str());
         if !is_level && !directive.contains(['=', '[']) && !directive.starts_with("creem_") {
-            return Err(format!("`{}` is no level", crate::job::request::printable(directive, 40)));
+            return Err(format!("`{}` is no level", crate::job::printable(directive, 40)));
         }
     }
     EnvFilter::try_new(level).map(|_| ()).map_err(|_| "it is not a filter".to_owned())
@@ -82,7 +82,7 @@ pub fn install(format: Format, level: &str) -> Result<(), String> {
 fn log_panics() {
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
-        tracing::error!(place, "a bug: the code panicked; one job is affected, not the others");
+        tracing::error!(place, "a bug: the code panicked here; please report it");
     }));
 }
 

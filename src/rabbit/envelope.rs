@@ -1,10 +1,11 @@
-//! What a job message says besides its body. Only what the contract names is read; a header
+//! What a job message says besides its body. Only what the README names is read; a header
 //! that a producer could have written is never taken for the worker's own bookkeeping.
 
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 
 use super::headers;
+use super::hop::read_hop;
 use super::topology::Topology;
 use crate::clock::Millis;
 use crate::job::{FingerprintKey, Lane};
@@ -270,43 +271,9 @@ fn matches(pattern: &str, text: &str) -> bool {
     rest.ends_with(last)
 }
 
-/// What the worker remembers of a job over a delay queue, signed with the ledger's key and bound
-/// to body and lane, so that no producer can write it.
-#[must_use]
-pub fn write_hop(
-    first_picked_up_at: Millis,
-    key: &FingerprintKey,
-    body: &[u8],
-    lane: Lane,
-) -> String {
-    use std::fmt::Write as _;
-    let mac = hop_mac(first_picked_up_at, key, body, lane);
-    let mut text = format!("1;{first_picked_up_at};");
-    for byte in &mac[..16] {
-        write!(text, "{byte:02x}").expect("writing to a string cannot fail");
-    }
-    text
-}
-
-fn read_hop(text: &str, key: &FingerprintKey, body: &[u8], lane: Lane) -> Option<Millis> {
-    let time: Millis = text.strip_prefix("1;")?.split(';').next()?.parse().ok()?;
-    // Both texts are made from the same time; comparing them whole compares the signatures.
-    let expected = write_hop(time, key, body, lane);
-    let same = expected.len() == text.len()
-        && expected
-            .bytes()
-            .zip(text.bytes())
-            .fold(0, |differs, (left, right)| differs | (left ^ right))
-            == 0;
-    same.then_some(time)
-}
-
-fn hop_mac(time: Millis, key: &FingerprintKey, body: &[u8], lane: Lane) -> [u8; 32] {
-    key.mac(&[b"hop", &time.to_le_bytes(), lane.as_str().as_bytes(), body])
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::hop::write_hop;
     use super::headers::HOP;
     use super::*;
 
@@ -332,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn content_type_and_encoding_keep_to_the_contract() {
+    fn content_type_and_encoding_keep_to_the_rules() {
         for (kind, code) in [
             ("application/json", None),
             ("application/json; charset=utf-8", None),

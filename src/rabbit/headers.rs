@@ -1,4 +1,4 @@
-//! The names of the headers of this program's messages, as the contract has them.
+//! The names of the headers of this program's messages; other programs rely on them.
 
 /// Read from a job: after which nobody waits any more.
 pub const DEADLINE: &str = "checkout-deadline";
@@ -40,5 +40,11 @@ pub const ORIGINAL_BCC: &str = "checkout-original-bcc";
 pub fn is_ours(name: &str) -> bool {
     [HOP, PUBLISH_ID, ERROR_CODE, ERROR_MESSAGE, ATTEMPTS, PARKED_AT, SOURCE_QUEUE, HEADERS_DROPPED]
         .contains(&name)
-        || [ORIGINAL_EXPIRATION, ORIGINAL_USER_ID, ORIGINAL_CC, ORIGINAL_BCC].contains(&name)
+        || is_original(name)
+}
+
+/// Whether the header keeps, as text, what a job said before it was published again.
+#[must_use]
+pub fn is_original(name: &str) -> bool {
+    [ORIGINAL_EXPIRATION, ORIGINAL_USER_ID, ORIGINAL_CC, ORIGINAL_BCC].contains(&name)
 }

@@ -7,6 +7,7 @@
 pub mod consumer;
 pub mod envelope;
 pub mod headers;
+pub mod hop;
 pub mod link;
 pub mod outgoing;
 pub mod publisher;

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 
-use super::envelope::{Envelope, keeps_tracestate, write_hop};
+use super::envelope::{Envelope, keeps_tracestate};
 use super::headers;
+use super::hop::{has_hop, write_hop};
 use super::link::{LinkError, short};
 use super::topology::Topology;
 use crate::clock::Millis;
@@ -47,6 +48,8 @@ pub struct Parking<'a> {
     pub at: Millis,
     /// The queue it came from.
     pub source_queue: &'a str,
+    /// Whether it bears this worker's own hop, so that its `checkout-original-…` headers are ours.
+    pub hopped: bool,
 }
 
 impl Message {
@@ -108,7 +111,7 @@ impl Message {
         first_picked_up_at: Millis,
         key: &FingerprintKey,
     ) -> Result<Self, LinkError> {
-        let (properties, mut headers) = carried(original);
+        let (properties, mut headers) = carried(original, has_hop(original, &body, key, lane));
         headers.insert(headers::HOP.into(), text(&write_hop(first_picked_up_at, key, &body, lane)));
         Ok(Self {
             exchange: short(&topology.retry_exchange())?,
@@ -129,7 +132,7 @@ impl Message {
         body: Arc<[u8]>,
         parking: &Parking<'_>,
     ) -> Result<Self, LinkError> {
-        let (properties, mut headers) = carried(original);
+        let (properties, mut headers) = carried(original, parking.hopped);
         headers.insert(headers::ERROR_CODE.into(), text(parking.code));
         headers.insert(headers::ERROR_MESSAGE.into(), text(parking.message));
         headers
@@ -193,7 +196,10 @@ fn text(value: &str) -> AMQPValue {
 /// `user_id`, `expiration`, `CC` and `BCC` would make the broker refuse, drop or misroute the
 /// copy; they are kept as text. The broker's own records of earlier deaths are left behind: on a
 /// parked job they would say that the broker parked it.
-fn carried(original: &BasicProperties) -> (BasicProperties, FieldTable) {
+///
+/// `hopped` says that the job was published again by this worker before: what it kept as text then
+/// stays.
+fn carried(original: &BasicProperties, hopped: bool) -> (BasicProperties, FieldTable) {
     let mut properties = BasicProperties::default().with_delivery_mode(PERSISTENT);
     let mut headers = FieldTable::default();
     if let Some(value) = original.content_type() {
@@ -229,11 +235,11 @@ fn carried(original: &BasicProperties) -> (BasicProperties, FieldTable) {
     if let Some(value) = original.user_id() {
         headers.insert(headers::ORIGINAL_USER_ID.into(), text(value.as_str()));
     }
-    carry_headers(original, &mut headers);
+    carry_headers(original, hopped, &mut headers);
     (properties, headers)
 }
 
-fn carry_headers(original: &BasicProperties, headers: &mut FieldTable) {
+fn carry_headers(original: &BasicProperties, hopped: bool, headers: &mut FieldTable) {
     let Some(all) = original.headers() else { return };
     // What the worker itself reads comes first, so that a flood of other headers cannot push it out.
     let own = |name: &str| READ.contains(&name);
@@ -244,7 +250,7 @@ fn carry_headers(original: &BasicProperties, headers: &mut FieldTable) {
         let carried = match name.as_str() {
             "x-death" | "x-delivery-count" | "x-acquired-count" => continue,
             // The worker's own words about a message are not a producer's to write.
-            name if headers::is_ours(name) => continue,
+            name if headers::is_ours(name) && !(hopped && headers::is_original(name)) => continue,
             name if name.starts_with("x-first-death-") || name.starts_with("x-last-death-") => {
                 continue;
             }
@@ -320,8 +326,14 @@ mod tests {
 
     #[test]
     fn what_would_misroute_or_drop_a_copy_is_kept_as_text_only() {
-        let parking =
-            Parking { code: "x", message: "y", attempts: 2, at: 0, source_queue: "checkout.jobs" };
+        let parking = Parking {
+            code: "x",
+            message: "y",
+            attempts: 2,
+            at: 0,
+            source_queue: "checkout.jobs",
+            hopped: false,
+        };
         let topology = Topology::new("checkout", None, "");
         let parked =
             Message::parked(&topology, &original(), Arc::from(&b"body"[..]), &parking).unwrap();
@@ -335,7 +347,15 @@ mod tests {
             &FingerprintKey::new([0; 32]),
         )
         .unwrap();
-        for message in [parked, hop] {
+        // A job that is parked after a hop still says what it said at first; a producer's own
+        // words to that effect are never carried on.
+        let again = Parking { hopped: true, ..parking.clone() };
+        let body = || Arc::from(&b"body"[..]);
+        let later = Message::parked(&topology, &hop.properties, body(), &again).unwrap();
+        let spoofed = Message::parked(&topology, &hop.properties, body(), &parking).unwrap();
+        let spoofed = spoofed.properties.headers().as_ref().unwrap().inner();
+        assert!(!spoofed.contains_key(headers::ORIGINAL_CC));
+        for message in [parked, hop, later] {
             let properties = &message.properties;
             assert_eq!((properties.user_id(), properties.expiration()), (&None, &None));
             assert_eq!(properties.correlation_id().as_ref().unwrap().as_str(), "c-1");
@@ -359,7 +379,7 @@ mod tests {
             headers.insert(format!("a{n}").as_str().into(), text(&"x".repeat(100)));
         }
         headers.insert("checkout-deadline".into(), text("2026-11-22T18:00:00Z"));
-        let (_, carried) = carried(&BasicProperties::default().with_headers(headers));
+        let (_, carried) = carried(&BasicProperties::default().with_headers(headers), false);
         let total: usize = carried.inner().values().map(size).sum();
         assert!(total <= MAX_HEADERS, "{total}");
         assert!(carried.contains_key("checkout-deadline"));

@@ -1,5 +1,5 @@
-//! Publishing that is known to have arrived: mandatory, confirmed, and every return matched to
-//! its own message.
+//! Publishing that is known to have arrived: mandatory but for direct replies, confirmed, and every
+//! return matched to its own message.
 //!
 //! Why not simply await lapin's confirm? When publishes overlap, lapin hands a returned message
 //! to whichever confirm resolves next (4.12.3, `acknowledgement.rs`): an unroutable reply then
@@ -97,8 +97,7 @@ impl std::fmt::Debug for Publisher {
 }
 
 impl Publisher {
-    /// A publisher and the task that keeps its connection; the task runs until it is cancelled
-    /// or the last publisher is gone.
+    /// A publisher and the task that keeps its connection; the task runs until `stop` is cancelled.
     pub fn new(
         options: Options,
         name: String,
@@ -236,7 +235,7 @@ async fn serve(channel: &Channel, orders: &Orders) -> LinkError {
         {
             let mut orders = orders.lock().await;
             if orders.recv_many(&mut batch, BATCH).await == 0 {
-                // No publisher is left, so nothing will come; the generation ends with its task.
+                // No publisher is left, so nothing will come until the task is stopped.
                 std::future::pending::<()>().await;
             }
         }

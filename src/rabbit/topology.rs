@@ -113,6 +113,10 @@ impl Topology {
             || queue.starts_with(&self.retry_exchange())
     }
 
+    fn is_own(&self, name: &str) -> bool {
+        name.strip_prefix(&self.prefix).is_some_and(|rest| rest.starts_with('.'))
+    }
+
     fn queues(&self) -> Vec<Queue> {
         let mut queues = vec![
             Queue { name: self.dead(), arguments: kept() },
@@ -209,17 +213,18 @@ impl Topology {
         Ok(())
     }
 
-    /// Deletes everything, messages included.
+    /// Deletes every queue and exchange under the prefix, messages included; a reply queue or
+    /// exchange of another name may be shared, and stays.
     ///
     /// # Errors
     /// If the broker says no.
     pub async fn delete(&self, connection: &Connection) -> Result<(), LinkError> {
         let channel = connection.create_channel().await?;
-        for queue in self.queues() {
+        for queue in self.queues().into_iter().filter(|queue| self.is_own(&queue.name)) {
             let options = QueueDeleteOptions { if_unused: false, if_empty: false, nowait: false };
             channel.queue_delete(short(&queue.name)?, options).await?;
         }
-        for exchange in self.exchanges() {
+        for exchange in self.exchanges().into_iter().filter(|exchange| self.is_own(exchange)) {
             let options = ExchangeDeleteOptions { if_unused: false, nowait: false };
             channel.exchange_delete(short(&exchange)?, options).await?;
         }
@@ -389,6 +394,13 @@ mod tests {
         for queue in ["checkout.replies", "checkout.jobs.mine", "amq.gen-x", "my.checkout.dead"] {
             assert!(!topology.denies_replies_to(queue), "{queue}");
         }
+    }
+
+    #[test]
+    fn a_shared_reply_queue_is_not_the_workers_own() {
+        let topology = Topology::new("checkout", Some("shop.replies"), "");
+        assert!(topology.is_own("checkout.dead") && !topology.is_own("shop.replies"));
+        assert!(!topology.is_own("checkout2.jobs"));
     }
 
     #[test]

@@ -238,8 +238,7 @@ impl Journey {
     }
 
     fn ledger_away(&self, error: &LedgerError) {
-        if self.gate.close(Reason::Ledger) {
-            metrics::paused(Reason::Ledger.as_str(), true);
+        if self.hold(Reason::Ledger) {
             tracing::error!(%error, "intake is paused: no job is acked and none failed until the ledger can be written again");
         }
     }
@@ -249,12 +248,12 @@ impl Journey {
         let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
         if self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN {
             return self
-                .settle(ask, lease, Attempt::NotSent, Next::Wait { until: self.clock.now() })
+                .settle(ask, lease, Attempt::GivenBack, Next::Wait { until: self.clock.now() })
                 .await;
         }
         if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
             return self
-                .settle(ask, lease, Attempt::NotSent, Next::End(Ending::Expired(problem)))
+                .settle(ask, lease, Attempt::GivenBack, Next::End(Ending::Expired(problem)))
                 .await;
         }
         let asked = Instant::now();
@@ -277,9 +276,9 @@ impl Journey {
             Answer::Made(checkout) => {
                 let ending =
                     Ending::Succeeded { checkout_id: checkout.id, checkout_url: checkout.url };
-                (Attempt::Known, Next::End(ending))
+                (Attempt::Counted, Next::End(ending))
             }
-            Answer::Refused(problem) => (Attempt::Known, Next::End(Ending::Rejected(problem))),
+            Answer::Refused(problem) => (Attempt::Counted, Next::End(Ending::Rejected(problem))),
             Answer::Duplicate(problem) => {
                 // Whose it is nobody knows, so it counts as a session that nobody was given.
                 let reason = "Creem says that the identifier exists already".to_owned();
@@ -288,7 +287,7 @@ impl Journey {
             }
             Answer::NotMade { reason } => {
                 let next = self.again(ask, lease, None, "creem_unreachable", &reason);
-                (Attempt::Known, next)
+                (Attempt::Counted, next)
             }
             Answer::Unknown { reason, retry_after } => {
                 let next = self.again(ask, lease, retry_after, "outcome_unknown", &reason);
@@ -366,17 +365,16 @@ impl Journey {
 
     /// A refused key is not this job's fault, unless the key is fine.
     async fn key_refused(&self, problem: Problem) -> (Attempt, Next) {
-        let wait = (Attempt::NotSent, Next::Wait { until: self.clock.now() });
-        if !self.gate.close(Reason::Key) {
+        let wait = (Attempt::GivenBack, Next::Wait { until: self.clock.now() });
+        if !self.hold(Reason::Key) {
             return wait;
         }
         match self.creem.check_key().await {
             KeyCheck::Accepted => {
                 self.reopen(Reason::Key);
-                (Attempt::Known, Next::End(Ending::Rejected(problem)))
+                (Attempt::Counted, Next::End(Ending::Rejected(problem)))
             }
             KeyCheck::Refused(status) => {
-                metrics::paused(Reason::Key.as_str(), true);
                 tracing::error!(
                     status,
                     "intake is paused: Creem refuses the API key; check CREEM_API_KEY and that it belongs to creem.base_url"
@@ -384,7 +382,6 @@ impl Journey {
                 wait
             }
             KeyCheck::Unknown(reason) => {
-                metrics::paused(Reason::Key.as_str(), true);
                 tracing::error!(
                     error = reason,
                     "intake is paused: Creem refused a call, and whether it refuses the API key is not known yet"
@@ -392,6 +389,12 @@ impl Journey {
                 wait
             }
         }
+    }
+
+    /// Closes the gate for a reason; says whether that is new.
+    pub(super) fn hold(&self, reason: Reason) -> bool {
+        metrics::paused(reason.as_str(), true);
+        self.gate.close(reason)
     }
 
     /// Takes a reason from the gate, and records the pause that ends with it.
@@ -407,7 +410,7 @@ impl Journey {
     /// Makes the result durable, however long the ledger takes, past the session and past any hold:
     /// giving up here would lose it.
     async fn settle(&self, ask: &Ask, lease: Lease, attempt: Attempt, next: Next) -> Step {
-        let sent = !matches!(attempt, Attempt::NotSent);
+        let counted = !matches!(attempt, Attempt::GivenBack);
         let request = SettleRequest {
             key: ask.key.clone(),
             lease,
@@ -420,7 +423,7 @@ impl Journey {
                 Ok(Settle::Ended(stored)) => return Step::Verdict(Verdict::Reply(stored)),
                 Ok(Settle::Waiting { until }) => return Step::WaitUntil(until),
                 Ok(Settle::Zombie) => {
-                    tracing::warn!(job.key = %ask.key, fence = lease.fence, sent, "the lease was lost; what came of this attempt is an orphan and is not published");
+                    tracing::warn!(job.key = %ask.key, fence = lease.fence, counted, "the lease was lost; what came of this attempt is an orphan and is not published");
                     return Step::Verdict(Verdict::Abandon);
                 }
                 Err(LedgerError::DamagedRow(what)) => {

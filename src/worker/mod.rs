@@ -111,7 +111,7 @@ impl Worker {
     /// See [`Fatal`].
     pub async fn run(self, soft: CancellationToken, hard: CancellationToken) -> Result<(), Fatal> {
         let gate = self.journey.gate.clone();
-        gate.close(Reason::Broker);
+        self.journey.hold(Reason::Broker);
         let permits = self
             .lanes
             .iter()

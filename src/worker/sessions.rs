@@ -24,11 +24,12 @@ const LONG_SESSION: Duration = Duration::from_secs(30);
 /// While deliveries are taken one at a time, the longest pause between two sessions: every job
 /// waits behind the one that breaks them, until the delivery limit has taken it away.
 const CAREFUL_PAUSE: Duration = Duration::from_millis(250);
-/// Whether deliveries are taken one at a time, because one of them breaks the connection.
+
+/// Whether each lane takes its deliveries one at a time, because one of them breaks the connection.
 ///
 /// A message that lapin cannot read ends the connection, and the broker counts that against
-/// every delivery that was out. One at a time, it is counted against the culprit alone, which
-/// the delivery limit then takes away.
+/// every delivery that was out. One at a time, it is counted against the culprit and at most one
+/// neighbour of the other lane, until the delivery limit takes the culprit away.
 #[derive(Debug, Default)]
 struct Care {
     garbled: bool,
@@ -90,12 +91,7 @@ impl Shared {
                     }
                     ended.to_string()
                 }
-                Err(error) => {
-                    if let OpenError::Guarded(..) = error {
-                        self.worker.health.set_waiting(Some(error.to_string()));
-                    }
-                    error.to_string()
-                }
+                Err(error) => error.to_string(),
             };
             failures += 1;
             let delay = self.worker.backoff.delay(failures, None, backoff::chance());
@@ -124,7 +120,7 @@ impl Shared {
 
     /// Consumes every lane until one of them breaks; returns why.
     ///
-    /// `careful` takes one delivery at a time: the last session broke over a message that cannot
+    /// `careful` takes one delivery at a time in each lane: the last session broke over a message that cannot
     /// be read, and each break counts against every delivery that was out.
     async fn serve(self: &Arc<Self>, session: &Arc<Session>, careful: bool) -> LinkError {
         let mut lanes = JoinSet::new();
@@ -175,7 +171,6 @@ impl Shared {
 
     fn consuming(&self) {
         self.worker.health.set_broker(Ok(()));
-        self.worker.health.set_waiting(None);
         for size in &self.worker.lanes {
             metrics::consuming(size.lane, true);
         }
@@ -185,8 +180,7 @@ impl Shared {
     }
 
     fn not_consuming(&self, why: &str) {
-        self.gate.close(Reason::Broker);
-        metrics::paused(Reason::Broker.as_str(), true);
+        self.worker.journey.hold(Reason::Broker);
         for size in &self.worker.lanes {
             metrics::consuming(size.lane, false);
         }

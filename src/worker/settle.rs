@@ -10,6 +10,7 @@ use crate::job::{FingerprintKey, Key, Problem, Refusal, RequestId, Status, reply
 use crate::ledger::{Command, Ledger, Stored};
 use crate::observe::metrics;
 use crate::rabbit::consumer::Acked;
+use crate::rabbit::hop::has_hop;
 use crate::rabbit::outgoing::Parking;
 use crate::rabbit::publisher::Class;
 use crate::rabbit::topology::DELAYS;
@@ -106,7 +107,8 @@ impl Settler {
                 summary("parked", Some("ledger_row_damaged".to_owned()), 0, left)
             }
             Verdict::Fatal(error) => {
-                summary("ledger_damaged", Some(error.to_string()), 0, Left::ComesAgain)
+                tracing::error!(job.key = %key, %error, "the job is left to whoever serves next");
+                summary("ledger_damaged", None, 0, Left::ComesAgain)
             }
         }
     }
@@ -224,8 +226,8 @@ impl Settler {
         }
     }
 
-    /// Lets the job come back after about `wait`: the longest delay that is not longer, so that
-    /// it is never late, and what is left is waited for when it is back.
+    /// Lets the job come back after about `wait`: the longest delay that is not longer, or the
+    /// shortest there is; what is left is waited for when it is back.
     async fn delay(&self, delivery: &Delivery, wait: Duration, picked_up_at: i64) -> Left {
         let (name, _) = DELAYS.iter().rev().find(|(_, delay)| *delay <= wait).unwrap_or(&DELAYS[0]);
         let message = Message::hop(
@@ -255,8 +257,14 @@ impl Settler {
         attempts: u32,
     ) -> Placed {
         let queue = self.topology.jobs(delivery.lane);
-        let parking =
-            Parking { code, message: text, attempts, at: self.clock.now(), source_queue: &queue };
+        let parking = Parking {
+            code,
+            message: text,
+            attempts,
+            at: self.clock.now(),
+            source_queue: &queue,
+            hopped: has_hop(&delivery.properties, &delivery.body, &self.secret, delivery.lane),
+        };
         let message =
             Message::parked(&self.topology, &delivery.properties, delivery.body.clone(), &parking);
         let placed = self.place(delivery, message, "the job cannot be parked").await;
@@ -294,7 +302,7 @@ impl Settler {
                         "one of the worker's own queues does not take it; was it deleted?"
                     );
                     tries += 1;
-                    if !self.pause(delivery, tries).await {
+                    if !self.wait_before_retry(delivery, tries).await {
                         return Placed::SessionOver;
                     }
                 }
@@ -340,14 +348,14 @@ impl Settler {
                     lost
                 }
             };
-            if !self.pause(delivery, tries).await {
+            if !self.wait_before_retry(delivery, tries).await {
                 return Sent::SessionOver;
             }
         }
     }
 
     /// Waits before another try; says whether the delivery is still ours.
-    async fn pause(&self, delivery: &Delivery, tries: u32) -> bool {
+    async fn wait_before_retry(&self, delivery: &Delivery, tries: u32) -> bool {
         tokio::select! {
             () = tokio::time::sleep(self.backoff.delay(tries, None, backoff::chance())) => true,
             () = delivery.session.cancelled() => false,

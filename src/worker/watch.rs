@@ -106,9 +106,7 @@ async fn publishing(shared: Arc<Shared>) {
             }
             State::Down(reason) | State::Blocked(reason) => {
                 shared.worker.health.set_publishing(Err(reason));
-                if shared.gate.close(Reason::Publishing) {
-                    metrics::paused(Reason::Publishing.as_str(), true);
-                }
+                shared.worker.journey.hold(Reason::Publishing);
             }
         }
         if state.changed().await.is_err() {

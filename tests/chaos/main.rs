@@ -80,6 +80,7 @@ impl Plan {
             r#""kind":"status","status":500"#,
             r#""kind":"status","status":503"#,
             r#""kind":"status","status":422"#,
+            r#""kind":"duplicate""#,
             r#""kind":"hang""#,
             r#""kind":"cut""#,
             r#""kind":"status_after","status":502"#,
@@ -156,7 +157,12 @@ async fn run(plan: &Plan, broker: &Private) -> Books {
     let mut random = plan.seed;
     let events = plan.kills + plan.restarts;
     for event in 0..events {
-        let due = plan.jobs * (event + 1) / (events + 1);
+        // Somewhere in its share of the run, as the seed has it.
+        random =
+            random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let share = plan.jobs / (events + 1);
+        let within = usize::try_from(random >> 33).unwrap() % share.max(1);
+        let due = share * event + share / 2 + within;
         wait_for_answers(&books, due.min(plan.jobs.saturating_sub(1)), &mut child, &worker).await;
         // The restarts lie evenly among the kills.
         let restarts_by = |event: usize| event * plan.restarts / events;
@@ -164,7 +170,6 @@ async fn run(plan: &Plan, broker: &Private) -> Books {
             broker.act(if event % 2 == 0 { "restart" } else { "kill" }).await;
             broker.act("start").await;
         } else {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             child.kill().await.unwrap();
             child = worker.start();
         }

@@ -161,8 +161,9 @@ impl Books {
         let counted = self.ambiguous.get(id).copied().unwrap_or(0);
         sums.extra += extra;
         sums.ambiguous += counted;
-        if extra > usize::try_from(counted).unwrap() {
-            sums.uncounted += extra;
+        let uncounted = extra.saturating_sub(usize::try_from(counted).unwrap());
+        if uncounted > 0 {
+            sums.uncounted += uncounted;
             sums.wrong
                 .push(format!("{id} has {extra} extra sessions, the ledger counts {counted}"));
         }

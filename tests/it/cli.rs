@@ -156,11 +156,3 @@ async fn check_names_all_that_is_wrong_around_it_and_works_beside_a_worker() {
     assert!(output.contains("WRONG    broker") && output.contains("WRONG    creem"), "{output}");
     assert!(!format!("{output}{error}").contains("canary"), "{output}{error}");
 }
-
-#[tokio::test]
-async fn the_keys_never_show_in_the_process_list() {
-    let Some(world) = World::new("cmdline").await else { return };
-    let worker = world.worker().await;
-    let line = std::fs::read_to_string(format!("/proc/{}/cmdline", worker.pid)).unwrap();
-    assert!(!line.contains("canary"));
-}

@@ -268,16 +268,39 @@ async fn a_broker_that_restarts_dies_or_raises_an_alarm_costs_no_job() {
     let mut replies = world.replies().await;
     world.job("b").await;
     while next(&mut replies).await.text("/request_id") != "b" {}
+}
 
-    // A memory alarm blocks publishing: no call is made whose reply could not be published.
+#[tokio::test]
+async fn a_memory_alarm_at_the_broker_pauses_intake_and_nothing_is_lost() {
+    let Some(broker) = Private::start("alarm").await else { return };
+    let world = World::on(broker.url.clone(), "alarm").await;
+    let mut first = world.worker().await;
+    first.signal("TERM");
+    first.ended().await;
+    world.job("a").await;
+    let mut replies = world.replies().await;
+
+    // A broker blocks a connection when it next publishes; the reply to the job makes it.
     ctl(&broker, &["set_vm_memory_high_watermark", "absolute", "1MB"]).await;
-    // The broker blocks a connection when it next publishes; a job that is answered makes it.
-    let posts = world.posts();
-    world.publish_unconfirmed("c").await;
+    let worker = world.worker_unready(&[]);
+    soon("it is blocked", worker.logged("the broker has blocked publishing")).await;
+    eventually("it is not ready", || async {
+        let (status, text) = worker.get("/readyz").await;
+        status == 503 && text.contains("publishing")
+    })
+    .await;
+    eventually("the pause is counted", || async {
+        let metrics = worker.get("/metrics").await.1;
+        metrics.contains(r#"checkout_worker_paused{reason="publishing"} 1"#)
+    })
+    .await;
+    assert_eq!(world.posts(), 1);
     ctl(&broker, &["set_vm_memory_high_watermark", "absolute", "768MiB"]).await;
-    // Replies may repeat after a restart; the next new one is this job's.
-    while next(&mut replies).await.text("/request_id") != "c" {}
-    assert_eq!(world.posts(), posts + 1);
+    soon("it is free", worker.logged("the broker takes messages again")).await;
+    assert_eq!(next(&mut replies).await.text("/request_id"), "a");
+    world.job("b").await;
+    while next(&mut replies).await.text("/request_id") != "b" {}
+    assert_eq!(world.posts(), 2, "one call for one job");
 }
 
 #[tokio::test]
@@ -416,20 +439,27 @@ async fn headers_nested_as_deep_as_a_frame_can_hold_end_no_process() {
 }
 
 #[tokio::test]
-async fn no_log_filter_brings_out_the_password_or_an_address() {
+async fn no_log_filter_brings_out_the_login_or_an_address() {
     let Some(mut world) = World::new("log_filter").await else { return };
     let loud = "trace,lapin::channel=trace,lapin::io_loop=trace,amq_protocol=trace,hyper=trace";
     world.settings.insert("RUST_LOG".into(), loud.into());
-    let worker = world.worker().await;
+    let mut worker = world.worker().await;
     let mut replies = world.replies().await;
     let job = r#"{"request_id":"a","product_id":"p","customer":{"email":"canary@example.com"}}"#;
     world.publish(job, persistent()).await;
     assert_eq!(next(&mut replies).await.status(), "succeeded");
-    // Libraries print bytes as numbers, too.
-    let numbers: Vec<String> = b"canary".iter().map(u8::to_string).collect();
-    for line in worker.log() {
-        assert!(!line.contains("canary"), "{line}");
-        assert!(!line.contains(&numbers.join(", ")), "{line}");
+    soon("the job's line", worker.event(|event| event["message"] == "job")).await;
+    worker.signal("TERM");
+    worker.ended().await;
+    // Libraries print bytes as numbers, too. The login is user and password, each after a NUL.
+    let numbers = |bytes: &[u8]| bytes.iter().map(u8::to_string).collect::<Vec<_>>().join(", ");
+    let (login, address) = (numbers(b"\0guest\0guest"), numbers(b"canary"));
+    let log = worker.log();
+    assert!(log.iter().any(|line| line.contains(r#""level":"DEBUG""#)), "the filter is open");
+    for line in log {
+        for secret in ["canary", "guest\\0guest", "guest\\u0000guest", &login, &address] {
+            assert!(!line.contains(secret), "{line}");
+        }
     }
 }
 

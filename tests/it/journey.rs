@@ -1,4 +1,4 @@
-//! Journeys under a clock that a test moves: how long a delivery is held for which nothing is under
+//! Journeys in paused time: how long a delivery is held for which nothing is under
 //! way.
 
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! One suite that every ledger must pass, and what only the embedded one has to stand.
+//! What a ledger promises, on the embedded one; and what that has to stand besides.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -110,7 +110,7 @@ impl Bench {
 
     async fn end(&self, id: &str, ending: Ending) -> Stored {
         let lease = self.lease(id).await;
-        let settle = self.settle(id, lease, Attempt::Known, Next::End(ending)).await;
+        let settle = self.settle(id, lease, Attempt::Counted, Next::End(ending)).await;
         let Settle::Ended(stored) = settle else { panic!("{settle:?}") };
         stored
     }
@@ -172,7 +172,7 @@ async fn another_body_is_a_conflict_that_names_the_fields_and_touches_nothing() 
     // In flight and waiting, the id may yet have a link: also a conflict.
     let lease = bench.lease("b").await;
     assert!(matches!(bench.claim_as(bench.claimant("b", 2)).await, Claim::Conflict(_)));
-    bench.settle("b", lease, Attempt::Known, wait(START)).await;
+    bench.settle("b", lease, Attempt::Counted, wait(START)).await;
     assert!(matches!(bench.claim_as(bench.claimant("b", 2)).await, Claim::Conflict(_)));
 }
 
@@ -186,9 +186,9 @@ async fn a_live_claim_keeps_others_out_and_a_dead_one_counts_as_ambiguous() {
     assert_eq!((second.fence, second.attempt, second.ambiguous), (first.fence + 1, 2, 1));
 
     // The zombie comes back with a link: no row is touched, the session is an orphan.
-    let late = bench.settle("a", first, Attempt::Known, Next::End(link("ch_late"))).await;
+    let late = bench.settle("a", first, Attempt::Counted, Next::End(link("ch_late"))).await;
     assert_eq!(late, Settle::Zombie);
-    let ended = bench.settle("a", second, Attempt::Known, Next::End(link("ch_good"))).await;
+    let ended = bench.settle("a", second, Attempt::Counted, Next::End(link("ch_good"))).await;
     assert!(matches!(ended, Settle::Ended(_)));
     let inspector = Inspector::open(&bench.path()).unwrap();
     assert_eq!(inspector.orphans(&key("a")).unwrap()[0].checkout_id, "ch_late");
@@ -201,7 +201,7 @@ async fn a_zombie_may_neither_end_nor_delay_a_job_that_is_settled() {
     let first = bench.lease("a").await;
     bench.clock.advance(Duration::from_secs(26));
     let second = bench.lease("a").await;
-    bench.settle("a", second, Attempt::Known, Next::End(rejected())).await;
+    bench.settle("a", second, Attempt::Counted, Next::End(rejected())).await;
     let before = row(&bench.path(), "a");
     for next in [wait(START), Next::End(link("ch_x")), Next::End(failed())] {
         assert_eq!(bench.settle("a", first, unknown(), next).await, Settle::Zombie);
@@ -216,9 +216,9 @@ async fn a_claim_or_settle_asked_twice_counts_once() {
     let first = bench.ledger().claim(request.clone()).await.unwrap();
     assert_eq!(bench.ledger().claim(request).await.unwrap(), first);
     let Claim::Granted(lease) = first else { panic!("{first:?}") };
-    let once = bench.settle("a", lease, Attempt::Known, Next::End(link("ch_1"))).await;
+    let once = bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_1"))).await;
     bench.later();
-    assert_eq!(bench.settle("a", lease, Attempt::Known, Next::End(link("ch_1"))).await, once);
+    assert_eq!(bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_1"))).await, once);
     assert_eq!(row(&bench.path(), "a").attempts, 1);
 }
 
@@ -280,7 +280,7 @@ async fn what_ended_without_a_session_is_tried_afresh_when_sent_again_with_any_b
             panic!("{ending:?} is tried afresh with another body")
         };
         assert_eq!((lease.attempt, lease.ambiguous), (1, 0));
-        let ended = bench.settle("a", lease, Attempt::Known, Next::End(link("ch_2"))).await;
+        let ended = bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_2"))).await;
         assert!(matches!(ended, Settle::Ended(new) if new.message_id != stored.message_id));
     }
 }
@@ -329,7 +329,7 @@ async fn a_retry_waits_for_its_time_and_gives_its_lease_back_at_once() {
 async fn an_attempt_that_was_not_sent_is_given_back_and_a_throttled_one_is_counted_apart() {
     let bench = Bench::new(OnUnknown::Retry);
     let lease = bench.lease("a").await;
-    bench.settle("a", lease, Attempt::NotSent, wait(START)).await;
+    bench.settle("a", lease, Attempt::GivenBack, wait(START)).await;
     let lease = bench.lease("a").await;
     assert_eq!(lease.attempt, 1);
     bench.settle("a", lease, Attempt::Throttled, wait(START)).await;

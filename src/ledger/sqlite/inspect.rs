@@ -160,10 +160,12 @@ impl Inspector {
         if let Err(error) = visited {
             report.damage.push(error.to_string());
         }
-        report.orphan_sessions = self
-            .connection
-            .query_row("SELECT count(*) FROM orphan", [], |row| row.get::<_, i64>(0))
-            .map_or(0, i64::cast_unsigned);
+        let orphans =
+            self.connection.query_row("SELECT count(*) FROM orphan", [], |row| row.get(0));
+        match orphans {
+            Ok(orphans) => report.orphan_sessions = i64::cast_unsigned(orphans),
+            Err(error) => report.damage.push(format!("orphan sessions: {error}")),
+        }
         report
     }
 }

@@ -61,6 +61,14 @@ pub enum OpenError {
         "{0} lies on a network file system ({1}), whose locks cannot be trusted: put the ledger on a local disk"
     )]
     Network(PathBuf, String),
+    /// A commit would not be durable.
+    #[error(
+        "{0} cannot be used: the database refuses journal_mode=WAL with synchronous=FULL (it has {1}), without which a crash could make a second link; put the ledger on a local disk with an ordinary file system"
+    )]
+    NotDurable(PathBuf, String),
+    /// What it holds is not what was written.
+    #[error("the ledger {0} is damaged: {1}; keep the file, restore the ledger from a backup")]
+    Damaged(PathBuf, String),
     /// The system said no.
     #[error(
         "the ledger {0} cannot be opened: {1}; check that the directory exists, is writable for this user and has space"
@@ -96,7 +104,16 @@ impl SqliteLedger {
         let lock = lock(path)?;
         let mut connection = Connection::open(path).map_err(|error| io(&error))?;
         prepare(&mut connection, path)?;
-        let (identity, epoch) = begin(&mut connection, clock.now()).map_err(|error| io(&error))?;
+        let (identity, epoch) = begin(&mut connection, clock.now()).map_err(|error| {
+            match unavailable(&error) {
+                // What was read makes no sense, or the database says so itself.
+                _ if error.sqlite_error().is_none() => {
+                    OpenError::Damaged(path.to_owned(), error.to_string())
+                }
+                LedgerError::Damaged(what) => OpenError::Damaged(path.to_owned(), what),
+                LedgerError::Unavailable(_) | LedgerError::DamagedRow(_) => io(&error),
+            }
+        })?;
         let store = SqliteStore { connection, clock, epoch, alive: 0 };
         let group = Group::start(store, observe).map_err(|error| io(&error))?;
         Ok(Self { group, identity, _lock: lock })
@@ -204,6 +221,7 @@ fn prepare(connection: &mut Connection, path: &Path) -> Result<(), OpenError> {
         }
     }
     settings(connection).map_err(io)?;
+    durable(connection, path)?;
     if tables == 0 {
         create(connection).map_err(io)?;
         sync_directory(path).map_err(|error| OpenError::Io(path.to_owned(), error.to_string()))?;
@@ -213,17 +231,22 @@ fn prepare(connection: &mut Connection, path: &Path) -> Result<(), OpenError> {
 
 fn settings(connection: &Connection) -> rusqlite::Result<()> {
     connection.busy_timeout(std::time::Duration::from_secs(5))?;
-    let mode: String =
-        connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))?;
+    connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
     connection.pragma_update(None, "synchronous", "FULL")?;
-    let synchronous: i64 = connection.pragma_query_value(None, "synchronous", |row| row.get(0))?;
-    if mode != "wal" || synchronous != 2 {
-        // Without these a commit would not be durable, and a crash could make a second link.
-        return Err(rusqlite::Error::InvalidParameterName(format!(
-            "the database refuses journal_mode=WAL with synchronous=FULL (it has {mode}, {synchronous})"
-        )));
-    }
     connection.pragma_update(None, "cache_size", -16_384)
+}
+
+/// Makes sure that a commit is on the disk when it returns.
+fn durable(connection: &Connection, path: &Path) -> Result<(), OpenError> {
+    let io = |error: rusqlite::Error| OpenError::Io(path.to_owned(), error.to_string());
+    let mode: String =
+        connection.pragma_query_value(None, "journal_mode", |row| row.get(0)).map_err(io)?;
+    let synchronous: i64 =
+        connection.pragma_query_value(None, "synchronous", |row| row.get(0)).map_err(io)?;
+    if mode == "wal" && synchronous == 2 {
+        return Ok(());
+    }
+    Err(OpenError::NotDurable(path.to_owned(), format!("{mode}, {synchronous}")))
 }
 
 fn create(connection: &mut Connection) -> rusqlite::Result<()> {
@@ -255,8 +278,12 @@ fn begin(connection: &mut Connection, now: Millis) -> rusqlite::Result<(Identity
     }
     let key: Vec<u8> =
         transaction.query_row("SELECT value FROM meta WHERE name = 'key'", [], |row| row.get(0))?;
-    let key: [u8; 32] = key.try_into().map_err(|_| {
-        rusqlite::Error::InvalidParameterName("the ledger's key is damaged".to_owned())
+    let key: [u8; 32] = key.try_into().map_err(|key: Vec<u8>| {
+        rusqlite::Error::FromSqlConversionFailure(
+            key.len(),
+            rusqlite::types::Type::Blob,
+            "its secret is not 32 bytes long".into(),
+        )
     })?;
     let unsigned = |number: Option<i64>| u64::try_from(number.unwrap_or(0)).unwrap_or(0);
     let identity = Identity {

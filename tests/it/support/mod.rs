@@ -1,6 +1,8 @@
 //! A world for a test: a real broker, a simulated Creem over real HTTP, and the real worker as a
 //! process of its own.
 
+#[expect(dead_code, reason = "chaos and benchmarks use more of it")]
+pub(crate) mod amqp;
 pub(crate) mod broker;
 pub(crate) mod private_broker;
 pub(crate) mod process;
@@ -217,21 +219,9 @@ impl World {
 
     /// New connections of the test's own, after the broker was away.
     pub(crate) async fn reconnect(mut self, url: &str) -> Self {
-        soon("the broker is back", async {
-            loop {
-                let properties = ConnectionProperties::default();
-                match Connection::connect(url, properties).await {
-                    Ok(connection) => {
-                        self.channel = connection.create_channel().await.unwrap();
-                        self.connection = connection;
-                        let select = ConfirmSelectOptions::default();
-                        return self.channel.confirm_select(select).await.unwrap();
-                    }
-                    Err(_) => tokio::time::sleep(std::time::Duration::from_millis(50)).await,
-                }
-            }
-        })
-        .await;
+        self.connection = amqp::connect(url).await;
+        self.channel = self.connection.create_channel().await.unwrap();
+        self.channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
         self
     }
 
