@@ -2,11 +2,14 @@
 
 use std::path::Path;
 
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
 use super::{Failure, Outcome, block_on, resolved, say};
 use crate::config::check::Resolved;
 use crate::creem::{Client, KeyCheck};
 use crate::job::Lane;
 use crate::ledger::sqlite::inspect::Inspector;
+use crate::observe::admin::LIVEZ;
 use crate::rabbit::topology::Differences;
 use crate::rabbit::{Topology, link};
 
@@ -52,9 +55,15 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
 fn ledger(settings: &Resolved) -> Result<String, String> {
     let path = &settings.ledger;
     if path.exists() {
-        return Inspector::open(path)
-            .map(|_| format!("{} is a ledger", path.display()))
-            .map_err(|error| error.to_string());
+        Inspector::open(path).map_err(|error| error.to_string())?;
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        for place in [path.as_path(), parent.unwrap_or_else(|| Path::new("."))] {
+            // Beside the ledger lie its lock and its write-ahead log.
+            rustix::fs::access(place, rustix::fs::Access::WRITE_OK).map_err(|error| {
+                format!("{} is not writable for this user ({error})", place.display())
+            })?;
+        }
+        return Ok(format!("{} is a ledger", path.display()));
     }
     let nearest = path.ancestors().skip(1).map(|directory| {
         // The parent of a bare file name is written as nothing.
@@ -89,7 +98,7 @@ async fn key(settings: &Resolved) -> Result<String, String> {
             "{place} refuses the key (HTTP {status}): check CREEM_API_KEY, and that it is of this world"
         )),
         KeyCheck::Unknown(reason) => Err(format!(
-            "{place} gave no usable answer: {reason}; check the network, creem.proxy and creem.ca_file"
+            "{place} gave no usable answer: {reason}; check CREEM_BASE_URL, the network, creem.proxy and creem.ca_file"
         )),
     }
 }
@@ -131,8 +140,8 @@ fn judge(found: &Differences, declare: bool) -> Result<String, String> {
     match missing.len() {
         0 => Ok("every queue and exchange is there".to_owned()),
         count if declare => Ok(format!(
-            "{} not there yet; `run` declares it",
-            super::count(count, "queue or exchange")
+            "{} not there yet; `run` declares what is missing",
+            super::count(count, "object")
         )),
         _ => Err(format!(
             "not there: {}; import the definitions, or set topology.declare = true",
@@ -147,12 +156,30 @@ async fn listen(address: std::net::SocketAddr) -> Result<String, String> {
         Ok(_) => Ok(format!("{address} is free")),
         // Beside a running worker that is as it should be.
         Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            Ok(format!("{address} is in use; by the running worker, if there is one"))
+            if is_a_worker(address).await {
+                Ok(format!("{address} is in use by a running worker"))
+            } else {
+                Err(format!("{address} is in use by another program; give another address"))
+            }
         }
         Err(error) => Err(format!(
             "{address} cannot be bound: {error}; give an address of this machine and a port above 1023"
         )),
     }
+}
+
+/// Asks whoever listens there whether it is one of us.
+async fn is_a_worker(address: std::net::SocketAddr) -> bool {
+    let ask = async {
+        let mut stream = tokio::net::TcpStream::connect(address).await?;
+        stream.write_all(b"GET /livez HTTP/1.0\r\n\r\n").await?;
+        let mut answer = String::new();
+        stream.take(4096).read_to_string(&mut answer).await?;
+        Ok::<_, std::io::Error>(answer.ends_with(LIVEZ))
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(2), ask)
+        .await
+        .is_ok_and(|asked| asked.unwrap_or(false))
 }
 
 fn whole_ledger(settings: &Resolved) -> Outcome {

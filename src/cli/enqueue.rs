@@ -20,7 +20,7 @@ use crate::job::json::Node;
 use crate::rabbit::envelope::is_campaign;
 use crate::rabbit::headers;
 use crate::rabbit::publisher::Class;
-use crate::rabbit::replies::ReplyQueue;
+use crate::rabbit::replies::{Received, ReplyQueue};
 use crate::rabbit::{Message, Published, Publisher};
 
 /// Publishes in flight at once.
@@ -96,13 +96,16 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
             format!("--reply-to {queue}: replies must not go to a queue of the worker's own");
         return Err(Failure::Usage(text));
     }
-    block_on(enqueue(&settings, arguments))?
+    let jobs = jobs(&settings, arguments)?;
+    block_on(enqueue(&settings, arguments, jobs))?
 }
 
-async fn enqueue(settings: &Resolved, arguments: &Arguments) -> Outcome {
+async fn enqueue(settings: &Resolved, arguments: &Arguments, jobs: Jobs) -> Outcome {
     let stop = CancellationToken::new();
+    // A broker that is not there is an error here, not something to wait for.
     let replies = if arguments.wait {
-        Some(ReplyQueue::open(&settings.amqp, "checkout-worker enqueue --wait").await?)
+        let queue = ReplyQueue::open(&settings.amqp, "checkout-worker enqueue --wait").await;
+        Some(queue.map_err(|error| anyhow!("{error}; check AMQP_URL"))?)
     } else {
         None
     };
@@ -114,31 +117,20 @@ async fn enqueue(settings: &Resolved, arguments: &Arguments) -> Outcome {
     );
     let mut tasks = JoinSet::new();
     tasks.spawn(keep);
-    // A broker that is not there is an error here, not something to wait for.
     reachable(settings, &publisher).await?;
+    let address = replies.as_ref().map(|replies| replies.name().to_owned());
+    let reply_to = address.as_deref().or(arguments.reply_to.as_deref());
     let bar = progress();
-    let (address, expecting) = match replies {
-        Some(replies) => (Some(replies.name().to_owned()), Some(replies)),
-        None => (arguments.reply_to.clone(), None),
-    };
-    let context = Sending {
-        settings,
-        arguments,
-        publisher: &publisher,
-        reply_to: address.as_deref(),
-        bar: &bar,
-    };
-    let outcome = match expecting {
-        None => context
-            .send_all()
-            .await
-            .map(|sent| say_error(&format!("{} enqueued", count(sent, "job")))),
-        Some(replies) => context.send_and_wait(replies).await,
+    let sending = Sending { settings, arguments, publisher: &publisher, reply_to, bar: &bar };
+    let outcome = match replies {
+        None => sending.send_all(jobs).await.map(|sent| format!("{} enqueued", count(sent, "job"))),
+        Some(replies) => sending.send_and_wait(jobs, replies).await,
     };
     bar.finish_and_clear();
     stop.cancel();
     tasks.shutdown().await;
-    outcome
+    say_error(&outcome?);
+    Ok(())
 }
 
 async fn reachable(settings: &Resolved, publisher: &Publisher) -> Outcome {
@@ -160,15 +152,15 @@ fn progress() -> ProgressBar {
     if !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template("{spinner} {pos} {msg} {elapsed_precise} {per_sec}");
+    let style = ProgressStyle::with_template("{spinner} {msg} {elapsed_precise}");
     style.map_or_else(
         |_| ProgressBar::new_spinner(),
         |style| ProgressBar::new_spinner().with_style(style),
     )
 }
 
-/// Bodies of jobs, as they are read.
-type Bodies = Box<dyn Iterator<Item = Result<Vec<u8>, Failure>> + Send>;
+/// Jobs with the numbers of their lines, as they are read.
+type Jobs = Box<dyn Iterator<Item = anyhow::Result<(usize, Vec<u8>)>> + Send>;
 
 struct Sending<'a> {
     settings: &'a Resolved,
@@ -179,9 +171,9 @@ struct Sending<'a> {
 }
 
 impl Sending<'_> {
-    fn message(&self, body: &[u8], number: usize) -> Result<Message, Failure> {
+    fn message(&self, body: &[u8], line: usize) -> Result<Message, Failure> {
         let now = SystemClock.now();
-        let correlation = format!("{number}");
+        let correlation = line.to_string();
         let mut message = Message::job(
             &self.settings.topology,
             self.arguments.lane,
@@ -200,36 +192,51 @@ impl Sending<'_> {
         Ok(message)
     }
 
-    /// Publishes every job; returns how many. Stops at the first that cannot be placed.
-    async fn send_all(&self) -> Result<usize, Failure> {
-        let mut lines = self.jobs()?;
+    /// Publishes every job; returns how many. Stops at the first that cannot be read or placed.
+    async fn send_all(&self, mut jobs: Jobs) -> Result<usize, Failure> {
         let mut in_flight = JoinSet::new();
-        let mut sent = 0;
+        let mut confirmed = 0;
+        let stopped =
+            |confirmed: usize, error: anyhow::Error| {
+                Failure::Failed(error.context(format!(
+                    "stopped after {} had been enqueued",
+                    count(confirmed, "job")
+                )))
+            };
+        let mut unreadable = None;
         loop {
-            while in_flight.len() < WINDOW {
-                let Some(body) = lines.next().transpose()? else { break };
-                let message = self.message(&body, sent)?;
-                let publisher = self.publisher.clone();
-                let number = sent + 1;
-                in_flight.spawn(async move { (number, publish(&publisher, message).await) });
-                sent += 1;
+            while in_flight.len() < WINDOW && unreadable.is_none() {
+                match jobs.next() {
+                    None => break,
+                    Some(Err(error)) => unreadable = Some(error),
+                    Some(Ok((line, body))) => {
+                        let message = self.message(&body, line)?;
+                        let publisher = self.publisher.clone();
+                        in_flight.spawn(async move { (line, publish(&publisher, message).await) });
+                    }
+                }
             }
             match in_flight.join_next().await {
-                None => return Ok(sent),
+                None => match unreadable {
+                    None => return Ok(confirmed),
+                    Some(error) => return Err(stopped(confirmed, error)),
+                },
                 Some(Err(error)) => return Err(error.into()),
-                Some(Ok((number, Err(error)))) => {
-                    return Err(Failure::Failed(error.context(format!("job {number}"))));
+                Some(Ok((line, Err(error)))) => {
+                    return Err(stopped(confirmed, error.context(format!("line {line}"))));
                 }
                 Some(Ok((_, Ok(())))) => {
-                    self.bar.inc(1);
-                    self.bar.set_message("enqueued");
+                    confirmed += 1;
+                    self.bar.set_message(format!("{confirmed} enqueued"));
+                    self.bar.tick();
                 }
             }
         }
     }
 
-    async fn send_and_wait(&self, mut replies: ReplyQueue) -> Outcome {
-        let sent = self.send_all();
+    /// Publishes every job and prints every reply.
+    async fn send_and_wait(&self, jobs: Jobs, mut replies: ReplyQueue) -> Result<String, Failure> {
+        let sent = self.send_all(jobs);
         tokio::pin!(sent);
         let mut expected = None;
         let mut answered = HashSet::new();
@@ -238,83 +245,48 @@ impl Sending<'_> {
             tokio::select! {
                 count = &mut sent, if expected.is_none() => expected = Some(count?),
                 reply = tokio::time::timeout(self.arguments.timeout, replies.next()) => {
-                    let reply = if let Ok(reply) = reply { reply? } else {
-                        let missing = expected.map_or_else(|| "some".to_owned(), |expected| (expected - answered.len()).to_string());
-                        return Err(Failure::Failed(anyhow!("no reply within --timeout; {missing} are missing (is a worker running? `checkout-worker check` tells)")));
-                    };
-                    let text = String::from_utf8_lossy(&reply.body).into_owned();
+                    let Ok(reply) = reply else { return Err(silence(answered.len(), expected)) };
+                    let reply = reply?;
                     // A reply can come twice; each job is counted once.
-                    if answered.insert(reply.correlation_id) {
-                        self.bar.set_message("enqueued and answered");
-                        let good = Node::parse(&text).is_ok_and(|node| node.get("status").and_then(Node::as_str) == Some("succeeded"));
-                        unhappy += usize::from(!good);
-                        self.bar.suspend(|| say(&text));
+                    if answered.insert(reply.correlation_id.clone()) {
+                        unhappy += usize::from(!self.show(&reply));
+                        self.bar.set_message(format!("{} answered", answered.len()));
                     }
                 }
             }
         }
-        say_error(&format!(
-            "{} answered, {} of them with a link",
-            count(answered.len(), "job"),
-            answered.len() - unhappy
-        ));
-        if unhappy == 0 {
-            Ok(())
-        } else {
-            Err(Failure::Failed(anyhow!("{} got no link", count(unhappy, "job"))))
-        }
+        let happy = answered.len() - unhappy;
+        let text =
+            format!("{} answered, {happy} of them with a link", count(answered.len(), "job"));
+        if unhappy == 0 { Ok(text) } else { Err(Failure::Failed(anyhow!(text))) }
     }
 
-    /// The bodies, line by line; a million lines take no more memory than one.
-    fn jobs(&self) -> Result<Bodies, Failure> {
-        let Some(path) = &self.arguments.file else {
-            return Ok(Box::new(std::iter::once(Ok(self.job_from_flags()?))));
-        };
-        let reader: Box<dyn BufRead + Send> = if path.as_os_str() == "-" {
-            Box::new(std::io::BufReader::new(std::io::stdin()))
-        } else {
-            let file = std::fs::File::open(path)
-                .with_context(|| format!("{} cannot be opened", path.display()))?;
-            Box::new(std::io::BufReader::new(file))
-        };
-        let most = self.settings.job.max_bytes;
-        let lines = reader.split(b'\n').zip(1_usize..).map(move |(line, number)| {
-            let line = line?;
-            if line.len() > most {
-                let text = format!("line {number} is larger than {most} bytes (job.max_bytes)");
-                return Err(Failure::Failed(anyhow!(text)));
+    /// Prints a reply, and beside the output the line of a job that got no link; says whether it
+    /// got one.
+    fn show(&self, reply: &Received) -> bool {
+        let text = String::from_utf8_lossy(&reply.body);
+        let node = Node::parse(&text).ok();
+        let status = node.as_ref().and_then(|node| node.get("status")).and_then(Node::as_str);
+        let happy = status == Some("succeeded");
+        self.bar.suspend(|| {
+            say(&text);
+            if !happy && self.arguments.file.is_some() {
+                say_error(&format!("line {}: {}", reply.correlation_id, status.unwrap_or("?")));
             }
-            Ok(line)
         });
-        Ok(Box::new(lines.filter(|line: &Result<Vec<u8>, Failure>| {
-            !line.as_ref().is_ok_and(|line| line.trim_ascii().is_empty())
-        })))
+        happy
     }
+}
 
-    fn job_from_flags(&self) -> Result<Vec<u8>, Failure> {
-        let flags = self.arguments;
-        let (Some(request_id), Some(product_id)) = (&flags.request_id, &flags.product_id) else {
-            return Err(Failure::Usage("give FILE, or --request-id and --product-id".to_owned()));
-        };
-        let mut job = serde_json::json!({"request_id": request_id, "product_id": product_id});
-        let mut put = |name: &str, value: Option<serde_json::Value>| {
-            if let Some(value) = value {
-                job[name] = value;
-            }
-        };
-        put("units", flags.units.map(Into::into));
-        put("discount_code", flags.discount_code.clone().map(Into::into));
-        put("success_url", flags.success_url.clone().map(Into::into));
-        put("customer", flags.email.as_ref().map(|email| serde_json::json!({"email": email})));
-        let metadata: serde_json::Map<_, _> =
-            flags.metadata.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect();
-        put("metadata", (!metadata.is_empty()).then(|| metadata.into()));
-        let body = job.to_string().into_bytes();
-        // One job by hand is checked before it is sent; the worker would only say the same later.
-        crate::job::CheckoutRequest::parse(&body, &self.settings.job)
-            .map_err(|refusal| Failure::Usage(refusal.to_string()))?;
-        Ok(body)
-    }
+fn silence(answered: usize, expected: Option<usize>) -> Failure {
+    let missing = expected.map_or_else(
+        || "more are to come".to_owned(),
+        |expected| format!("{} more expected", expected - answered),
+    );
+    Failure::Failed(anyhow!(
+        "no reply within --timeout; {} answered, {missing}. Is a worker running for these queues, and did it park a job (its log, and the dead queue)?",
+        count(answered, "job")
+    ))
 }
 
 async fn publish(publisher: &Publisher, message: Message) -> anyhow::Result<()> {
@@ -331,4 +303,60 @@ async fn publish(publisher: &Publisher, message: Message) -> anyhow::Result<()> 
             Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
         }
     }
+}
+
+/// Where the jobs come from: flags, a file, or standard input. Nothing is sent if that is wrong.
+fn jobs(settings: &Resolved, arguments: &Arguments) -> Result<Jobs, Failure> {
+    let Some(path) = &arguments.file else {
+        let body = job_from_flags(settings, arguments)?;
+        return Ok(Box::new(std::iter::once(Ok((1, body)))));
+    };
+    if path.as_os_str() == "-" {
+        return Ok(lines(std::io::BufReader::new(std::io::stdin()), settings.job.max_bytes));
+    }
+    let file = std::fs::File::open(path)
+        .with_context(|| format!("{} cannot be opened", path.display()))?;
+    if file.metadata().is_ok_and(|metadata| metadata.is_dir()) {
+        return Err(Failure::Usage(format!("{} is a directory: give a file", path.display())));
+    }
+    Ok(lines(std::io::BufReader::new(file), settings.job.max_bytes))
+}
+
+/// Jobs line by line; a million lines take no more memory than one.
+fn lines(reader: impl BufRead + Send + 'static, most: usize) -> Jobs {
+    let lines = reader.split(b'\n').zip(1_usize..).map(move |(line, number)| {
+        let line = line.with_context(|| format!("line {number} cannot be read"))?;
+        if line.len() > most {
+            return Err(anyhow!("line {number} is larger than {most} bytes (job.max_bytes)"));
+        }
+        Ok((number, line))
+    });
+    let blank = |line: &anyhow::Result<(usize, Vec<u8>)>| {
+        line.as_ref().is_ok_and(|(_, line)| line.trim_ascii().is_empty())
+    };
+    Box::new(lines.filter(move |line| !blank(line)))
+}
+
+fn job_from_flags(settings: &Resolved, flags: &Arguments) -> Result<Vec<u8>, Failure> {
+    let (Some(request_id), Some(product_id)) = (&flags.request_id, &flags.product_id) else {
+        return Err(Failure::Usage("give FILE, or --request-id and --product-id".to_owned()));
+    };
+    let mut job = serde_json::json!({"request_id": request_id, "product_id": product_id});
+    let mut put = |name: &str, value: Option<serde_json::Value>| {
+        if let Some(value) = value {
+            job[name] = value;
+        }
+    };
+    put("units", flags.units.map(Into::into));
+    put("discount_code", flags.discount_code.clone().map(Into::into));
+    put("success_url", flags.success_url.clone().map(Into::into));
+    put("customer", flags.email.as_ref().map(|email| serde_json::json!({"email": email})));
+    let metadata: serde_json::Map<_, _> =
+        flags.metadata.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect();
+    put("metadata", (!metadata.is_empty()).then(|| metadata.into()));
+    let body = job.to_string().into_bytes();
+    // One job by hand is checked before it is sent; the worker would only say the same later.
+    crate::job::CheckoutRequest::parse(&body, &settings.job)
+        .map_err(|refusal| Failure::Usage(refusal.to_string()))?;
+    Ok(body)
 }

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::config::check::Resolved;
-use crate::config::{self, Problem, Settings};
+use crate::config::{self, Problem};
 use crate::job::Lane;
 
 /// Turns create-checkout jobs from RabbitMQ into Creem checkout links: no job lost, never two
@@ -186,12 +186,9 @@ fn environment() -> Result<BTreeMap<String, String>, Failure> {
     if unreadable.is_empty() { Ok(environment) } else { Err(Failure::Configuration(unreadable)) }
 }
 
-fn settings(file: Option<&std::path::Path>) -> Result<Settings, Failure> {
-    config::load(file, &environment()?).map_err(Failure::Configuration)
-}
-
 fn resolved(file: Option<&std::path::Path>) -> Result<Resolved, Failure> {
-    config::resolve(&settings(file)?).map_err(Failure::Configuration)
+    let settings = config::load(file, &environment()?).map_err(Failure::Configuration)?;
+    config::resolve(&settings).map_err(Failure::Configuration)
 }
 
 /// Standing in for what a command does not need: `enqueue` and `show` work without a Creem key.
@@ -199,7 +196,13 @@ fn resolved_without_key(
     file: Option<&std::path::Path>,
     mode: Option<&str>,
 ) -> Result<Resolved, Failure> {
-    let mut settings = settings(file)?;
+    let mut environment = environment()?;
+    // A key that cannot be read is as good as none here.
+    let unreadable = |path: &String| std::fs::File::open(path).is_err();
+    if environment.get("CREEM_API_KEY_FILE").is_some_and(unreadable) {
+        environment.remove("CREEM_API_KEY_FILE");
+    }
+    let mut settings = config::load(file, &environment).map_err(Failure::Configuration)?;
     let stand_in = match mode {
         Some("prod") => "creem_stand_in",
         Some(_) => "creem_test_stand_in",

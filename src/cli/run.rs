@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use tokio::task::JoinSet;
 
-use super::{Failure, Outcome, block_on, resolved};
+use super::{Failure, Outcome, block_on, count, resolved};
 use crate::clock::{SharedClock, SystemClock};
 use crate::config::check::Resolved;
 use crate::creem::Client;
@@ -24,6 +24,7 @@ use crate::worker::gate::Gate;
 use crate::worker::intake::Intake;
 use crate::worker::journey::Journey;
 use crate::worker::settle::Settler;
+use crate::worker::trouble::Trouble;
 use crate::worker::turns::Turns;
 use crate::worker::{LaneSize, Worker};
 
@@ -87,12 +88,26 @@ async fn serve(
         http = %address,
         "starting"
     );
-    let worker =
-        assemble(&settings, ledger, &clock, health, &stages, &mut background, accept_empty_ledger)?;
+    let worker = assemble(
+        &settings,
+        ledger,
+        &clock,
+        health.clone(),
+        &stages,
+        &mut background,
+        accept_empty_ledger,
+    )?;
     let ended = worker.run(stages.soft.clone(), stages.hard.clone()).await;
     // Whatever still runs serves a worker that has ended.
     background.shutdown().await;
     ended?;
+    let left = Lane::ALL.into_iter().map(|lane| health.in_flight(lane)).sum();
+    if left > 0 {
+        let left = count(left, "job");
+        return Err(Failure::Failed(anyhow::anyhow!(
+            "left before everything was settled: {left} will be delivered again"
+        )));
+    }
     Ok(())
 }
 
@@ -137,6 +152,7 @@ fn assemble(
             pacer: Pacer::new(settings.per_second),
             gate: Arc::new(Gate::new(clock.clone(), pauses)),
             turns: Turns::default(),
+            trouble: Trouble::default(),
             clock: clock.clone(),
             stop: stages.soft.clone(),
             ledger: ledger.clone(),

@@ -224,6 +224,11 @@ fn from_environment(
                     format!("the environment sets {name}, and there is no key `{key}`"),
                     nearest(&key),
                 ));
+            } else if let Some(right) = misspelt(name) {
+                problems.push(Problem::new(
+                    format!("the environment sets {name}, which is no setting"),
+                    format!("did you mean {right}?"),
+                ));
             }
             continue;
         };
@@ -267,6 +272,15 @@ fn key_of(name: &str) -> Option<String> {
         known_keys().find(|known| *known == key)
     };
     short.or_else(long)
+}
+
+/// The name that a variable with too few underscores was meant to have. Others that begin like ours
+/// are left alone: Kubernetes sets some for a service of this name.
+fn misspelt(name: &str) -> Option<String> {
+    let rest = name.strip_prefix("CHECKOUT_WORKER_")?.replace("__", "_").to_ascii_lowercase();
+    let rest = rest.trim_start_matches('_');
+    let key = known_keys().find(|key| key.replace('.', "_") == rest)?;
+    Some(format!("{PREFIX}{}", key.to_ascii_uppercase().replace('.', "__")))
 }
 
 /// Whether a variable of that name would be a setting.
@@ -456,6 +470,19 @@ mod tests {
             assert!(text.contains(key), "{key}: {text}");
         }
         assert_eq!(text.lines().count(), 5, "{text}");
+    }
+
+    #[test]
+    fn a_name_with_too_few_underscores_is_not_passed_over() {
+        for name in ["CHECKOUT_WORKER_CREEM__ON_UNKNOWN", "CHECKOUT_WORKER_CREEM_ON_UNKNOWN"] {
+            let text = problems(None, &[(name, "park")]);
+            assert!(text.contains("CHECKOUT_WORKER__CREEM__ON_UNKNOWN?"), "{text}");
+        }
+        let kubernetes = [
+            ("CHECKOUT_WORKER_SERVICE_HOST", "10.0.0.1"),
+            ("CHECKOUT_WORKER_PORT_9464_TCP", "tcp://10.0.0.1:9464"),
+        ];
+        assert_eq!(problems(None, &kubernetes), "");
     }
 
     #[test]

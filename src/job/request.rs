@@ -103,7 +103,11 @@ impl CheckoutRequest {
         rules: &Rules,
     ) -> Result<Self, Refusal> {
         let request_id = request_id.map_err(|code| {
-            let rule = "request_id must be a string of 1-128 of A-Z a-z 0-9 . _ : -";
+            let rule = if code == "request_id_missing" {
+                "there is no request_id: give a string of 1-128 of A-Z a-z 0-9 . _ : -"
+            } else {
+                "request_id must be 1-128 of A-Z a-z 0-9 . _ : -"
+            };
             Refusal::new(code, rule)
         })?;
         if members.len() > MAX_MEMBERS {

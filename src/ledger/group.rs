@@ -51,10 +51,21 @@ enum Work {
     Sweep(Millis, Waiter<usize>),
 }
 
-/// The way to a store's thread.
-#[derive(Debug, Clone)]
+/// The way to a store's thread. Dropping it waits until the thread has closed the store.
+#[derive(Debug)]
 pub struct Group {
-    queue: mpsc::UnboundedSender<Work>,
+    queue: Option<mpsc::UnboundedSender<Work>>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(thread) = self.thread.take() {
+            // A thread that panicked has told so by the hook.
+            drop(thread.join());
+        }
+    }
 }
 
 impl std::fmt::Debug for Work {
@@ -77,8 +88,8 @@ pub struct Commit {
 }
 
 impl Group {
-    /// Starts the store's thread; it ends when the last `Group` is dropped. The queue needs no
-    /// bound of its own: each job in flight has at most one command in it.
+    /// Starts the store's thread. The queue needs no bound of its own: each job in flight has at
+    /// most one command in it.
     ///
     /// # Errors
     /// If the operating system gives no thread.
@@ -87,28 +98,30 @@ impl Group {
         observe: impl Fn(Commit) + Send + 'static,
     ) -> std::io::Result<Self> {
         let (queue, mut work) = mpsc::unbounded_channel();
-        thread::Builder::new().name("ledger".to_owned()).spawn(move || {
+        let thread = thread::Builder::new().name("ledger".to_owned()).spawn(move || {
             while let Some(first) = work.blocking_recv() {
                 turn(&mut store, first, &mut work, &observe);
             }
         })?;
-        Ok(Self { queue })
+        Ok(Self { queue: Some(queue), thread: Some(thread) })
     }
 
     /// Carries a command out; the answer comes after the sync.
     #[must_use]
     pub fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
         let (waiter, answer) = oneshot::channel();
-        let sent = self.queue.send(Work::Apply(command, waiter));
-        wait(sent.is_ok(), answer)
+        wait(self.send(Work::Apply(command, waiter)), answer)
     }
 
     /// Removes a small batch of old rows.
     #[must_use]
     pub fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
         let (waiter, answer) = oneshot::channel();
-        let sent = self.queue.send(Work::Sweep(before, waiter));
-        wait(sent.is_ok(), answer)
+        wait(self.send(Work::Sweep(before, waiter)), answer)
+    }
+
+    fn send(&self, work: Work) -> bool {
+        self.queue.as_ref().is_some_and(|queue| queue.send(work).is_ok())
     }
 }
 

@@ -284,7 +284,7 @@ pub enum LedgerError {
     Unavailable(String),
     /// One job's row is damaged: what it said of links is not known, so that job needs a person;
     /// the others do not.
-    #[error("{0}; `checkout-worker check --ledger` lists every damaged row")]
+    #[error("{0}")]
     DamagedRow(String),
     /// The file is damaged, or a sync failed. Going on could hand out a second link.
     #[error(

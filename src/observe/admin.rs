@@ -16,6 +16,8 @@ use tokio::net::TcpListener;
 use super::health::Health;
 use crate::job::Lane;
 
+/// What `/livez` answers.
+pub const LIVEZ: &str = "alive\n";
 /// How often histograms are folded; without it they grow.
 const UPKEEP: Duration = Duration::from_secs(5);
 
@@ -38,7 +40,7 @@ pub async fn bind(
     let address = listener.local_addr()?;
     let upkeep = metrics.clone();
     let router = Router::new()
-        .route("/livez", get(|| async { "alive\n" }))
+        .route("/livez", get(|| async { LIVEZ }))
         .route("/readyz", get(readyz))
         .route("/status", get(status))
         .route("/metrics", get(scrape))

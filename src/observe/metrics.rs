@@ -40,7 +40,7 @@ fn describe() {
     describe_histogram!("checkout_worker_job_duration_seconds", "From delivery to ack");
     describe_histogram!(
         "checkout_worker_latency_seconds",
-        "From the job's timestamp to its confirmed reply"
+        "From the job's timestamp, which AMQP gives in whole seconds, to its confirmed reply"
     );
     describe_gauge!("checkout_worker_jobs_in_flight", "Deliveries being worked on");
     describe_gauge!("checkout_worker_consuming", "1 while the lane's queue is consumed");

@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::ask::{Ask, Rules};
 use super::gate::{Gate, Reason};
+use super::trouble::Trouble;
 use super::turns::{Turn, Turns};
 use crate::clock::{Millis, SharedClock, as_duration, as_millis};
 use crate::creem::{Answer, Client, KeyCheck};
@@ -41,7 +42,12 @@ pub enum Verdict {
     /// Tell that the id belongs to another body, then ack.
     Conflict(Vec<String>),
     /// Let it come back after a while, then ack.
-    Delay(Duration),
+    Delay {
+        /// How long.
+        wait: Duration,
+        /// What it waits for, for the log; one of a closed set.
+        why: &'static str,
+    },
     /// Nothing was sent and this worker stops: the next delivery is somebody else's.
     GiveBack,
     /// Another worker has the job, or the session is over: given back where that still can be.
@@ -67,6 +73,8 @@ pub struct Journey {
     pub turns: Turns,
     /// Wall-clock time.
     pub clock: SharedClock,
+    /// Names outages.
+    pub trouble: Trouble,
     /// Cancelled when nothing new may be sent.
     pub stop: CancellationToken,
     /// The ledger.
@@ -75,8 +83,8 @@ pub struct Journey {
 
 /// One step of a journey: go on, or the verdict.
 enum Step {
-    /// Wait until then, and try again.
-    WaitUntil(Millis),
+    /// Wait until then, and try again; what for.
+    WaitUntil(Millis, &'static str),
     /// The end.
     Verdict(Verdict),
 }
@@ -113,10 +121,10 @@ impl Journey {
             }
             match self.step(ask).await {
                 Step::Verdict(verdict) => return verdict,
-                Step::WaitUntil(until) => {
+                Step::WaitUntil(until, why) => {
                     let wait = as_duration(until - self.clock.now());
                     if wait > LONGEST_IN_PLACE {
-                        return Verdict::Delay(wait);
+                        return Verdict::Delay { wait, why };
                     }
                     tokio::select! {
                         () = tokio::time::sleep(wait) => {}
@@ -134,7 +142,9 @@ impl Journey {
             () = ask.session.cancelled() => Verdict::Abandon,
             () = self.stop.cancelled() => Verdict::GiveBack,
             // A broker takes a delivery back that is held too long, and counts that against it.
-            () = tokio::time::sleep_until(ask.hold_until) => Verdict::Delay(AFTER_A_HOLD),
+            () = tokio::time::sleep_until(ask.hold_until) => {
+                Verdict::Delay { wait: AFTER_A_HOLD, why: "held_too_long" }
+            }
         }
     }
 
@@ -157,7 +167,9 @@ impl Journey {
             verdict = self.interrupted(ask) => Admission::Verdict(verdict),
             () = paced => Admission::Admitted,
             () = expiry => Admission::LookAgain,
-            () = self.must_make_room(ask) => Admission::Verdict(Verdict::Delay(MAKE_ROOM)),
+            () = self.must_make_room(ask) => {
+                Admission::Verdict(Verdict::Delay { wait: MAKE_ROOM, why: "key_refused" })
+            }
         };
         // The gate may have closed while the pacer was waited for.
         let closed = !self.gate.reasons().is_empty();
@@ -192,9 +204,9 @@ impl Journey {
             Ok(Claim::Busy { until }) => {
                 metrics::retry("busy");
                 let soonest = self.clock.now() + 100;
-                Step::WaitUntil(until.max(soonest))
+                Step::WaitUntil(until.max(soonest), "busy")
             }
-            Ok(Claim::Waiting { until }) => Step::WaitUntil(until),
+            Ok(Claim::Waiting { until }) => Step::WaitUntil(until, "retry_not_due"),
             Err(LedgerError::DamagedRow(what)) => Step::Verdict(Verdict::Damaged(what)),
             Err(error @ LedgerError::Damaged(_)) => Step::Verdict(Verdict::Fatal(error)),
             // `claim` asks again until it gets an answer; this is its stop.
@@ -263,6 +275,7 @@ impl Journey {
             .create_checkout(&ask.request.request_id, body, self.rules.request_timeout)
             .await;
         metrics::creem_request(answer.label(), asked.elapsed());
+        self.trouble.note(&answer);
         tracing::debug!(job.key = %ask.key, attempt = lease.attempt, answer = answer.label(), "creem answered");
         let (attempt, next) = self.judge(ask, lease, answer).await;
         self.settle(ask, lease, attempt, next).await
@@ -411,6 +424,7 @@ impl Journey {
     /// giving up here would lose it.
     async fn settle(&self, ask: &Ask, lease: Lease, attempt: Attempt, next: Next) -> Step {
         let counted = !matches!(attempt, Attempt::GivenBack);
+        let why = waits_for(&attempt);
         let request = SettleRequest {
             key: ask.key.clone(),
             lease,
@@ -421,7 +435,7 @@ impl Journey {
         loop {
             match self.ledger.settle(request.clone()).await {
                 Ok(Settle::Ended(stored)) => return Step::Verdict(Verdict::Reply(stored)),
-                Ok(Settle::Waiting { until }) => return Step::WaitUntil(until),
+                Ok(Settle::Waiting { until }) => return Step::WaitUntil(until, why),
                 Ok(Settle::Zombie) => {
                     tracing::warn!(job.key = %ask.key, fence = lease.fence, counted, "the lease was lost; what came of this attempt is an orphan and is not published");
                     return Step::Verdict(Verdict::Abandon);
@@ -449,7 +463,8 @@ impl Journey {
                 Ok(Claim::Settled(stored)) => return Verdict::Reply(stored),
                 Ok(Claim::Conflict(fields)) => return Verdict::Conflict(fields),
                 Ok(Claim::Busy { until } | Claim::Waiting { until }) => {
-                    return Verdict::Delay(as_duration(until - self.clock.now()));
+                    let wait = as_duration(until - self.clock.now());
+                    return Verdict::Delay { wait, why: "busy" };
                 }
                 Ok(Claim::Granted(_)) => return Verdict::Abandon,
                 Err(LedgerError::DamagedRow(what)) => return Verdict::Damaged(what),
@@ -463,5 +478,15 @@ impl Journey {
                 }
             }
         }
+    }
+}
+
+/// What a job waits for after such an attempt, in a word for the log.
+const fn waits_for(attempt: &Attempt) -> &'static str {
+    match attempt {
+        Attempt::GivenBack => "not_sent",
+        Attempt::Counted => "creem_unreachable",
+        Attempt::Throttled => "throttled",
+        Attempt::Ambiguous { .. } => "outcome_unknown",
     }
 }

@@ -10,6 +10,7 @@ pub mod intake;
 pub mod journey;
 mod sessions;
 pub mod settle;
+pub mod trouble;
 pub mod turns;
 mod watch;
 
@@ -35,7 +36,7 @@ use adoption::Adoption;
 use gate::{Gate, Reason};
 use intake::{Intake, Read, Unfit};
 use journey::{Journey, Verdict};
-use settle::{Settler, Summary};
+use settle::{Case, Settler, Summary};
 
 /// Beyond a call to Creem: how long what was sent may take to be settled when everything ends.
 const SETTLING: Duration = Duration::from_secs(5);
@@ -170,16 +171,7 @@ impl Shared {
             Ok(done) => done,
             Err(_panic) => {
                 // The hook has logged it. One job is set aside; the others go on.
-                let left = self.worker.settler.park_panicked(&delivery).await;
-                (
-                    None,
-                    Summary {
-                        verdict: "parked",
-                        code: Some("worker_panicked".into()),
-                        attempts: 0,
-                        left,
-                    },
-                )
+                (None, self.worker.settler.park_panicked(&delivery).await)
             }
         };
         drop(permit);
@@ -209,7 +201,9 @@ impl Shared {
             Err(unfit) => {
                 let (Unfit::Invalid(why) | Unfit::Unanswerable(why)) = &unfit;
                 let key = why.request_id.as_ref().map(|id| format!("{}/{id}", worker.intake.mode));
-                return (key, worker.settler.refuse(delivery, &envelope, unfit).await);
+                let request_id = why.request_id.clone();
+                let case = Case { delivery, envelope: &envelope, request_id: request_id.as_ref() };
+                return (key, worker.settler.refuse(case, unfit).await);
             }
         };
         let (verdict, turn) = worker.journey.run(&ask).await;
@@ -220,10 +214,9 @@ impl Shared {
         let unresolved =
             matches!(&verdict, Verdict::Reply(stored) if stored.status == Status::Unresolved);
         let _turn = turn.filter(|_| unresolved);
-        let summary = worker
-            .settler
-            .carry_out(delivery, &envelope, &ask.key, ask.picked_up_at, verdict)
-            .await;
+        let request_id = Some(&ask.key.request_id);
+        let case = Case { delivery, envelope: &envelope, request_id };
+        let summary = worker.settler.carry_out(case, &ask.key, ask.picked_up_at, verdict).await;
         (Some(ask.key.to_string()), summary)
     }
 }

@@ -62,19 +62,29 @@ pub struct Summary {
     pub left: Left,
 }
 
+/// A delivery, and what is known of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Case<'a> {
+    /// The message.
+    pub delivery: &'a Delivery,
+    /// Its properties, read.
+    pub envelope: &'a Envelope,
+    /// Its job's id, where it could be read.
+    pub request_id: Option<&'a RequestId>,
+}
+
 impl Settler {
     /// Carries a job's verdict out.
     pub async fn carry_out(
         &self,
-        delivery: &Delivery,
-        envelope: &Envelope,
+        case: Case<'_>,
         key: &Key,
         picked_up_at: i64,
         verdict: Verdict,
     ) -> Summary {
         let summary = |verdict, code, attempts, left| Summary { verdict, code, attempts, left };
         match verdict {
-            Verdict::Reply(stored) => self.reply(delivery, envelope, key, stored).await,
+            Verdict::Reply(stored) => self.reply(case, key, stored).await,
             Verdict::Conflict(fields) => {
                 let refusal = Problem {
                     details: fields,
@@ -83,28 +93,24 @@ impl Settler {
                         "this request_id has, or may have, a link for another body",
                     )
                 };
-                let left = self
-                    .answer(delivery, envelope, Status::Conflict, Some(&key.request_id), &refusal)
-                    .await;
-                summary("conflict", Some(refusal.code), 0, left)
+                self.answer(case, Status::Conflict, &refusal).await
             }
-            Verdict::Delay(wait) => {
-                let left = self.delay(delivery, wait, picked_up_at).await;
-                summary("delayed", None, 0, left)
+            Verdict::Delay { wait, why } => {
+                let left = self.delay(case.delivery, wait, picked_up_at).await;
+                summary("delayed", Some(why.to_owned()), 0, left)
             }
             Verdict::GiveBack => {
-                delivery.give_back().await;
+                case.delivery.give_back().await;
                 summary("given_back", None, 0, Left::ComesAgain)
             }
             Verdict::Abandon => {
                 // Harmless where the session is over; elsewhere nobody else would free the slot.
-                delivery.give_back().await;
+                case.delivery.give_back().await;
                 summary("abandoned", None, 0, Left::ComesAgain)
             }
             Verdict::Damaged(what) => {
-                tracing::error!(job.key = %key, what, "a row of the ledger is damaged; the job is parked, as nobody knows whether it has a link");
-                let left = self.park(delivery, "ledger_row_damaged", &what, 0).await;
-                summary("parked", Some("ledger_row_damaged".to_owned()), 0, left)
+                tracing::error!(job.key = %key, what, "a row of the ledger is damaged; the job is parked, as nobody knows whether it has a link; `checkout-worker check --ledger` lists every damaged row");
+                self.park(case, "ledger_row_damaged", &what, 0).await
             }
             Verdict::Fatal(error) => {
                 tracing::error!(job.key = %key, %error, "the job is left to whoever serves next");
@@ -114,47 +120,38 @@ impl Settler {
     }
 
     /// Answers or parks a delivery that is no job.
-    pub async fn refuse(&self, delivery: &Delivery, envelope: &Envelope, unfit: Unfit) -> Summary {
+    pub async fn refuse(&self, case: Case<'_>, unfit: Unfit) -> Summary {
         match unfit {
-            Unfit::Invalid(Refusal { code, message, request_id }) => {
-                let problem = Problem::new(code, message);
-                let left = self
-                    .answer(delivery, envelope, Status::Invalid, request_id.as_ref(), &problem)
-                    .await;
-                Summary { verdict: "invalid", code: Some(problem.code), attempts: 0, left }
+            Unfit::Invalid(Refusal { code, message, .. }) => {
+                self.answer(case, Status::Invalid, &Problem::new(code, message)).await
             }
             Unfit::Unanswerable(Refusal { code, message, .. }) => {
-                let left = self.park(delivery, code, &message, 0).await;
-                Summary { verdict: "parked", code: Some(code.to_owned()), attempts: 0, left }
+                self.park(case, code, &message, 0).await
             }
         }
     }
 
     /// Parks a delivery whose handling panicked.
-    pub async fn park_panicked(&self, delivery: &Delivery) -> Left {
-        self.park(delivery, "worker_panicked", "the worker met a bug while it handled this job", 0)
+    pub async fn park_panicked(&self, delivery: &Delivery) -> Summary {
+        let envelope = Envelope::default();
+        let case = Case { delivery, envelope: &envelope, request_id: None };
+        self.park(case, "worker_panicked", "the worker met a bug while it handled this job", 0)
             .await
     }
 
-    async fn reply(
-        &self,
-        delivery: &Delivery,
-        envelope: &Envelope,
-        key: &Key,
-        stored: Stored,
-    ) -> Summary {
-        let summary = |left, stored: &Stored| Summary {
+    async fn reply(&self, case: Case<'_>, key: &Key, stored: Stored) -> Summary {
+        let summary = Summary {
             verdict: stored.status.as_str(),
             code: stored.code.clone(),
             attempts: stored.attempts,
-            left,
+            left: Left::ComesAgain,
         };
         if stored.status == Status::Unresolved && !stored.parked {
             // A person needs the job itself; one copy of it, before anybody is told.
             let code = stored.code.as_deref().unwrap_or("unresolved");
             let text = "a session may exist at Creem that nobody was given";
-            if self.put_aside(delivery, code, text, stored.attempts).await == Placed::SessionOver {
-                return summary(Left::ComesAgain, &stored);
+            if self.put_aside(case, code, text, stored.attempts).await == Placed::SessionOver {
+                return summary;
             }
             let parked = Command::Parked { key: key.clone(), fence: stored.fence };
             if let Err(error) = self.ledger.execute(parked).await {
@@ -163,51 +160,52 @@ impl Settler {
         }
         let message = Message::reply(
             &self.topology,
-            envelope,
+            case.envelope,
             Some(&key.request_id),
             stored.reply.as_slice().into(),
             &stored.message_id,
             stored.ended_at,
         );
-        let left = self.send_reply(delivery, envelope, message, stored.attempts).await;
-        summary(left, &stored)
+        self.send_reply(case, message, summary).await
     }
 
-    async fn answer(
-        &self,
-        delivery: &Delivery,
-        envelope: &Envelope,
-        status: Status,
-        request_id: Option<&RequestId>,
-        problem: &Problem,
-    ) -> Left {
-        let body = reply::encode_answer(status, request_id.map(RequestId::as_str), problem);
-        let message_id = reply::answer_message_id(&delivery.body, &body);
+    async fn answer(&self, case: Case<'_>, status: Status, problem: &Problem) -> Summary {
+        let id = case.request_id;
+        let body = reply::encode_answer(status, id.map(RequestId::as_str), problem);
+        let message_id = reply::answer_message_id(&case.delivery.body, &body);
         let message = Message::reply(
             &self.topology,
-            envelope,
-            request_id,
+            case.envelope,
+            id,
             body.as_slice().into(),
             &message_id,
             self.clock.now(),
         );
-        self.send_reply(delivery, envelope, message, 0).await
+        let summary = Summary {
+            verdict: status.as_str(),
+            code: Some(problem.code.clone()),
+            attempts: 0,
+            left: Left::ComesAgain,
+        };
+        self.send_reply(case, message, summary).await
     }
 
-    /// Publishes a reply; if no queue takes it, parks the job instead. Then acks.
+    /// Publishes a reply; if no queue takes it, parks the job instead. Then acks. `summary` is the
+    /// word on the job where the reply arrives.
     async fn send_reply(
         &self,
-        delivery: &Delivery,
-        envelope: &Envelope,
+        case: Case<'_>,
         message: Result<Message, LinkError>,
-        attempts: u32,
-    ) -> Left {
+        summary: Summary,
+    ) -> Summary {
         let message = match message {
             Ok(message) => message,
             Err(error) => {
-                return self.park(delivery, "reply_unroutable", &error.to_string(), attempts).await;
+                let text = error.to_string();
+                return self.park(case, "reply_unroutable", &text, summary.attempts).await;
             }
         };
+        let Case { delivery, envelope, .. } = case;
         let direct = envelope.reply_to.as_ref().is_some_and(|target| target.direct);
         let most_lost = if direct { DIRECT_TRIES } else { u32::MAX };
         match self.publish(delivery, Class::Replies, message, most_lost).await {
@@ -216,13 +214,13 @@ impl Settler {
                 if let Some(at) = envelope.timestamp {
                     metrics::latency(delivery.lane, as_duration(self.clock.now() - at));
                 }
-                ack(delivery).await
+                Summary { left: ack(delivery).await, ..summary }
             }
             Sent::Nowhere(reason) => {
                 metrics::reply("unroutable");
-                self.park(delivery, "reply_unroutable", &reason, attempts).await
+                self.park(case, "reply_unroutable", &reason, summary.attempts).await
             }
-            Sent::SessionOver => Left::ComesAgain,
+            Sent::SessionOver => summary,
         }
     }
 
@@ -243,19 +241,15 @@ impl Settler {
         ack_if_placed(delivery, placed).await
     }
 
-    async fn park(&self, delivery: &Delivery, code: &str, text: &str, attempts: u32) -> Left {
-        let placed = self.put_aside(delivery, code, text, attempts).await;
-        ack_if_placed(delivery, placed).await
+    async fn park(&self, case: Case<'_>, code: &str, text: &str, attempts: u32) -> Summary {
+        let placed = self.put_aside(case, code, text, attempts).await;
+        let left = ack_if_placed(case.delivery, placed).await;
+        Summary { verdict: "parked", code: Some(code.to_owned()), attempts, left }
     }
 
     /// Puts a copy of the job into the dead queue, without acking the job.
-    async fn put_aside(
-        &self,
-        delivery: &Delivery,
-        code: &str,
-        text: &str,
-        attempts: u32,
-    ) -> Placed {
+    async fn put_aside(&self, case: Case<'_>, code: &str, text: &str, attempts: u32) -> Placed {
+        let delivery = case.delivery;
         let queue = self.topology.jobs(delivery.lane);
         let parking = Parking {
             code,
@@ -270,7 +264,14 @@ impl Settler {
         let placed = self.place(delivery, message, "the job cannot be parked").await;
         if placed == Placed::InQueue {
             metrics::parked(code);
-            tracing::warn!(code, source_queue = queue, error = text, "a job was parked");
+            let id = case.request_id.map_or("-", RequestId::as_str);
+            tracing::warn!(
+                job.request_id = id,
+                job.code = code,
+                source_queue = queue,
+                error = text,
+                "a job was parked"
+            );
         }
         placed
     }

@@ -14,6 +14,7 @@ use creem_checkout_worker::retry::{Backoff, Pauses, Policy};
 use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD, LaneRules, Rules};
 use creem_checkout_worker::worker::gate::{Gate, Reason};
 use creem_checkout_worker::worker::journey::{Journey, Verdict};
+use creem_checkout_worker::worker::trouble::Trouble;
 use creem_checkout_worker::worker::turns::Turns;
 use tempfile::TempDir;
 use tokio::sync::Semaphore;
@@ -66,6 +67,7 @@ fn bench() -> Bench {
         pacer: Pacer::new(None),
         gate: Arc::new(Gate::new(clock.clone(), Pauses::default())),
         turns: Turns::default(),
+        trouble: Trouble::default(),
         clock,
         stop: CancellationToken::new(),
         ledger: Arc::new(ledger),
@@ -97,7 +99,7 @@ impl Bench {
         let ask = self.ask();
         let travelled = tokio::time::timeout(LONGEST_HOLD * 2, self.journey.run(&ask)).await;
         let (verdict, _) = travelled.unwrap_or_else(|_| panic!("{what}: held too long"));
-        assert!(matches!(verdict, Verdict::Delay(_)), "{what}: {verdict:?}");
+        assert!(matches!(verdict, Verdict::Delay { .. }), "{what}: {verdict:?}");
         assert_eq!(began.elapsed().as_secs(), LONGEST_HOLD.as_secs(), "{what}");
         let inspector = creem_checkout_worker::ledger::sqlite::inspect::Inspector::open(
             &self.directory.path().join("ledger.db"),

@@ -9,36 +9,18 @@ use crate::job::Mode;
 use crate::job::success_url::is_loopback;
 
 pub(super) fn check(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Options> {
-    let Some(key) = settings.creem.api_key.as_ref().filter(|key| !key.expose_secret().is_empty())
-    else {
+    let key = settings.creem.api_key.as_ref().filter(|key| !key.expose_secret().is_empty());
+    if key.is_none() {
         problems.push(Problem::new(
             "there is no Creem API key",
             "set CREEM_API_KEY, or CREEM_API_KEY_FILE to a file that holds it",
         ));
-        return None;
-    };
-    let mode = mode_of(key, problems)?;
-    let base_url = base_url(settings, mode, problems)?;
-    let proxy = settings.creem.proxy.as_deref().and_then(|text| {
-        let url = Url::parse(text).ok().filter(|url| ["http", "https"].contains(&url.scheme()));
-        if url.is_none() {
-            problems.push(Problem::new(
-                "`creem.proxy` is not the URL of an HTTP proxy",
-                "give http://host:port or https://host:port",
-            ));
-        }
-        url
-    });
-    let ca_pem = settings.creem.ca_file.as_ref().and_then(|path| match std::fs::read(path) {
-        Ok(pem) => Some(pem),
-        Err(error) => {
-            problems.push(Problem::new(
-                format!("`creem.ca_file`: {} cannot be read: {error}", path.display()),
-                "check the path",
-            ));
-            None
-        }
-    });
+    }
+    let mode = key.and_then(|key| mode_of(key, problems));
+    let base_url = base_url(settings, mode, problems);
+    let proxy = proxy(settings, problems);
+    let ca_pem = ca_pem(settings, problems);
+    let (key, mode, base_url) = (key?, mode?, base_url?);
     let sum =
         settings.lanes.interactive.concurrency.saturating_add(settings.lanes.bulk.concurrency);
     let options = Options {
@@ -55,6 +37,32 @@ pub(super) fn check(settings: &Settings, problems: &mut Vec<Problem>) -> Option<
         problems.push(Problem::new(error.to_string(), "correct the setting that it names"));
     }
     Some(options)
+}
+
+fn proxy(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Url> {
+    let text = settings.creem.proxy.as_deref()?;
+    let url = Url::parse(text).ok().filter(|url| ["http", "https"].contains(&url.scheme()));
+    if url.is_none() {
+        problems.push(Problem::new(
+            "`creem.proxy` is not the URL of an HTTP proxy",
+            "give http://host:port or https://host:port",
+        ));
+    }
+    url
+}
+
+fn ca_pem(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Vec<u8>> {
+    let path = settings.creem.ca_file.as_ref()?;
+    match std::fs::read(path) {
+        Ok(pem) => Some(pem),
+        Err(error) => {
+            problems.push(Problem::new(
+                format!("`creem.ca_file`: {} cannot be read: {error}", path.display()),
+                "check the path",
+            ));
+            None
+        }
+    }
 }
 
 fn mode_of(key: &SecretString, problems: &mut Vec<Problem>) -> Option<Mode> {
@@ -79,10 +87,11 @@ fn mode_of(key: &SecretString, problems: &mut Vec<Problem>) -> Option<Mode> {
     }
 }
 
-fn base_url(settings: &Settings, mode: Mode, problems: &mut Vec<Problem>) -> Option<Url> {
+/// Where Creem is; without a usable key only the URL itself can be judged.
+fn base_url(settings: &Settings, mode: Option<Mode>, problems: &mut Vec<Problem>) -> Option<Url> {
     let own = match mode {
-        Mode::Test => "https://test-api.creem.io",
-        Mode::Live => "https://api.creem.io",
+        None | Some(Mode::Test) => "https://test-api.creem.io",
+        Some(Mode::Live) => "https://api.creem.io",
     };
     let text = settings.creem.base_url.as_deref().unwrap_or(own);
     let mut wrong = |what: String, fix: &str| {
@@ -121,11 +130,13 @@ fn base_url(settings: &Settings, mode: Mode, problems: &mut Vec<Problem>) -> Opt
             );
         }
     }
-    let other = match mode {
+    let other = match mode? {
         Mode::Test => "api.creem.io",
         Mode::Live => "test-api.creem.io",
     };
-    if url.host_str() == Some(other) {
+    if url.host_str() == Some(other)
+        && let Some(mode) = mode
+    {
         let what = format!("the API key is of mode {mode}, but `creem.base_url` is {other}");
         return wrong(what, "take the key of that world, or leave creem.base_url out");
     }

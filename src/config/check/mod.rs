@@ -181,7 +181,7 @@ fn check_amqp(settings: &Settings, problems: &mut Vec<Problem>) -> rabbit::Optio
                 if !loopback && user.username == "guest" && user.password == "guest" {
                     problems.push(Problem::new(
                         format!("`amqp.url` uses guest:guest for {}", uri.authority.host),
-                        "RabbitMQ lets guest in from loopback only: make a user of the worker's own",
+                        "everybody knows that login, and RabbitMQ lets it in from loopback only unless told otherwise: make a user of the worker's own",
                     ));
                 }
             }
@@ -496,10 +496,13 @@ mod tests {
     fn everything_is_said_at_once() {
         let text = with(&[
             ("CREEM_API_KEY", ""),
+            ("CREEM_BASE_URL", "ftp://x"),
+            ("CHECKOUT_WORKER__CREEM__PROXY", "x"),
+            ("CHECKOUT_WORKER__CREEM__CA_FILE", "/nothing/here"),
             ("LEDGER_URL", "x"),
             ("CHECKOUT_WORKER__RETRY__MAX_ATTEMPTS", "0"),
         ])
         .unwrap_err();
-        assert_eq!(text.lines().count(), 3, "{text}");
+        assert_eq!(text.lines().count(), 6, "{text}");
     }
 }

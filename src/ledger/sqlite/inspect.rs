@@ -5,7 +5,10 @@ use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags};
 
-use super::{APPLICATION, OpenError, VERSION, load, own_damage, read, unavailable};
+use super::{
+    APPLICATION, OpenError, VERSION, foreign_database, load, own_damage, read, recognise,
+    unavailable,
+};
 use crate::clock::Millis;
 use crate::job::{Key, Mode, RequestId};
 use crate::ledger::{LedgerError, Row};
@@ -52,6 +55,7 @@ impl Inspector {
             let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
             return Err(OpenError::Missing(path));
         }
+        recognise(path)?;
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let foreign =
             |error: rusqlite::Error| OpenError::Foreign(path.to_owned(), error.to_string());
@@ -60,10 +64,7 @@ impl Inspector {
         let number =
             |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
         if number("application_id").map_err(foreign)? != APPLICATION {
-            return Err(OpenError::Foreign(
-                path.to_owned(),
-                "another program's database".to_owned(),
-            ));
+            return Err(foreign_database(&connection, path));
         }
         match number("user_version").map_err(foreign)? {
             version if version > VERSION => Err(OpenError::Newer(path.to_owned(), version)),

@@ -214,10 +214,7 @@ fn prepare(connection: &mut Connection, path: &Path) -> Result<(), OpenError> {
         }
         (APPLICATION, _) | (0, 0) => {}
         _ => {
-            return Err(OpenError::Foreign(
-                path.to_owned(),
-                "another program's database".to_owned(),
-            ));
+            return Err(foreign_database(connection, path));
         }
     }
     settings(connection).map_err(io)?;
@@ -227,6 +224,16 @@ fn prepare(connection: &mut Connection, path: &Path) -> Result<(), OpenError> {
         sync_directory(path).map_err(|error| OpenError::Io(path.to_owned(), error.to_string()))?;
     }
     Ok(())
+}
+
+fn foreign_database(connection: &Connection, path: &Path) -> OpenError {
+    let tables = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0));
+    let what = match tables {
+        Ok(0) => "an empty database; if it is a copy of a ledger, its -wal file was left behind",
+        Ok(1_i64..) => "another program's database",
+        Ok(_) | Err(_) => "a database that cannot be read",
+    };
+    OpenError::Foreign(path.to_owned(), what.to_owned())
 }
 
 fn settings(connection: &Connection) -> rusqlite::Result<()> {

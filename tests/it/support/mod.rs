@@ -202,21 +202,6 @@ impl World {
         .await;
     }
 
-    /// A job whose confirm may come late, because the broker has blocked publishing.
-    pub(crate) async fn publish_unconfirmed(&self, request_id: &str) {
-        let options = BasicPublishOptions { mandatory: true, immediate: false };
-        let queue = self.queue("jobs");
-        let text = body(request_id);
-        let sent = self.channel.basic_publish(
-            "".into(),
-            queue.as_str().into(),
-            options,
-            text.as_bytes(),
-            persistent(),
-        );
-        drop(soon("a publish", sent).await.unwrap());
-    }
-
     /// New connections of the test's own, after the broker was away.
     pub(crate) async fn reconnect(mut self, url: &str) -> Self {
         self.connection = amqp::connect(url).await;
