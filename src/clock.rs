@@ -45,6 +45,11 @@ impl ManualClock {
         Self(AtomicI64::new(now))
     }
 
+    /// Sets the clock.
+    pub fn set(&self, now: Millis) {
+        self.0.store(now, Ordering::SeqCst);
+    }
+
     /// Moves the clock forward.
     pub fn advance(&self, by: Duration) {
         self.0.fetch_add(as_millis(by), Ordering::SeqCst);

@@ -22,6 +22,7 @@ use crate::rabbit::headers;
 use crate::rabbit::publisher::Class;
 use crate::rabbit::replies::{Received, ReplyQueue};
 use crate::rabbit::{Message, Published, Publisher};
+use crate::retry::Backoff;
 
 /// Publishes in flight at once.
 const WINDOW: usize = 256;
@@ -112,7 +113,7 @@ async fn enqueue(settings: &Resolved, arguments: &Arguments, jobs: Jobs) -> Outc
     let (publisher, keep) = Publisher::new(
         settings.amqp.clone(),
         "checkout-worker enqueue".to_owned(),
-        settings.backoff,
+        Backoff::of_reconnects(),
         stop.clone(),
     );
     let mut tasks = JoinSet::new();

@@ -19,7 +19,7 @@ use crate::observe::{admin, logging, metrics};
 use crate::pace::Pacer;
 use crate::rabbit::Publisher;
 use crate::rabbit::consumer::Plan;
-use crate::retry::Pauses;
+use crate::retry::{Backoff, Pauses};
 use crate::worker::gate::Gate;
 use crate::worker::intake::Intake;
 use crate::worker::journey::Journey;
@@ -124,7 +124,7 @@ fn assemble(
     let (publisher, keep) = Publisher::new(
         settings.amqp.clone(),
         name("publish"),
-        settings.backoff,
+        Backoff::of_reconnects(),
         stages.hard.clone(),
     );
     background.spawn(keep);
@@ -153,6 +153,7 @@ fn assemble(
             gate: Arc::new(Gate::new(clock.clone(), pauses)),
             turns: Turns::default(),
             trouble: Trouble::default(),
+            key_accepted_at: tokio::sync::Mutex::default(),
             clock: clock.clone(),
             stop: stages.soft.clone(),
             ledger: ledger.clone(),
@@ -160,12 +161,13 @@ fn assemble(
         settler: Settler {
             publisher,
             topology: settings.topology.clone(),
-            backoff: settings.backoff,
+            backoff: Backoff::of_reconnects(),
             clock: clock.clone(),
             ledger,
             secret: identity.key,
+            heals: settings.declare,
         },
-        backoff: settings.backoff,
+        backoff: Backoff::of_reconnects(),
         health,
         accept_empty_ledger,
     })

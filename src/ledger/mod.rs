@@ -220,6 +220,17 @@ pub struct CloseRequest {
     pub ending: Ending,
 }
 
+/// What has been decided about a new ledger, which redelivered jobs may tell that another was lost.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Adoption {
+    /// It serves.
+    Adopted,
+    /// It met jobs that another ledger may know: it serves nobody until an operator says so.
+    Refused,
+    /// An operator says so.
+    Accepted,
+}
+
 /// Everything a ledger can be told.
 #[derive(Debug, Clone)]
 pub enum Command {
@@ -245,9 +256,8 @@ pub enum Command {
     },
     /// Proves that the ledger can write.
     Probe,
-    /// Whether this ledger serves: until it does, it is a new one, and redelivered jobs are a
-    /// sign that another one was lost.
-    Adopt(bool),
+    /// What has been decided about a new ledger.
+    Adopt(Adoption),
 }
 
 impl Command {
@@ -300,6 +310,8 @@ pub struct Identity {
     pub key: FingerprintKey,
     /// Whether this ledger has never served a job.
     pub empty: bool,
+    /// Whether it met jobs that another ledger may know, and no operator has decided since.
+    pub refused: bool,
     /// Ambiguous attempts recorded so far.
     pub ambiguous_attempts: u64,
     /// Orphan sessions recorded so far.

@@ -21,6 +21,9 @@ pub const MOST_CRASHES: u32 = 5;
 /// written under a clock that ran ahead, and is due. The longest delay that a policy can choose is
 /// 35 minutes: a clamped `Retry-After` of 5, and jitter of up to `retry.first`, at most 30.
 const LONGEST_WAIT: Millis = 40 * 60 * 1000;
+/// No lease lasts longer than this, in milliseconds; one that seems to was written under a clock
+/// that ran ahead, and is over. The longest is a `creem.request_timeout` of two minutes and 15 s.
+const LONGEST_LEASE: Millis = 5 * 60 * 1000;
 /// When a row that a newer version wrote is looked at again, in milliseconds.
 const LEAVE_TO_NEWER: Millis = 30_000;
 
@@ -156,7 +159,7 @@ fn arrive(row: Option<Row>, who: &Claimant, context: Context) -> Arrival {
     let Some(row) = row else { return Arrival::Free(None) };
     match row.fingerprint.compare(&who.fingerprint) {
         Comparison::Same => {}
-        Comparison::Differs(_) if frees_the_id(&row) => {
+        Comparison::Differs(_) if frees_the_id(&row, who) => {
             return Arrival::Free(Some(reopen(&row, who, context)));
         }
         Comparison::Differs(fields) => return Arrival::Answered(Claim::Conflict(fields)),
@@ -181,10 +184,14 @@ fn arrive(row: Option<Row>, who: &Claimant, context: Context) -> Arrival {
     }
 }
 
+/// A redelivery, or a copy picked up before the outcome was made, was never sent again.
+fn sent_again(who: &Claimant, ended_at: Millis) -> bool {
+    !who.redelivered && who.picked_up_at > ended_at
+}
+
 /// Whether an ended row answers this copy with what it holds, rather than being tried afresh.
 fn keeps(status: Status, who: &Claimant, ended_at: Millis) -> bool {
-    // A redelivery, or a copy picked up before the outcome was made, was never sent again.
-    let sent_again = !who.redelivered && who.picked_up_at > ended_at;
+    let sent_again = sent_again(who, ended_at);
     match status {
         // The last two are never stored; if a row says so all the same, repeat what it holds.
         Status::Succeeded | Status::Invalid | Status::Conflict => true,
@@ -193,18 +200,19 @@ fn keeps(status: Status, who: &Claimant, ended_at: Millis) -> bool {
     }
 }
 
-/// Whether an id is free for another body: the job ended, and certainly without a session.
-fn frees_the_id(row: &Row) -> bool {
+/// Whether an id is free for another body: the job ended, certainly without a session, and the other
+/// body was sent after that.
+fn frees_the_id(row: &Row, who: &Claimant) -> bool {
     let ended_without = matches!(
         row.state,
         State::Ended(Status::Rejected | Status::Expired | Status::Failed | Status::Cancelled)
     );
-    ended_without && row.ambiguous == 0
+    ended_without && row.ambiguous == 0 && row.ended_at.is_some_and(|at| sent_again(who, at))
 }
 
 fn alive(row: &Row, context: Context) -> bool {
     let same_process = context.epoch.is_none_or(|epoch| epoch == row.epoch);
-    same_process && row.lease_until > context.now
+    same_process && (1..=LONGEST_LEASE).contains(&row.lease_until.saturating_sub(context.now))
 }
 
 /// An attempt that nobody will report on any more may have made a session.

@@ -33,7 +33,7 @@ pub struct Delivery {
     /// Whether the broker delivered it before.
     pub redelivered: bool,
     /// Cancelled when the session that delivered it is over: it cannot be acked any more and
-    /// will be delivered again.
+    /// will be delivered again. Cancelling it ends the session.
     pub session: CancellationToken,
     raw: RawDelivery,
 }
@@ -65,7 +65,12 @@ impl Delivery {
             biased;
             sent = tokio::time::timeout(ANSWER, ack) => match sent {
                 Ok(Ok(true)) => Acked::Sent,
-                Ok(Ok(false) | Err(_)) | Err(_) => Acked::TooLate,
+                Ok(Ok(false) | Err(_)) => Acked::TooLate,
+                Err(_) => {
+                    // Left alone, the delivery would keep its place in the prefetch window.
+                    self.session.cancel();
+                    Acked::TooLate
+                }
             },
             () = self.session.cancelled() => Acked::TooLate,
         }

@@ -5,7 +5,7 @@ use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 
 use super::headers;
-use super::hop::read_hop;
+use super::hop::Hop;
 use super::topology::Topology;
 use crate::clock::Millis;
 use crate::job::{FingerprintKey, Lane};
@@ -48,9 +48,9 @@ pub struct Envelope {
     pub campaign: Option<String>,
     /// W3C trace context, if well-formed.
     pub traceparent: Option<String>,
-    /// When this copy was first picked up, if it comes back from a delay queue.
-    pub first_picked_up_at: Option<Millis>,
-    /// Whether it carries such a mark that this ledger's key has not signed.
+    /// What the worker remembers of it, if it comes back from a delay queue.
+    pub hop: Option<Hop>,
+    /// Whether it carries the like of it, which this ledger's key has not signed.
     pub foreign_hop: bool,
 }
 
@@ -104,8 +104,7 @@ impl Envelope {
                 message: "checkout-campaign must be a text of 1-64 characters",
             }));
         }
-        let first_picked_up_at =
-            text(headers::HOP).and_then(|value| read_hop(value, key, body, lane));
+        let hop = text(headers::HOP).and_then(|value| Hop::read(value, key, body, lane));
         let envelope = Self {
             reply_to: properties
                 .reply_to()
@@ -127,8 +126,8 @@ impl Envelope {
             traceparent: text(headers::TRACEPARENT)
                 .filter(|value| is_traceparent(value))
                 .map(str::to_owned),
-            foreign_hop: headers.contains_key(headers::HOP) && first_picked_up_at.is_none(),
-            first_picked_up_at,
+            foreign_hop: hop.is_none() && text(headers::HOP).and_then(Hop::unsigned).is_some(),
+            hop,
         };
         (envelope, broken)
     }
@@ -273,7 +272,6 @@ fn matches(pattern: &str, text: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::hop::write_hop;
     use super::headers::HOP;
     use super::*;
 
@@ -351,17 +349,26 @@ mod tests {
 
     #[test]
     fn a_hop_counts_only_with_the_workers_signature() {
-        let hop = write_hop(123, &key(), b"body", Lane::Bulk);
-        assert_eq!(read(with_header(HOP, text(&hop))).0.first_picked_up_at, Some(123));
-        let forged = write_hop(123, &FingerprintKey::new([4; 32]), b"body", Lane::Bulk);
-        let moved = write_hop(123, &key(), b"other", Lane::Bulk);
-        let older = hop.replacen("123", "122", 1);
-        for text_value in [forged.as_str(), moved.as_str(), older.as_str(), "1;123;", "", "1;x;y"] {
-            assert_eq!(
-                read(with_header(HOP, text(text_value))).0.first_picked_up_at,
-                None,
-                "{text_value}"
-            );
+        for redelivered in [false, true] {
+            let hop = Hop { first_picked_up_at: 123, redelivered };
+            let written = hop.write(&key(), b"body", Lane::Bulk);
+            let (envelope, _) = read(with_header(HOP, text(&written)));
+            assert_eq!((envelope.hop, envelope.foreign_hop), (Some(hop), false));
+            let flag = format!(";{};", u8::from(redelivered));
+            for foreign in [
+                hop.write(&FingerprintKey::new([4; 32]), b"body", Lane::Bulk),
+                hop.write(&key(), b"other", Lane::Bulk),
+                hop.write(&key(), b"body", Lane::Interactive),
+                written.replacen("123", "122", 1),
+                written.replacen(&flag, &format!(";{};", u8::from(!redelivered)), 1),
+            ] {
+                let (envelope, _) = read(with_header(HOP, text(&foreign)));
+                assert_eq!((envelope.hop, envelope.foreign_hop), (None, true), "{foreign}");
+            }
+        }
+        for junk in ["1;123;0;", "", "1;x;y", "x", "1;1;2;00112233445566778899aabbccddeeff"] {
+            let (envelope, _) = read(with_header(HOP, text(junk)));
+            assert_eq!((envelope.hop, envelope.foreign_hop), (None, false), "{junk}");
         }
     }
 
@@ -374,8 +381,7 @@ mod tests {
         });
         for name in ["traceparent", "tracestate", HOP, "x-death", "unknown"] {
             let (envelope, code) = read(with_header(name, AMQPValue::FieldTable(nested.clone())));
-            let expected = Envelope { foreign_hop: name == HOP, ..Envelope::default() };
-            assert_eq!((envelope, code), (expected, None), "{name}");
+            assert_eq!((envelope, code), (Envelope::default(), None), "{name}");
         }
         assert_eq!(
             read(with_header("checkout-campaign", AMQPValue::Boolean(true))).1,

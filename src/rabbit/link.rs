@@ -49,6 +49,10 @@ pub enum LinkError {
         /// What happened.
         reason: String,
     },
+    /// The broker refuses one operation: something is not there, is of another kind, or is not
+    /// allowed for this user.
+    #[error("the broker refuses: {0}")]
+    Denied(String),
     /// The connection or a channel broke.
     #[error("{0}")]
     Broken(String),
@@ -62,6 +66,8 @@ impl From<lapin::Error> for LinkError {
     fn from(error: lapin::Error) -> Self {
         if matches!(error.kind(), lapin::ErrorKind::ParsingError(_)) {
             Self::Garbled(error.to_string())
+        } else if error.is_amqp_soft_error() {
+            Self::Denied(error.to_string())
         } else {
             Self::Broken(error.to_string())
         }

@@ -7,7 +7,7 @@ use lapin::types::{AMQPValue, FieldTable, ShortString};
 
 use super::envelope::{Envelope, keeps_tracestate};
 use super::headers;
-use super::hop::{has_hop, write_hop};
+use super::hop::{Hop, has_hop};
 use super::link::{LinkError, short};
 use super::topology::Topology;
 use crate::clock::Millis;
@@ -108,11 +108,11 @@ impl Message {
         delay: &str,
         original: &BasicProperties,
         body: Arc<[u8]>,
-        first_picked_up_at: Millis,
+        hop: Hop,
         key: &FingerprintKey,
     ) -> Result<Self, LinkError> {
         let (properties, mut headers) = carried(original, has_hop(original, &body, key, lane));
-        headers.insert(headers::HOP.into(), text(&write_hop(first_picked_up_at, key, &body, lane)));
+        headers.insert(headers::HOP.into(), text(&hop.write(key, &body, lane)));
         Ok(Self {
             exchange: short(&topology.retry_exchange())?,
             routing_key: short(&Topology::retry_key(lane, delay))?,
@@ -343,7 +343,7 @@ mod tests {
             "1s",
             &original(),
             Arc::from(&b"body"[..]),
-            5,
+            Hop { first_picked_up_at: 5, redelivered: false },
             &FingerprintKey::new([0; 32]),
         )
         .unwrap();

@@ -10,7 +10,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt as _;
@@ -24,7 +24,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::headers;
-use super::link::{self, LinkError, Options};
+use super::link::{self, LinkError, Options, short};
 use super::outgoing::Message;
 use crate::clock::as_millis;
 use crate::retry::{Backoff, backoff};
@@ -75,6 +75,49 @@ pub enum State {
     Blocked(String),
 }
 
+/// Channels that may break in a row, with no publish confirmed in between, before publishing counts
+/// as down: the reply exchange may be gone, or the right to write to it.
+const BREAKS: u32 = 4;
+
+/// How long after that it is tried again.
+const AGAIN: Duration = Duration::from_secs(15);
+
+/// Tells how publishing is.
+#[derive(Debug)]
+struct Told {
+    state: watch::Sender<State>,
+    breaks: AtomicU32,
+}
+
+impl Told {
+    fn say(&self, state: State) {
+        self.state.send_replace(state);
+    }
+
+    /// Publishing works, or is to be tried again, whatever was said before.
+    fn confirmed(&self) {
+        self.breaks.store(0, Ordering::Relaxed);
+        self.state.send_if_modified(|state| {
+            let news = *state != State::Up;
+            *state = State::Up;
+            news
+        });
+    }
+
+    fn is_broken(&self) -> bool {
+        self.breaks.load(Ordering::Relaxed) >= BREAKS
+    }
+
+    /// A channel broke under its publishes.
+    fn broke(&self, error: &LinkError) {
+        if self.breaks.fetch_add(1, Ordering::Relaxed) + 1 >= BREAKS {
+            self.say(State::Down(format!(
+                "publishing breaks its channel again and again: {error}"
+            )));
+        }
+    }
+}
+
 struct Order {
     message: Message,
     done: oneshot::Sender<Result<Published, Lost>>,
@@ -107,19 +150,23 @@ impl Publisher {
         let (replies, reply_orders) = mpsc::channel(1024);
         let (internal, internal_orders) = mpsc::channel(1024);
         let (told, state) = watch::channel(State::Down("not connected yet".to_owned()));
+        let told = Arc::new(Told { state: told, breaks: AtomicU32::new(0) });
         let orders = [reply_orders, internal_orders].map(|orders| Arc::new(Mutex::new(orders)));
         let keep = async move {
-            let mut failures = 0;
+            let (mut failures, mut blocked) = (0, false);
             loop {
                 let began = Instant::now();
                 let reason = tokio::select! {
-                    reason = generation(&options, &name, &orders, &told) => reason,
+                    reason = generation(&options, &name, &orders, &told, blocked) => reason,
                     () = stop.cancelled() => return,
                 };
+                // Until a publish goes through again, an alarm is taken to be still on.
+                blocked |= matches!(*told.state.borrow(), State::Blocked(_));
+                blocked &= !matches!(*told.state.borrow(), State::Up);
                 failures = if began.elapsed() > GOOD { 1 } else { failures + 1 };
                 let delay = backoff.delay(failures, None, backoff::chance());
                 tracing::warn!(error = %reason, delay_ms = as_millis(delay), "the publishing connection is down");
-                told.send_replace(State::Down(reason.to_string()));
+                told.say(State::Down(reason.to_string()));
                 tokio::select! {
                     () = tokio::time::sleep(delay) => {}
                     () = stop.cancelled() => return,
@@ -152,39 +199,44 @@ impl Publisher {
     }
 }
 
-/// One connection's life; returns why it ended.
+/// One connection's life; returns why it ended. `blocked` says that the last one ended under an
+/// alarm: RabbitMQ tells a new connection only when it publishes, so that is tried first.
 async fn generation(
     options: &Options,
     name: &str,
     orders: &[Orders; 2],
-    told: &watch::Sender<State>,
+    told: &Arc<Told>,
+    blocked: bool,
 ) -> LinkError {
     let connection = match link::connect(options, name).await {
         Ok(connection) => connection,
         Err(error) => return error,
     };
     let mut events = connection.events_listener();
+    if blocked && let Err(error) = probe(&connection).await {
+        return error;
+    }
     let mut channels = JoinSet::new();
     for class in 0..orders.len() {
         for _ in 0..CHANNELS {
-            if let Err(error) = open(&connection, class, orders, &mut channels).await {
+            if let Err(error) = open(&connection, class, orders, told, &mut channels).await {
                 return error;
             }
         }
     }
-    told.send_replace(State::Up);
+    told.say(State::Up);
     tracing::info!("the publishing connection is up");
     loop {
         let reopened = tokio::select! {
             event = events.next() => match event {
                 Some(Event::ConnectionBlocked(reason)) => {
                     tracing::warn!(error = reason, "the broker has blocked publishing: a memory or disk alarm");
-                    told.send_replace(State::Blocked(reason));
+                    told.say(State::Blocked(reason));
                     continue;
                 }
                 Some(Event::ConnectionUnblocked) => {
                     tracing::info!("the broker takes messages again");
-                    told.send_replace(State::Up);
+                    told.say(State::Up);
                     continue;
                 }
                 // lapin reports a channel's error here as well; its task has it, too.
@@ -197,12 +249,18 @@ async fn generation(
                 Some(Ok((class, error))) if connection.status().connected() => {
                     // One publish can take its channel down, but not its neighbours for long.
                     tracing::warn!(%error, "a publishing channel was closed; opening another");
-                    open(&connection, class, orders, &mut channels).await
+                    told.broke(&error);
+                    open(&connection, class, orders, told, &mut channels).await
                 }
                 Some(Ok((_, error))) => return error,
                 Some(Err(error)) => return LinkError::Broken(format!("a channel's task died: {error}")),
                 None => return LinkError::Broken("no channel is left".to_owned()),
             },
+            // Nobody may be left whose publish would show that it works again.
+            () = tokio::time::sleep(AGAIN), if told.is_broken() => {
+                told.confirmed();
+                continue;
+            }
         };
         if let Err(error) = reopened {
             return error;
@@ -214,22 +272,47 @@ async fn open(
     connection: &Connection,
     class: usize,
     orders: &[Orders; 2],
+    told: &Arc<Told>,
     channels: &mut JoinSet<(usize, LinkError)>,
 ) -> Result<(), LinkError> {
+    let channel = confirming(connection).await?;
+    let (orders, told) = (orders[class].clone(), told.clone());
+    channels.spawn(async move { (class, serve(&channel, &orders, &told).await) });
+    Ok(())
+}
+
+async fn confirming(connection: &Connection) -> Result<Channel, LinkError> {
     let opened = async {
         let channel = connection.create_channel().await?;
         channel.confirm_select(ConfirmSelectOptions { nowait: false }).await?;
         Ok::<_, lapin::Error>(channel)
     };
     let late = || LinkError::Broken("the broker did not open a channel in time".to_owned());
-    let channel = tokio::time::timeout(CONFIRM, opened).await.map_err(|_| late())??;
-    let orders = orders[class].clone();
-    channels.spawn(async move { (class, serve(&channel, &orders).await) });
-    Ok(())
+    Ok(tokio::time::timeout(CONFIRM, opened).await.map_err(|_| late())??)
+}
+
+/// Publishes a message that no queue takes, and waits for any answer: a broker under an alarm gives
+/// none, and one that forbids it gives one as well.
+async fn probe(connection: &Connection) -> Result<(), LinkError> {
+    let channel = confirming(connection).await?;
+    let options = BasicPublishOptions { mandatory: false, immediate: false };
+    let nobody = short("checkout-worker.probe")?;
+    let asked = async {
+        let sent = channel
+            .basic_publish(short("")?, nobody, options, b"", lapin::BasicProperties::default())
+            .await;
+        if let Ok(confirm) = sent {
+            // Refused or confirmed: the broker reads.
+            drop(confirm.await);
+        }
+        Ok(())
+    };
+    let late = || LinkError::Broken("the broker still takes no messages".to_owned());
+    tokio::time::timeout(CONFIRM, asked).await.map_err(|_| late())?
 }
 
 /// Publishes batch after batch on one channel, until it breaks.
-async fn serve(channel: &Channel, orders: &Orders) -> LinkError {
+async fn serve(channel: &Channel, orders: &Orders, told: &Told) -> LinkError {
     loop {
         let mut batch = Vec::new();
         {
@@ -241,8 +324,12 @@ async fn serve(channel: &Channel, orders: &Orders) -> LinkError {
         }
         // Whoever gave up waiting will publish again when the job is delivered again.
         batch.retain(|order: &Order| !order.done.is_closed());
+        let any = !batch.is_empty();
         if let Err(error) = publish_batch(channel, batch).await {
             return error;
+        }
+        if any {
+            told.confirmed();
         }
     }
 }

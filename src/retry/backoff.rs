@@ -39,6 +39,13 @@ impl Backoff {
         Ok(Self { first, longest })
     }
 
+    /// The schedule for whatever must come back by itself: a broker, a ledger. Not the jobs' one: an
+    /// operator who is patient with Creem still wants the worker back soon after an outage.
+    #[must_use]
+    pub const fn of_reconnects() -> Self {
+        Self { first: Duration::from_millis(250), longest: Duration::from_secs(15) }
+    }
+
     /// The longest delay before try `failures + 1`, without jitter; `failures` counts from 1.
     #[must_use]
     pub fn ceiling(&self, failures: u32) -> Duration {

@@ -2,26 +2,33 @@
 //! that this one does not know.
 
 use super::{Fatal, Shared};
-use crate::ledger::Command;
+use crate::ledger::{Adoption, Command};
 use crate::rabbit::Delivery;
 
-/// What has been decided about a new ledger.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Adoption {
-    /// No job has come yet.
-    Undecided,
-    /// It serves.
-    Adopted,
-    /// It met jobs that another ledger may know.
-    Refused,
-}
+/// How often the ledger is asked to remember a refusal.
+const TRIES: usize = 3;
 
 impl Shared {
+    /// Holds a refusal that an earlier process has made, before a single job is taken: each one
+    /// taken and given back would count against its delivery limit.
+    pub(super) async fn begin_with_the_ledger(&self) {
+        let ledger = &self.worker.journey.ledger;
+        if !ledger.identity().refused {
+            return;
+        }
+        if self.worker.accept_empty_ledger {
+            // Where this cannot be written, the next start needs the flag again.
+            drop(ledger.execute(Command::Adopt(Adoption::Accepted)).await);
+        } else {
+            self.end(Fatal::EmptyLedger);
+        }
+    }
+
     /// Whether this is a new ledger whose first session has yet to show that no other was lost.
     pub(super) async fn ledger_is_new(&self) -> bool {
         self.worker.journey.ledger.identity().empty
             && !self.worker.accept_empty_ledger
-            && *self.adoption.lock().await != Adoption::Adopted
+            && *self.adoption.lock().await != Some(Adoption::Adopted)
     }
 
     /// Holds the empty-ledger guard, and takes note once that a new ledger serves.
@@ -35,21 +42,25 @@ impl Shared {
         }
         // Held over the write, so that no lane's yes can come after another lane's no.
         let mut adoption = self.adoption.lock().await;
-        if *adoption == Adoption::Refused {
+        if *adoption == Some(Adoption::Refused) {
             return false;
         }
         if fresh && self.worker.intake.was_taken_before(delivery) {
-            *adoption = Adoption::Refused;
-            // Until an operator has decided, the next start must ask again.
-            drop(ledger.execute(Command::Adopt(false)).await);
+            *adoption = Some(Adoption::Refused);
+            // The next start must refuse as well, whatever it would meet first.
+            for _ in 0..TRIES {
+                if ledger.execute(Command::Adopt(Adoption::Refused)).await.is_ok() {
+                    break;
+                }
+            }
             self.end(Fatal::EmptyLedger);
             return false;
         }
-        if *adoption == Adoption::Undecided {
+        if adoption.is_none() {
             // A ledger that cannot be written pauses the job that follows, and says so; the next
             // one tries again.
-            if ledger.execute(Command::Adopt(true)).await.is_ok() {
-                *adoption = Adoption::Adopted;
+            if ledger.execute(Command::Adopt(Adoption::Adopted)).await.is_ok() {
+                *adoption = Some(Adoption::Adopted);
             }
         }
         true

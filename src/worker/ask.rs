@@ -1,6 +1,6 @@
 //! One copy of a job on its way, and until when it is worth the way.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::sync::Semaphore;
@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Millis, as_millis};
 use crate::job::{CheckoutRequest, Fingerprint, Key, Lane, Problem, reply};
-use crate::ledger::OnUnknown;
+use crate::ledger::{Lease, OnUnknown};
 use crate::retry::Policy;
 
 /// Jobs closer than this to the end of retention are not begun: their row would be swept while
@@ -45,6 +45,8 @@ pub struct Ask {
     pub session: CancellationToken,
     /// Until when the delivery may be held while nothing is sent for it; see [`LONGEST_HOLD`].
     pub hold_until: Instant,
+    /// The right to call that this copy holds now: what a panic would leave behind.
+    pub lease: Mutex<Option<Lease>>,
     /// The lane's permits: none left means that the lane is full.
     pub permits: Arc<Semaphore>,
 }

@@ -1,6 +1,6 @@
 //! From a delivery to a job, or to a refusal that can be answered.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -78,10 +78,12 @@ impl Intake {
                 campaign: envelope.campaign.clone(),
                 deadline: envelope.deadline,
                 timestamp: envelope.timestamp,
-                picked_up_at: envelope.first_picked_up_at.unwrap_or(now).min(now),
-                redelivered: delivery.redelivered,
+                picked_up_at: envelope.hop.map_or(now, |hop| hop.first_picked_up_at).min(now),
+                redelivered: delivery.redelivered
+                    || envelope.hop.is_some_and(|hop| hop.redelivered),
                 session: delivery.session.clone(),
                 hold_until: Instant::now() + LONGEST_HOLD,
+                lease: Mutex::default(),
                 permits: permits.clone(),
             })
         });

@@ -3,8 +3,11 @@
 //! Sends nothing to RabbitMQ: [`super::settle`] carries the verdict out. So a crash anywhere in
 //! here leaves the message unacked, and the ledger decides what the next worker may do.
 
-use std::sync::Arc;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
+
+use futures::FutureExt as _;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -29,10 +32,12 @@ use crate::retry::{backoff, policy};
 const LEASE_MARGIN: Duration = Duration::from_secs(15);
 /// What must be left of a lease, beyond the call, when the call begins.
 const SETTLE_MARGIN: Duration = Duration::from_secs(5);
-/// While the key is refused and a lane is full, jobs without a deadline make room this long.
-const MAKE_ROOM: Duration = Duration::from_secs(30);
-/// For how long a job goes to a delay queue that was held for [`super::ask::LONGEST_HOLD`].
-const AFTER_A_HOLD: Duration = Duration::from_mins(10);
+/// While the key is refused and a lane is full, a job without a deadline makes room after so long.
+const MAKE_ROOM: Duration = Duration::from_secs(5);
+/// For how long a job then goes to a delay queue, and after it was held for
+/// [`super::ask::LONGEST_HOLD`]. Short, because what is left of it after a pause counts as time in
+/// which the job was tried.
+const ASIDE: Duration = Duration::from_secs(5);
 
 /// What is to be done with the message.
 #[derive(Debug)]
@@ -54,6 +59,8 @@ pub enum Verdict {
     Abandon,
     /// The job's row in the ledger is damaged: park the job for a person, and go on.
     Damaged(String),
+    /// The worker met a bug before anything was sent: park the job for a person, and go on.
+    Panicked,
     /// The ledger is damaged: stop everything.
     Fatal(LedgerError),
 }
@@ -75,6 +82,8 @@ pub struct Journey {
     pub clock: SharedClock,
     /// Names outages.
     pub trouble: Trouble,
+    /// When the last check of the key began that found it accepted.
+    pub key_accepted_at: tokio::sync::Mutex<Option<Instant>>,
     /// Cancelled when nothing new may be sent.
     pub stop: CancellationToken,
     /// The ledger.
@@ -106,7 +115,26 @@ impl Journey {
             turn = self.turns.take(&ask.key) => turn,
             verdict = self.interrupted(ask) => return (verdict, None),
         };
-        (self.travel(ask).await, Some(turn))
+        let travelled = AssertUnwindSafe(self.travel(ask)).catch_unwind().await;
+        let verdict = match travelled {
+            Ok(verdict) => verdict,
+            // The hook has logged it. One job is set aside; the others go on.
+            Err(_panic) => self.panicked(ask).await,
+        };
+        (verdict, Some(turn))
+    }
+
+    /// A bug was met: if that was under a lease, a session may exist that must be counted.
+    async fn panicked(&self, ask: &Ask) -> Verdict {
+        let lease = ask.lease.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(lease) = lease else { return Verdict::Panicked };
+        let reason = "the worker met a bug while it handled the call".to_owned();
+        let ending = Ending::Unresolved(Problem::new("worker_panicked", reason.clone()));
+        let attempt = Attempt::Ambiguous { checkout_id: None, reason };
+        match self.settle(ask, lease, attempt, Next::End(ending)).await {
+            Step::Verdict(verdict) => verdict,
+            Step::WaitUntil(..) => Verdict::Panicked,
+        }
     }
 
     async fn travel(&self, ask: &Ask) -> Verdict {
@@ -143,7 +171,7 @@ impl Journey {
             () = self.stop.cancelled() => Verdict::GiveBack,
             // A broker takes a delivery back that is held too long, and counts that against it.
             () = tokio::time::sleep_until(ask.hold_until) => {
-                Verdict::Delay { wait: AFTER_A_HOLD, why: "held_too_long" }
+                Verdict::Delay { wait: ASIDE, why: "held_too_long" }
             }
         }
     }
@@ -168,7 +196,7 @@ impl Journey {
             () = paced => Admission::Admitted,
             () = expiry => Admission::LookAgain,
             () = self.must_make_room(ask) => {
-                Admission::Verdict(Verdict::Delay { wait: MAKE_ROOM, why: "key_refused" })
+                Admission::Verdict(Verdict::Delay { wait: ASIDE, why: "key_refused" })
             }
         };
         // The gate may have closed while the pacer was waited for.
@@ -187,10 +215,11 @@ impl Journey {
         }
         loop {
             self.gate.closed_by(Reason::Key).await;
-            if ask.permits.available_permits() == 0 {
+            // Held first: a full lane must not send its whole backlog round and round.
+            tokio::time::sleep(MAKE_ROOM).await;
+            if self.gate.is_closed_by(Reason::Key) && ask.permits.available_permits() == 0 {
                 return;
             }
-            tokio::time::sleep(Duration::from_secs(1)).await;
         }
     }
 
@@ -198,7 +227,13 @@ impl Journey {
     async fn step(&self, ask: &Ask) -> Step {
         let started = Instant::now();
         match self.claim(ask).await {
-            Ok(Claim::Granted(lease)) => self.attempt(ask, lease, started).await,
+            Ok(Claim::Granted(lease)) => {
+                let held = || ask.lease.lock().unwrap_or_else(PoisonError::into_inner);
+                *held() = Some(lease);
+                let step = self.attempt(ask, lease, started).await;
+                *held() = None;
+                step
+            }
             Ok(Claim::Settled(stored)) => Step::Verdict(Verdict::Reply(stored)),
             Ok(Claim::Conflict(fields)) => Step::Verdict(Verdict::Conflict(fields)),
             Ok(Claim::Busy { until }) => {
@@ -277,12 +312,18 @@ impl Journey {
         metrics::creem_request(answer.label(), asked.elapsed());
         self.trouble.note(&answer);
         tracing::debug!(job.key = %ask.key, attempt = lease.attempt, answer = answer.label(), "creem answered");
-        let (attempt, next) = self.judge(ask, lease, answer).await;
+        let (attempt, next) = self.judge(ask, lease, answer, asked).await;
         self.settle(ask, lease, attempt, next).await
     }
 
     /// Turns an answer into what is written down.
-    async fn judge(&self, ask: &Ask, lease: Lease, answer: Answer) -> (Attempt, Next) {
+    async fn judge(
+        &self,
+        ask: &Ask,
+        lease: Lease,
+        answer: Answer,
+        asked: Instant,
+    ) -> (Attempt, Next) {
         let unresolved =
             |code: &str, text: String| Next::End(Ending::Unresolved(Problem::new(code, text)));
         match answer {
@@ -333,7 +374,7 @@ impl Journey {
                 );
                 (Attempt::Throttled, next)
             }
-            Answer::KeyRefused(problem) => self.key_refused(problem).await,
+            Answer::KeyRefused(problem) => self.key_refused(problem, asked).await,
         }
     }
 
@@ -376,16 +417,24 @@ impl Journey {
         }
     }
 
-    /// A refused key is not this job's fault, unless the key is fine.
-    async fn key_refused(&self, problem: Problem) -> (Attempt, Next) {
+    /// A refused key is not this job's fault, unless the key is fine. `asked` is when the call began
+    /// that met the refusal: one check that began after it speaks for every such job.
+    async fn key_refused(&self, problem: Problem, asked: Instant) -> (Attempt, Next) {
         let wait = (Attempt::GivenBack, Next::Wait { until: self.clock.now() });
+        let rejected = (Attempt::Counted, Next::End(Ending::Rejected(problem)));
+        let mut accepted_at = self.key_accepted_at.lock().await;
+        if accepted_at.is_some_and(|accepted_at| accepted_at > asked) {
+            return rejected;
+        }
         if !self.hold(Reason::Key) {
             return wait;
         }
+        let checked = Instant::now();
         match self.creem.check_key().await {
             KeyCheck::Accepted => {
+                *accepted_at = Some(checked);
                 self.reopen(Reason::Key);
-                (Attempt::Counted, Next::End(Ending::Rejected(problem)))
+                rejected
             }
             KeyCheck::Refused(status) => {
                 tracing::error!(

@@ -5,6 +5,7 @@
 
 mod adoption;
 pub mod ask;
+mod care;
 pub mod gate;
 pub mod intake;
 pub mod journey;
@@ -27,12 +28,13 @@ use tokio_util::task::TaskTracker;
 
 use crate::clock::as_millis;
 use crate::job::{Lane, Status};
+use crate::ledger::Adoption;
 use crate::observe::health::Health;
 use crate::observe::metrics;
-use crate::rabbit::Delivery;
 use crate::rabbit::consumer::Plan;
+use crate::rabbit::hop::Hop;
+use crate::rabbit::{Delivery, Envelope};
 use crate::retry::Backoff;
-use adoption::Adoption;
 use gate::{Gate, Reason};
 use intake::{Intake, Read, Unfit};
 use journey::{Journey, Verdict};
@@ -98,7 +100,7 @@ struct Shared {
     /// Cancelled when nothing new is begun.
     stop: CancellationToken,
     /// What has been decided about a new ledger.
-    adoption: tokio::sync::Mutex<Adoption>,
+    adoption: tokio::sync::Mutex<Option<Adoption>>,
     /// Set once; ends everything.
     fatal: tokio::sync::watch::Sender<Option<Fatal>>,
 }
@@ -124,9 +126,10 @@ impl Worker {
             jobs: TaskTracker::new(),
             permits,
             stop: soft,
-            adoption: tokio::sync::Mutex::new(Adoption::Undecided),
+            adoption: tokio::sync::Mutex::default(),
             fatal: tokio::sync::watch::Sender::new(None),
         });
+        shared.begin_with_the_ledger().await;
         let mut watchers = JoinSet::new();
         watch::spawn_all(&shared, &mut watchers);
         let mut fatal = shared.fatal.subscribe();
@@ -169,10 +172,7 @@ impl Shared {
             AssertUnwindSafe(self.bring_to_its_end(&delivery, &permits)).catch_unwind().await;
         let (key, summary) = match handled {
             Ok(done) => done,
-            Err(_panic) => {
-                // The hook has logged it. One job is set aside; the others go on.
-                (None, self.worker.settler.park_panicked(&delivery).await)
-            }
+            Err(_panic) => (None, self.set_aside(&delivery).await),
         };
         drop(permit);
         metrics::job(lane, summary.verdict, started.elapsed());
@@ -186,6 +186,23 @@ impl Shared {
             duration_ms = as_millis(started.elapsed()),
             "job"
         );
+    }
+
+    /// Parks a delivery that a bug has met outside of its journey. If that meets a bug as well, the
+    /// session is given up, and with it the delivery's place in the prefetch window.
+    async fn set_aside(&self, delivery: &Delivery) -> Summary {
+        let envelope = Envelope::default();
+        let case = Case { delivery, envelope: &envelope, request_id: None };
+        let parked = AssertUnwindSafe(self.worker.settler.park_panicked(case)).catch_unwind().await;
+        parked.unwrap_or_else(|_panic| {
+            delivery.session.cancel();
+            Summary {
+                verdict: "abandoned",
+                code: None,
+                attempts: 0,
+                left: settle::Left::ComesAgain,
+            }
+        })
     }
 
     async fn bring_to_its_end(
@@ -214,9 +231,10 @@ impl Shared {
         let unresolved =
             matches!(&verdict, Verdict::Reply(stored) if stored.status == Status::Unresolved);
         let _turn = turn.filter(|_| unresolved);
+        let hop = Hop { first_picked_up_at: ask.picked_up_at, redelivered: ask.redelivered };
         let request_id = Some(&ask.key.request_id);
         let case = Case { delivery, envelope: &envelope, request_id };
-        let summary = worker.settler.carry_out(case, &ask.key, ask.picked_up_at, verdict).await;
+        let summary = worker.settler.carry_out(case, &ask.key, hop, verdict).await;
         (Some(ask.key.to_string()), summary)
     }
 }

@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use super::Shared;
+use super::care::{CAREFUL_PAUSE, CLEAN_SESSION, Care, LONG_SESSION};
 use super::gate::Reason;
 use crate::clock::as_millis;
 use crate::job::Lane;
@@ -17,41 +18,6 @@ use crate::observe::metrics;
 use crate::rabbit::consumer::OpenError;
 use crate::rabbit::{LinkError, Session};
 use crate::retry::backoff;
-
-/// After this long a session is taken for a good one.
-const LONG_SESSION: Duration = Duration::from_secs(30);
-
-/// While deliveries are taken one at a time, the longest pause between two sessions: every job
-/// waits behind the one that breaks them, until the delivery limit has taken it away.
-const CAREFUL_PAUSE: Duration = Duration::from_millis(250);
-
-/// Whether each lane takes its deliveries one at a time, because one of them breaks the connection.
-///
-/// A message that lapin cannot read ends the connection, and the broker counts that against
-/// every delivery that was out. One at a time, it is counted against the culprit and at most one
-/// neighbour of the other lane, until the delivery limit takes the culprit away.
-#[derive(Debug, Default)]
-struct Care {
-    garbled: bool,
-    short: u32,
-}
-
-impl Care {
-    fn needed(&self) -> bool {
-        self.garbled || self.short >= 3
-    }
-
-    /// Learns from a session's end. Often the real reason shows only as a session that is over
-    /// before it has begun.
-    fn note(&mut self, ended: &LinkError, lasted: Duration) {
-        if lasted >= LONG_SESSION {
-            *self = Self::default();
-        } else {
-            self.garbled |= matches!(ended, LinkError::Garbled(_));
-            self.short += 1;
-        }
-    }
-}
 
 impl Shared {
     /// Session after session, until the stop; then what was sent is finished.
@@ -75,27 +41,31 @@ impl Shared {
                 opened = self.open_session() => opened,
                 () = self.stop.cancelled() => return None,
             };
+            let mut longest = Duration::MAX;
             let reason = match opened {
                 Ok(session) => {
                     let session = Arc::new(session);
                     let began = Instant::now();
-                    let ended = self.serve(&session, care.needed()).await;
+                    let lanes = self.permits.len();
+                    let ended = self.serve(&session, care.lane(lanes)).await;
                     self.not_consuming("the session with the broker is over");
                     if self.stop.is_cancelled() {
                         return Some(session);
                     }
                     session.close().await;
-                    care.note(&ended, began.elapsed());
+                    care.note(&ended, began.elapsed(), lanes);
                     if began.elapsed() > LONG_SESSION {
                         failures = 0;
+                    }
+                    if care.lane(lanes).is_some() {
+                        longest = CAREFUL_PAUSE;
                     }
                     ended.to_string()
                 }
                 Err(error) => error.to_string(),
             };
             failures += 1;
-            let delay = self.worker.backoff.delay(failures, None, backoff::chance());
-            let delay = if care.needed() { delay.min(CAREFUL_PAUSE) } else { delay };
+            let delay = self.worker.backoff.delay(failures, None, backoff::chance()).min(longest);
             self.worker.health.set_broker(Err(reason.clone()));
             tracing::warn!(
                 error = reason,
@@ -118,16 +88,19 @@ impl Shared {
         Session::open(&self.worker.plan).await
     }
 
-    /// Consumes every lane until one of them breaks; returns why.
-    ///
-    /// `careful` takes one delivery at a time in each lane: the last session broke over a message that cannot
-    /// be read, and each break counts against every delivery that was out.
-    async fn serve(self: &Arc<Self>, session: &Arc<Session>, careful: bool) -> LinkError {
+    /// Consumes every lane, or `only` that one with one delivery at a time (see [`Care`]), until
+    /// one of them breaks; returns why.
+    async fn serve(self: &Arc<Self>, session: &Arc<Session>, only: Option<usize>) -> LinkError {
         let mut lanes = JoinSet::new();
         // What a new ledger's first session is redelivered was taken by a worker with another one.
         let fresh = self.ledger_is_new().await;
+        let careful = only.is_some();
+        let served = self.permits.iter().enumerate();
+        let served = served.filter(|(index, _)| only.is_none_or(|only| only == *index));
         let (subscribed, mut subscriptions) = mpsc::channel(self.permits.len());
-        for (size, permits) in &self.permits {
+        let mut expected = 0;
+        for (_, (size, permits)) in served {
+            expected += 1;
             let lane = LaneLoop {
                 shared: self.clone(),
                 session: session.clone(),
@@ -140,7 +113,7 @@ impl Shared {
         }
         drop(subscribed);
         let all_subscribed = async {
-            for _ in &self.permits {
+            for _ in 0..expected {
                 // A lane that fails instead ends the session; nothing more comes then.
                 if subscriptions.recv().await.is_none() {
                     return std::future::pending().await;
@@ -150,13 +123,17 @@ impl Shared {
         let ended = tokio::select! {
             ended = lanes.join_next() => ended,
             () = async { all_subscribed.await; self.consuming(); std::future::pending().await } => None,
-            () = tokio::time::sleep(LONG_SESSION), if careful => {
-                Some(Ok(Some(LinkError::Broken("taking many deliveries at a time again".to_owned()))))
+            () = tokio::time::sleep(CLEAN_SESSION), if careful => {
+                Some(Ok(Some(LinkError::Broken("no message of this lane breaks the connection".to_owned()))))
             }
         };
         let reason = match ended {
             Some(Ok(Some(error))) => error,
-            Some(Ok(None)) | None => LinkError::Broken("stopping".to_owned()),
+            _ if self.stop.is_cancelled() => LinkError::Broken("stopping".to_owned()),
+            Some(Ok(None)) | None => LinkError::Broken(
+                "given up: an ack did not go out, or a queue of the worker's own is missing"
+                    .to_owned(),
+            ),
             Some(Err(error)) => LinkError::Broken(format!("a lane's task died: {error}")),
         };
         if self.stop.is_cancelled() {

@@ -10,7 +10,7 @@ use crate::job::{FingerprintKey, Key, Problem, Refusal, RequestId, Status, reply
 use crate::ledger::{Command, Ledger, Stored};
 use crate::observe::metrics;
 use crate::rabbit::consumer::Acked;
-use crate::rabbit::hop::has_hop;
+use crate::rabbit::hop::{Hop, has_hop};
 use crate::rabbit::outgoing::Parking;
 use crate::rabbit::publisher::Class;
 use crate::rabbit::topology::DELAYS;
@@ -22,6 +22,9 @@ const FULL_TRIES: u32 = 5;
 /// How often a direct reply may take its channel down before the job is parked: RabbitMQ 3.10
 /// closes the whole connection over a malformed address.
 const DIRECT_TRIES: u32 = 2;
+
+/// How often one of the worker's own queues is tried before it is taken to be missing.
+const MISSING_TRIES: u32 = 4;
 
 /// What is needed to carry verdicts out.
 #[derive(Debug)]
@@ -38,6 +41,8 @@ pub struct Settler {
     pub ledger: Arc<dyn Ledger>,
     /// Signs hops.
     pub secret: FingerprintKey,
+    /// Whether a new session declares a queue of the worker's own that is missing.
+    pub heals: bool,
 }
 
 /// How a message left.
@@ -79,7 +84,7 @@ impl Settler {
         &self,
         case: Case<'_>,
         key: &Key,
-        picked_up_at: i64,
+        hop: Hop,
         verdict: Verdict,
     ) -> Summary {
         let summary = |verdict, code, attempts, left| Summary { verdict, code, attempts, left };
@@ -96,7 +101,7 @@ impl Settler {
                 self.answer(case, Status::Conflict, &refusal).await
             }
             Verdict::Delay { wait, why } => {
-                let left = self.delay(case.delivery, wait, picked_up_at).await;
+                let left = self.delay(case.delivery, wait, hop).await;
                 summary("delayed", Some(why.to_owned()), 0, left)
             }
             Verdict::GiveBack => {
@@ -112,6 +117,7 @@ impl Settler {
                 tracing::error!(job.key = %key, what, "a row of the ledger is damaged; the job is parked, as nobody knows whether it has a link; `checkout-worker check --ledger` lists every damaged row");
                 self.park(case, "ledger_row_damaged", &what, 0).await
             }
+            Verdict::Panicked => self.park_panicked(case).await,
             Verdict::Fatal(error) => {
                 tracing::error!(job.key = %key, %error, "the job is left to whoever serves next");
                 summary("ledger_damaged", None, 0, Left::ComesAgain)
@@ -132,9 +138,7 @@ impl Settler {
     }
 
     /// Parks a delivery whose handling panicked.
-    pub async fn park_panicked(&self, delivery: &Delivery) -> Summary {
-        let envelope = Envelope::default();
-        let case = Case { delivery, envelope: &envelope, request_id: None };
+    pub async fn park_panicked(&self, case: Case<'_>) -> Summary {
         self.park(case, "worker_panicked", "the worker met a bug while it handled this job", 0)
             .await
     }
@@ -226,7 +230,7 @@ impl Settler {
 
     /// Lets the job come back after about `wait`: the longest delay that is not longer, or the
     /// shortest there is; what is left is waited for when it is back.
-    async fn delay(&self, delivery: &Delivery, wait: Duration, picked_up_at: i64) -> Left {
+    async fn delay(&self, delivery: &Delivery, wait: Duration, hop: Hop) -> Left {
         let (name, _) = DELAYS.iter().rev().find(|(_, delay)| *delay <= wait).unwrap_or(&DELAYS[0]);
         let message = Message::hop(
             &self.topology,
@@ -234,7 +238,7 @@ impl Settler {
             name,
             &delivery.properties,
             delivery.body.clone(),
-            picked_up_at,
+            hop,
             &self.secret,
         );
         let placed = self.place(delivery, message, "the job cannot be delayed").await;
@@ -303,6 +307,10 @@ impl Settler {
                         "one of the worker's own queues does not take it; was it deleted?"
                     );
                     tries += 1;
+                    if self.heals && tries >= MISSING_TRIES {
+                        delivery.session.cancel();
+                        return Placed::SessionOver;
+                    }
                     if !self.wait_before_retry(delivery, tries).await {
                         return Placed::SessionOver;
                     }

@@ -36,11 +36,6 @@ pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     tasks.spawn(gauges(shared.clone()));
 }
 
-fn probing() -> Backoff {
-    Backoff::try_new(Duration::from_millis(250), Duration::from_secs(15))
-        .expect("250 ms is less than 15 s")
-}
-
 /// While the ledger is away, asks whether it is back.
 async fn ledger(shared: Arc<Shared>) {
     loop {
@@ -56,7 +51,12 @@ async fn ledger(shared: Arc<Shared>) {
                 Err(error @ LedgerError::Unavailable(_)) => {
                     shared.worker.health.set_ledger(Err(error.to_string()));
                     tries += 1;
-                    tokio::time::sleep(probing().delay(tries, None, backoff::chance())).await;
+                    tokio::time::sleep(Backoff::of_reconnects().delay(
+                        tries,
+                        None,
+                        backoff::chance(),
+                    ))
+                    .await;
                 }
             }
         }
@@ -69,17 +69,17 @@ async fn ledger(shared: Arc<Shared>) {
 
 /// While Creem refuses the key, asks with a harmless GET whether it still does.
 async fn key(shared: Arc<Shared>) {
+    let journey = &shared.worker.journey;
     loop {
         shared.gate.closed_by(Reason::Key).await;
         let mut tries = 0;
         while shared.gate.is_closed_by(Reason::Key) {
             tries += 1;
-            tokio::time::sleep(probing().ceiling(tries)).await;
-            let reason = match shared.worker.journey.creem.check_key().await {
+            tokio::time::sleep(Backoff::of_reconnects().ceiling(tries)).await;
+            let reason = match journey.creem.check_key().await {
                 KeyCheck::Accepted => {
                     tracing::info!("Creem accepts the API key; intake goes on");
-                    shared.worker.health.set_key(Ok(()));
-                    shared.worker.journey.reopen(Reason::Key);
+                    journey.reopen(Reason::Key);
                     break;
                 }
                 KeyCheck::Refused(status) => format!(
@@ -91,6 +91,8 @@ async fn key(shared: Arc<Shared>) {
             };
             shared.worker.health.set_key(Err(reason));
         }
+        // Whoever has opened the gate: no older answer may stand.
+        shared.worker.health.set_key(Ok(()));
     }
 }
 

@@ -68,7 +68,7 @@ async fn a_second_signal_leaves_at_once() {
     worker.signal("TERM");
     soon("it stops", worker.logged("stopping: finishing what was sent")).await;
     worker.signal("TERM");
-    assert_eq!(worker.ended().await, 0);
+    assert_eq!(worker.ended().await, 1);
     eventually("the job is back", || async { world.depth("jobs").await == 1 }).await;
 }
 
@@ -115,9 +115,88 @@ async fn a_lost_ledger_is_noticed_before_a_redelivered_job_gets_a_second_link() 
         assert!(worker.log().join("\n").contains("--accept-empty-ledger"));
         assert_eq!(world.posts(), 1);
     }
+    // The refusal is remembered: not even a job that nobody took before is taken.
+    world
+        .channel
+        .queue_purge(world.queue("jobs").as_str().into(), QueuePurgeOptions::default())
+        .await
+        .unwrap();
+    world.job("b").await;
+    let mut worker = world.worker_unready(&[]);
+    assert_eq!(worker.ended().await, 1);
+    assert_eq!((world.posts(), world.depth("jobs").await), (1, 1));
     let mut replies = world.replies().await;
-    let _worker = world.worker_unready(&["--accept-empty-ledger"]);
+    let worker = world.worker_unready(&["--accept-empty-ledger"]);
     assert_eq!(next(&mut replies).await.status(), "succeeded");
+    worker.kill().await;
+    let _worker = world.worker().await;
+    world.job("c").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded", "the operator's word is remembered");
+}
+
+#[tokio::test]
+async fn a_queue_of_the_workers_own_that_is_deleted_is_declared_again_and_no_job_is_lost() {
+    let Some(world) = World::new("own_queue").await else { return };
+    let worker = world.worker().await;
+    let dead = world.queue("dead");
+    world.channel.queue_delete(dead.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    world.publish(body("a"), persistent().with_reply_to(world.queue("jobs").into())).await;
+    soon("it is noticed", worker.logged("one of the worker's own queues does not take it")).await;
+    eventually("it is declared again", || async {
+        let channel = world.connection.create_channel().await.unwrap();
+        let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+        channel.queue_declare(dead.as_str().into(), passive, FieldTable::default()).await.is_ok()
+    })
+    .await;
+    let mut dead = world.dead().await;
+    assert_eq!(next(&mut dead).await.body, body("a").into_bytes());
+}
+
+#[tokio::test]
+async fn a_reply_exchange_that_is_gone_pauses_intake_and_fails_no_job() {
+    let Some(mut world) = World::new("reply_exchange").await else { return };
+    let exchange = world.queue("outbox");
+    world.set("replies.exchange", &exchange);
+    let worker = world.worker().await;
+    let gone = ExchangeDeleteOptions::default();
+    world.channel.exchange_delete(exchange.as_str().into(), gone).await.unwrap();
+    world.job("a").await;
+    soon("it is noticed", async {
+        loop {
+            let (status, text) = worker.get("/readyz").await;
+            if status == 503 && text.contains("publishing breaks its channel") {
+                return;
+            }
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    })
+    .await;
+    let channel = world.connection.create_channel().await.unwrap();
+    let durable = ExchangeDeclareOptions { durable: true, ..ExchangeDeclareOptions::default() };
+    let queue = world.queue("replies");
+    channel
+        .exchange_declare(
+            exchange.as_str().into(),
+            lapin::ExchangeKind::Direct,
+            durable,
+            FieldTable::default(),
+        )
+        .await
+        .unwrap();
+    channel
+        .queue_bind(
+            queue.as_str().into(),
+            exchange.as_str().into(),
+            queue.as_str().into(),
+            QueueBindOptions::default(),
+            FieldTable::default(),
+        )
+        .await
+        .unwrap();
+    let mut replies = world.replies().await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    eventually("it is ready", || async { worker.get("/readyz").await.0 == 200 }).await;
+    assert_eq!(world.posts(), 1);
 }
 
 #[tokio::test]
@@ -126,7 +205,7 @@ async fn a_lost_ledger_is_noticed_by_a_job_that_comes_from_its_delay_queue() {
     world.worker().await.kill().await;
     std::fs::remove_file(world.ledger()).unwrap();
     // As another ledger's worker would have signed it.
-    let mark = "1;1795370400000;00112233445566778899aabbccddeeff";
+    let mark = "1;1795370400000;0;00112233445566778899aabbccddeeff";
     world.publish(body("a"), header("checkout-hop", mark)).await;
     let mut worker = world.worker_unready(&[]);
     assert_eq!(worker.ended().await, 1);

@@ -2,20 +2,27 @@
 //! way.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use creem_checkout_worker::clock::{ManualClock, SharedClock};
 use creem_checkout_worker::creem::{Client, Options};
-use creem_checkout_worker::job::{CheckoutRequest, Fingerprint, Lane, Mode, Rules as JobRules};
-use creem_checkout_worker::ledger::OnUnknown;
+use creem_checkout_worker::job::{
+    CheckoutRequest, Fingerprint, Lane, Mode, Rules as JobRules, Status,
+};
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
+use creem_checkout_worker::ledger::{
+    Answer, Command, Identity, Ledger, LedgerError, OnUnknown, State,
+};
 use creem_checkout_worker::pace::Pacer;
 use creem_checkout_worker::retry::{Backoff, Pauses, Policy};
+use creem_checkout_worker::simulator::{Options as SimulatorOptions, Simulator};
 use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD, LaneRules, Rules};
 use creem_checkout_worker::worker::gate::{Gate, Reason};
 use creem_checkout_worker::worker::journey::{Journey, Verdict};
 use creem_checkout_worker::worker::trouble::Trouble;
 use creem_checkout_worker::worker::turns::Turns;
+use futures::future::BoxFuture;
 use tempfile::TempDir;
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -32,6 +39,11 @@ struct Bench {
 }
 
 fn bench() -> Bench {
+    // Nobody is there, and nobody is asked.
+    bench_with("http://127.0.0.1:1", |ledger| Arc::new(ledger))
+}
+
+fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -> Bench {
     let directory = TempDir::new().unwrap();
     let clock: SharedClock = Arc::new(ManualClock::at(START));
     let path = directory.path().join("ledger.db");
@@ -45,8 +57,7 @@ fn bench() -> Bench {
         max_age: None,
     };
     let creem = Options {
-        // Nobody is there, and nobody is asked.
-        base_url: "http://127.0.0.1:1".parse().unwrap(),
+        base_url: creem.parse().unwrap(),
         api_key: "creem_test_canary".to_owned().into(),
         mode: Mode::Test,
         request_timeout: Duration::from_secs(10),
@@ -68,9 +79,10 @@ fn bench() -> Bench {
         gate: Arc::new(Gate::new(clock.clone(), Pauses::default())),
         turns: Turns::default(),
         trouble: Trouble::default(),
+        key_accepted_at: tokio::sync::Mutex::default(),
         clock,
         stop: CancellationToken::new(),
-        ledger: Arc::new(ledger),
+        ledger: wrap(ledger),
     };
     Bench { journey, directory }
 }
@@ -90,17 +102,17 @@ impl Bench {
             redelivered: false,
             session: CancellationToken::new(),
             hold_until: Instant::now() + LONGEST_HOLD,
+            lease: std::sync::Mutex::default(),
             permits: Arc::new(Semaphore::new(1)),
         }
     }
 
-    async fn held(&self, what: &str) {
+    async fn held(&self, what: &str, ask: Ask, time: Duration) {
         let began = Instant::now();
-        let ask = self.ask();
         let travelled = tokio::time::timeout(LONGEST_HOLD * 2, self.journey.run(&ask)).await;
         let (verdict, _) = travelled.unwrap_or_else(|_| panic!("{what}: held too long"));
         assert!(matches!(verdict, Verdict::Delay { .. }), "{what}: {verdict:?}");
-        assert_eq!(began.elapsed().as_secs(), LONGEST_HOLD.as_secs(), "{what}");
+        assert_eq!(began.elapsed().as_secs(), time.as_secs(), "{what}");
         let inspector = creem_checkout_worker::ledger::sqlite::inspect::Inspector::open(
             &self.directory.path().join("ledger.db"),
         );
@@ -113,9 +125,68 @@ async fn a_delivery_is_held_for_so_long_and_no_longer_whatever_it_waits_for() {
     for reason in [Reason::Key, Reason::Publishing, Reason::Ledger] {
         let bench = bench();
         bench.journey.gate.close(reason);
-        bench.held(reason.as_str()).await;
+        bench.held(reason.as_str(), bench.ask(), LONGEST_HOLD).await;
     }
     let bench = bench();
     let _turn = bench.journey.turns.take(&key("a")).await;
-    bench.held("the turn of another copy").await;
+    bench.held("the turn of another copy", bench.ask(), LONGEST_HOLD).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_in_a_full_lane_makes_room_while_the_key_is_refused_but_not_at_once() {
+    let bench = bench();
+    bench.journey.gate.close(Reason::Key);
+    let full = Ask { permits: Arc::new(Semaphore::new(0)), ..bench.ask() };
+    bench.held("a full lane", full, Duration::from_secs(5)).await;
+    let hurried =
+        Ask { permits: Arc::new(Semaphore::new(0)), deadline: Some(i64::MAX), ..bench.ask() };
+    bench.held("a job with a deadline keeps its place", hurried, LONGEST_HOLD).await;
+}
+
+/// A ledger whose first settle meets a bug of ours, before or after it has taken effect.
+#[derive(Debug)]
+struct Buggy {
+    ledger: SqliteLedger,
+    armed: AtomicBool,
+    after: bool,
+}
+
+impl Ledger for Buggy {
+    fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
+        let settle = matches!(command, Command::Settle(_));
+        let bug = settle && self.armed.swap(false, Ordering::SeqCst);
+        assert!(!bug || self.after, "a bug");
+        let answer = self.ledger.execute(command);
+        Box::pin(async move {
+            let answer = answer.await;
+            assert!(!bug, "a bug");
+            answer
+        })
+    }
+
+    fn identity(&self) -> &Identity {
+        self.ledger.identity()
+    }
+
+    fn sweep(&self, before: i64) -> BoxFuture<'static, Result<usize, LedgerError>> {
+        self.ledger.sweep(before)
+    }
+}
+
+#[tokio::test]
+async fn a_bug_under_a_lease_counts_the_session_that_may_exist() {
+    let any = ([127, 0, 0, 1], 0).into();
+    let (simulator, serve) = Simulator::start(any, SimulatorOptions::default()).await.unwrap();
+    tokio::spawn(serve);
+    for (after, status, ambiguous) in [(false, Status::Unresolved, 1), (true, Status::Succeeded, 0)]
+    {
+        let bench = bench_with(&simulator.url(), |ledger| {
+            Arc::new(Buggy { ledger, armed: AtomicBool::new(true), after })
+        });
+        let (verdict, _) = bench.journey.run(&bench.ask()).await;
+        let Verdict::Reply(stored) = verdict else { panic!("{verdict:?}") };
+        assert_eq!(stored.status, status);
+        let row = crate::ledger::row(&bench.directory.path().join("ledger.db"), "a");
+        assert_eq!((row.state, row.ambiguous), (State::Ended(status), ambiguous));
+    }
 }

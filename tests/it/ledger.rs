@@ -276,6 +276,12 @@ async fn what_ended_without_a_session_is_tried_afresh_when_sent_again_with_any_b
         assert_eq!(bench.claim_as(redelivered).await, Claim::Settled(stored.clone()));
         let earlier = Claimant { picked_up_at: stored.ended_at, ..again.clone() };
         assert_eq!(bench.claim_as(earlier).await, Claim::Settled(stored.clone()));
+        let other = Claimant { redelivered: true, ..bench.claimant("a", 7) };
+        let taken = bench.claim_as(other).await;
+        assert!(
+            matches!(taken, Claim::Conflict(_)),
+            "a redelivery does not free the id: {taken:?}"
+        );
         let Claim::Granted(lease) = bench.claim_as(bench.claimant("a", 7)).await else {
             panic!("{ending:?} is tried afresh with another body")
         };
@@ -283,6 +289,16 @@ async fn what_ended_without_a_session_is_tried_afresh_when_sent_again_with_any_b
         let ended = bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_2"))).await;
         assert!(matches!(ended, Settle::Ended(new) if new.message_id != stored.message_id));
     }
+}
+
+#[tokio::test]
+async fn a_lease_written_under_a_clock_that_ran_ahead_is_over() {
+    let bench = Bench::new(OnUnknown::Retry);
+    bench.lease("a").await;
+    bench.clock.advance(Duration::from_secs(20));
+    assert!(matches!(bench.claim("a").await, Claim::Busy { .. }), "within its time it is alive");
+    bench.clock.set(START - 24 * 3_600_000);
+    assert_eq!(bench.lease("a").await.ambiguous, 1);
 }
 
 #[tokio::test]

@@ -419,13 +419,21 @@ async fn a_refusal_of_one_job_with_a_good_key_ends_only_this_job() {
     let Some(world) = World::new("one_refusal").await else { return };
     let worker = world.worker().await;
     let mut replies = world.replies().await;
-    world.script(r#"{"faults":[{"request_id":"a","kind":"status","status":403}]}"#);
-    world.job("a").await;
-    let reply = next(&mut replies).await;
-    assert_eq!(
-        (reply.status(), reply.text("/error/code")),
-        ("rejected".into(), "creem_key_refused".into())
-    );
+    // All calls are under way before the first is answered: one check of the key speaks for all,
+    // and nobody is asked again.
+    world.script(r#"{"latency_ms":300,"faults":[{"weight":1.0,"kind":"status","status":403}]}"#);
+    for n in 0..40 {
+        world.job(&format!("a{n}")).await;
+    }
+    for _ in 0..40 {
+        let reply = next(&mut replies).await;
+        assert_eq!(
+            (reply.status(), reply.text("/error/code")),
+            ("rejected".into(), "creem_key_refused".into())
+        );
+    }
+    assert!(world.posts() < 80, "{} calls for 40 jobs", world.posts());
+    world.script("{}");
     world.job("b").await;
     assert_eq!(next(&mut replies).await.status(), "succeeded");
     assert_eq!(worker.get("/readyz").await.0, 200);

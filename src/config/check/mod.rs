@@ -69,8 +69,6 @@ pub struct Resolved {
     pub lanes: Vec<LaneSize>,
     /// Calls a second.
     pub per_second: Option<f64>,
-    /// Delays.
-    pub backoff: Backoff,
     /// The HTTP server.
     pub listen: std::net::SocketAddr,
     /// The end.
@@ -126,7 +124,6 @@ pub fn resolve(settings: &Settings) -> Result<Resolved, Vec<Problem>> {
         job,
         lanes,
         per_second: settings.rate_limit.per_second,
-        backoff,
         listen: settings.http.listen,
         grace: settings.shutdown.grace.0,
         log: (log_format(settings), settings.log.level.clone()),

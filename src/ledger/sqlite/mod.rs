@@ -17,7 +17,7 @@ use crate::job::{FingerprintKey, Key};
 use crate::ledger::group::{Commit, Committed, Group, Store};
 use crate::ledger::row::{Columns, Row};
 use crate::ledger::transition::{self, Context, Effect};
-use crate::ledger::{Answer, Command, Identity, Ledger, LedgerError};
+use crate::ledger::{Adoption, Answer, Command, Identity, Ledger, LedgerError};
 
 const SCHEMA: &str = include_str!("../schema/sqlite.sql");
 /// `user_version` of the schema above.
@@ -296,6 +296,7 @@ fn begin(connection: &mut Connection, now: Millis) -> rusqlite::Result<(Identity
     let identity = Identity {
         key: FingerprintKey::new(key),
         empty: meta_number(&transaction, "adopted")?.is_none(),
+        refused: meta_number(&transaction, "refused")?.is_some(),
         ambiguous_attempts: unsigned(meta_number(&transaction, "ambiguous_attempts")?),
         orphan_sessions: unsigned(meta_number(&transaction, "orphan_sessions")?),
         pauses: transaction
@@ -417,10 +418,7 @@ fn apply(
     match command {
         Command::Pause { from, to } => record_pause(connection, *from, *to)?,
         Command::Probe => set_meta_number(connection, "probed", context.now)?,
-        Command::Adopt(true) => set_meta_number(connection, "adopted", context.now)?,
-        Command::Adopt(false) => {
-            connection.execute("DELETE FROM meta WHERE name = 'adopted'", [])?;
-        }
+        Command::Adopt(adoption) => adopt(connection, *adoption, context.now)?,
         Command::Claim(_) | Command::Settle(_) | Command::Close(_) | Command::Parked { .. } => {}
     }
     let row = match command.key() {
@@ -431,6 +429,19 @@ fn apply(
         None => None,
     };
     Ok(Ok(transition::apply(row, command, context)))
+}
+
+fn adopt(connection: &Connection, adoption: Adoption, now: Millis) -> rusqlite::Result<()> {
+    let forget =
+        |name: &str| connection.execute("DELETE FROM meta WHERE name = ?1", [name]).map(|_| ());
+    match adoption {
+        Adoption::Adopted => set_meta_number(connection, "adopted", now),
+        Adoption::Refused => {
+            set_meta_number(connection, "refused", now)?;
+            forget("adopted")
+        }
+        Adoption::Accepted => forget("refused"),
+    }
 }
 
 /// Writes what an effect changed; returns how many orphans are new.
