@@ -28,4 +28,5 @@ lint:
 
 clean:
 	@for broker in target/*broker*; do if [ -d "$$broker" ]; then scripts/broker clean "$$broker"; fi; done
+	@for server in target/*postgres*; do if [ -d "$$server" ]; then scripts/postgres clean "$$server"; fi; done
 	$(CARGO) clean

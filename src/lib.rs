@@ -29,6 +29,8 @@
 //!   A back-end loads rows, applies commands in order and makes the result durable; it has no
 //!   opinion of its own on what a claim means. That leaves one place to read, to model and to
 //!   break on purpose.
+//! * The embedded ledger has one writer; the shared one has no locks: each write compares the version
+//!   of the row that was read, and whoever loses reads again. Both give the machine a row and a clock.
 //! * A claim and its intent are one durable write: the permit to call is taken first, so a lease
 //!   never ages in a queue of ours. A job costs two commits, shared with whatever is ready.
 //! * The reply's bytes are made inside the transition that ends the job, so "the reply says what

@@ -4,10 +4,12 @@ use std::path::Path;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+use super::look::{Look, shown};
 use super::{Failure, Outcome, block_on, resolved, say};
-use crate::config::check::Resolved;
+use crate::config::check::{Ledger, Resolved};
 use crate::creem::{Client, KeyCheck};
 use crate::job::Lane;
+use crate::ledger::postgres;
 use crate::ledger::sqlite::inspect::Inspector;
 use crate::observe::admin::LIVEZ;
 use crate::rabbit::topology::Differences;
@@ -36,10 +38,15 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
             say(&format!("WRONG    {what}: {text}"));
         }
     };
-    report("ledger", ledger(&settings));
-    let (broker, key, listen) = block_on(async {
-        tokio::join!(broker(&settings), key(&settings), listen(settings.listen))
+    let (ledger, broker, key, listen) = block_on(async {
+        tokio::join!(
+            ledger(&settings.ledger),
+            broker(&settings),
+            key(&settings),
+            listen(settings.listen)
+        )
     })?;
+    report("ledger", ledger);
     report("http.listen", listen);
     for (what, result) in broker {
         report(what, result);
@@ -52,12 +59,24 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     }
 }
 
-fn ledger(settings: &Resolved) -> Result<String, String> {
-    let path = &settings.ledger;
+async fn ledger(ledger: &Ledger) -> Result<String, String> {
+    match ledger {
+        Ledger::File(path) => file(path),
+        Ledger::Database(options) => match postgres::inspect::Inspector::open(options).await {
+            Ok(_) => Ok(format!("{} has a ledger", options.shown())),
+            Err(postgres::OpenError::Missing) => {
+                Ok(format!("{} answers; `run` makes the ledger in it", options.shown()))
+            }
+            Err(error) => Err(error.to_string()),
+        },
+    }
+}
+
+fn file(path: &Path) -> Result<String, String> {
     if path.exists() {
         Inspector::open(path).map_err(|error| error.to_string())?;
         let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        for place in [path.as_path(), parent.unwrap_or_else(|| Path::new("."))] {
+        for place in [path, parent.unwrap_or_else(|| Path::new("."))] {
             // Beside the ledger lie its lock and its write-ahead log.
             rustix::fs::access(place, rustix::fs::Access::WRITE_OK).map_err(|error| {
                 format!("{} is not writable for this user ({error})", place.display())
@@ -183,8 +202,9 @@ async fn is_a_worker(address: std::net::SocketAddr) -> bool {
 }
 
 fn whole_ledger(settings: &Resolved) -> Outcome {
-    let report = Inspector::open(&settings.ledger)?.report();
-    say(&format!("{}: {} rows", settings.ledger.display(), report.rows));
+    let report =
+        block_on(async { Ok::<_, Failure>(Look::open(&settings.ledger).await?.report().await?) })??;
+    say(&format!("{}: {} rows", shown(&settings.ledger), report.rows));
     for (state, count) in &report.states {
         say(&format!("  {state}: {count}"));
     }
@@ -198,6 +218,6 @@ fn whole_ledger(settings: &Resolved) -> Outcome {
         say(&format!("DAMAGED  {line}"));
     }
     Err(Failure::Failed(anyhow::anyhow!(
-        "the ledger is damaged: stop the worker, keep this file, restore a backup"
+        "the ledger is damaged: stop the workers, keep it as it is, restore a backup"
     )))
 }

@@ -2,6 +2,7 @@
 
 mod check;
 mod enqueue;
+mod look;
 mod run;
 mod show;
 

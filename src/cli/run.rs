@@ -6,12 +6,14 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use tokio::task::JoinSet;
 
+use super::look::shown;
 use super::{Failure, Outcome, block_on, count, resolved};
-use crate::clock::{SharedClock, SystemClock};
-use crate::config::check::Resolved;
+use crate::clock::{SharedClock, SystemClock, as_millis};
+use crate::config::check::{self as config, Resolved};
 use crate::creem::Client;
 use crate::job::Lane;
 use crate::ledger::Ledger;
+use crate::ledger::postgres::{self, Observation, PostgresLedger, Time};
 use crate::ledger::sqlite::SqliteLedger;
 use crate::lifecycle::Stages;
 use crate::observe::health::Health;
@@ -19,7 +21,7 @@ use crate::observe::{admin, logging, metrics};
 use crate::pace::Pacer;
 use crate::rabbit::Publisher;
 use crate::rabbit::consumer::Plan;
-use crate::retry::{Backoff, Pauses};
+use crate::retry::{Backoff, Pauses, backoff};
 use crate::worker::gate::Gate;
 use crate::worker::intake::Intake;
 use crate::worker::journey::Journey;
@@ -46,23 +48,61 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     logging::install(settings.log.0, &settings.log.1)
         .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
     let handle = metrics::install().context("the metrics recorder cannot be installed")?;
-    let clock: SharedClock = Arc::new(SystemClock);
-    let ledger = open_ledger(&settings, &clock)?;
-    block_on(serve(settings, ledger, clock, handle, arguments.accept_empty_ledger))?
+    block_on(serve(settings, handle, arguments.accept_empty_ledger))?
 }
 
-fn open_ledger(settings: &Resolved, clock: &SharedClock) -> Result<Arc<dyn Ledger>, Failure> {
-    let ledger = SqliteLedger::open(&settings.ledger, clock.clone(), |commit| {
+type Opened = (Arc<dyn Ledger>, SharedClock);
+
+fn open_file(path: &Path) -> Result<Opened, Failure> {
+    let clock: SharedClock = Arc::new(SystemClock);
+    let ledger = SqliteLedger::open(path, clock.clone(), |commit| {
         metrics::ledger_commit(commit.size, commit.took, commit.ambiguous, commit.orphans);
     })?;
-    metrics::start_from(ledger.identity().ambiguous_attempts, ledger.identity().orphan_sessions);
-    Ok(Arc::new(ledger))
+    let identity = ledger.identity();
+    metrics::start_from(identity.ambiguous_attempts, identity.orphan_sessions);
+    Ok((Arc::new(ledger), clock))
+}
+
+/// Opens the database, however long it takes to come; `None` if the worker is stopped first.
+async fn open_database(
+    options: &postgres::Options,
+    health: &Health,
+    stages: &Stages,
+) -> Result<Option<Opened>, Failure> {
+    let mut tries = 0;
+    loop {
+        let observe = |observation| match observation {
+            Observation::Commit(commit) => metrics::ledger_commit(commit.size, commit.took, 0, 0),
+            Observation::Totals { ambiguous_attempts, orphan_sessions } => {
+                metrics::start_from(ambiguous_attempts, orphan_sessions);
+            }
+        };
+        let opened = tokio::select! {
+            opened = PostgresLedger::open(options, Time::Database, observe) => opened,
+            () = stages.soft.cancelled() => return Ok(None),
+        };
+        let error = match opened {
+            Ok(ledger) => {
+                health.set_ledger(Ok(()));
+                let clock = ledger.clock();
+                return Ok(Some((Arc::new(ledger), clock)));
+            }
+            Err(error) if error.is_passing() => error,
+            Err(error) => return Err(error.into()),
+        };
+        tries += 1;
+        let delay = Backoff::of_reconnects().delay(tries, None, backoff::chance());
+        tracing::warn!(%error, delay_ms = as_millis(delay), "the ledger is not there; trying again");
+        health.set_ledger(Err(error.to_string()));
+        tokio::select! {
+            () = tokio::time::sleep(delay) => {}
+            () = stages.soft.cancelled() => return Ok(None),
+        }
+    }
 }
 
 async fn serve(
     settings: Resolved,
-    ledger: Arc<dyn Ledger>,
-    clock: SharedClock,
     handle: metrics_exporter_prometheus::PrometheusHandle,
     accept_empty_ledger: bool,
 ) -> Outcome {
@@ -83,11 +123,16 @@ async fn serve(
         version = env!("CARGO_PKG_VERSION"),
         mode = settings.creem.mode.as_str(),
         creem = %settings.creem.base_url,
-        ledger = %settings.ledger.display(),
+        ledger = shown(&settings.ledger),
         lanes = describe(&settings.lanes),
         http = %address,
         "starting"
     );
+    let opened = match &settings.ledger {
+        config::Ledger::File(path) => Some(open_file(path)?),
+        config::Ledger::Database(options) => open_database(options, &health, &stages).await?,
+    };
+    let Some((ledger, clock)) = opened else { return Ok(()) };
     let worker = assemble(
         &settings,
         ledger,
@@ -137,7 +182,8 @@ fn assemble(
             name: name("consume"),
             topology: settings.topology.clone(),
             declare: settings.declare,
-            exclusive: true,
+            // A file is one worker's; a database is for many.
+            exclusive: matches!(settings.ledger, config::Ledger::File(_)),
         },
         lanes,
         intake: Intake {

@@ -4,11 +4,12 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::{Failure, Outcome, resolved_without_key, say};
+use super::look::Look;
+use super::{Failure, Outcome, block_on, resolved_without_key, say};
+use crate::config::check::Ledger;
 use crate::job::reply::rfc3339;
 use crate::job::{Key, Mode, RequestId, printable};
-use crate::ledger::Row;
-use crate::ledger::sqlite::inspect::{Inspector, KnownOrphan};
+use crate::ledger::{KnownOrphan, Row};
 
 /// Tell what the ledger knows; works beside a running worker.
 #[derive(Debug, clap::Args)]
@@ -29,23 +30,7 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         Failure::Usage(format!("that is no request_id ({code}): 1-128 of A-Z a-z 0-9 . _ : -"))
     })?;
     let key = Key { mode: settings.creem.mode, request_id };
-    let inspector = Inspector::open(&settings.ledger)?;
-    let Some(row) = inspector.row(&key)? else {
-        let other = match key.mode {
-            Mode::Test => Mode::Live,
-            Mode::Live => Mode::Test,
-        };
-        let elsewhere = inspector.row(&Key { mode: other, ..key.clone() })?.is_some();
-        let hint = if elsewhere {
-            format!(" (but there is one of mode {other}: add --mode {other})")
-        } else {
-            String::new()
-        };
-        return Err(Failure::Failed(anyhow::anyhow!(
-            "the ledger knows no {key}{hint}: it was never taken, was refused as invalid, or is older than ledger.retention"
-        )));
-    };
-    let orphans = inspector.orphans(&key)?;
+    let (row, orphans) = block_on(find(&settings.ledger, &key))??;
     let reply = row.reply.as_deref().and_then(|bytes| serde_json::from_slice(bytes).ok());
     let known = Known { key, row, orphans, reply };
     if arguments.json {
@@ -54,6 +39,26 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         known.print();
     }
     Ok(())
+}
+
+async fn find(ledger: &Ledger, key: &Key) -> Result<(Row, Vec<KnownOrphan>), Failure> {
+    let look = Look::open(ledger).await?;
+    if let Some(row) = look.row(key).await? {
+        return Ok((row, look.orphans(key).await?));
+    }
+    let other = match key.mode {
+        Mode::Test => Mode::Live,
+        Mode::Live => Mode::Test,
+    };
+    let elsewhere = look.row(&Key { mode: other, ..key.clone() }).await?.is_some();
+    let hint = if elsewhere {
+        format!(" (but there is one of mode {other}: add --mode {other})")
+    } else {
+        String::new()
+    };
+    Err(Failure::Failed(anyhow::anyhow!(
+        "the ledger knows no {key}{hint}: it was never taken, was refused as invalid, or is older than ledger.retention"
+    )))
 }
 
 /// What the ledger knows of one job.

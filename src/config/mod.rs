@@ -31,7 +31,7 @@ enum Kind {
 }
 
 /// Every key there is.
-const KEYS: [(&str, Kind); 37] = [
+const KEYS: [(&str, Kind); 38] = [
     ("amqp.url", Kind::Secret),
     ("amqp.heartbeat", Kind::Text),
     ("creem.api_key", Kind::Secret),
@@ -42,6 +42,7 @@ const KEYS: [(&str, Kind); 37] = [
     ("creem.ca_file", Kind::Text),
     ("creem.checkout_hosts", Kind::List),
     ("ledger.url", Kind::Secret),
+    ("ledger.ca_file", Kind::Text),
     ("ledger.retention", Kind::Text),
     ("lanes.interactive.concurrency", Kind::Integer),
     ("lanes.interactive.max_elapsed", Kind::Text),

@@ -135,6 +135,8 @@ pub enum OnUnknown {
 pub struct Ledger {
     /// Where; may hold a password.
     pub url: SecretString,
+    /// Further root certificates.
+    pub ca_file: Option<PathBuf>,
     /// How long outcomes are kept.
     pub retention: Span,
 }

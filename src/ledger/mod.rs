@@ -23,6 +23,8 @@
 //! loads rows, applies commands in order, and makes the result durable before it answers.
 
 pub mod group;
+pub mod postgres;
+pub mod report;
 pub mod row;
 pub mod sqlite;
 pub mod transition;
@@ -34,6 +36,7 @@ use futures::future::BoxFuture;
 use crate::clock::Millis;
 use crate::job::{Ending, Fingerprint, FingerprintKey, Key, Lane, Status};
 
+pub use report::{KnownOrphan, Report};
 pub use row::{Row, State};
 
 /// A claim's token: says whose intent a row holds, so that a claim whose commit's answer was
@@ -327,6 +330,14 @@ pub trait Ledger: std::fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// See [`LedgerError`].
     fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>>;
+
+    /// Whether a job that some worker had taken before may be one of a ledger that this one has
+    /// replaced, as far as is known now: where many workers share a ledger, another one may have begun
+    /// to serve with it since, or have taken this very job (`key`).
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn is_new_to(&self, key: Option<Key>) -> BoxFuture<'static, Result<bool, LedgerError>>;
 
     /// What the ledger knew of itself when it was opened.
     fn identity(&self) -> &Identity;

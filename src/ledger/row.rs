@@ -109,6 +109,18 @@ impl Row {
         })
     }
 
+    /// The columns that hold the row, around its encoded body.
+    #[must_use]
+    pub fn columns<'a>(&self, body: &'a [u8]) -> Columns<'a> {
+        Columns {
+            state: self.state.as_str(),
+            updated_at: self.updated_at,
+            ended_at: self.ended_at,
+            ambiguous: self.ambiguous,
+            body,
+        }
+    }
+
     /// The bytes of everything but the key and the searched columns.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -317,13 +329,7 @@ mod tests {
     }
 
     fn columns<'a>(row: &Row, body: &'a [u8]) -> Columns<'a> {
-        Columns {
-            state: row.state.as_str(),
-            updated_at: row.updated_at,
-            ended_at: row.ended_at,
-            ambiguous: row.ambiguous,
-            body,
-        }
+        row.columns(body)
     }
 
     #[test]

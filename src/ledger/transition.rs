@@ -219,7 +219,8 @@ fn alive(row: &Row, context: Context) -> bool {
 fn take_over(mut row: Row, context: Context) -> Row {
     if row.state == State::Sending {
         row.ambiguous += 1;
-        if context.epoch.is_some_and(|epoch| epoch != row.epoch) {
+        // Where many workers share the ledger, whoever held the lease is dead or was frozen.
+        if context.epoch.is_none_or(|epoch| epoch != row.epoch) {
             row.crashes += 1;
         }
     }

@@ -82,7 +82,7 @@ impl Delivery {
 pub enum OpenError {
     /// Another worker with an embedded ledger serves these queues.
     #[error(
-        "another worker with an embedded ledger serves these queues (its exclusive queue {0} exists); waiting until it is gone"
+        "another worker with an embedded ledger serves these queues (its exclusive queue {0} exists); waiting until it is gone; several workers share a postgres:// ledger"
     )]
     Guarded(String),
     /// The broker is not there, or says no.

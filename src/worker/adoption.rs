@@ -46,6 +46,16 @@ impl Shared {
             return false;
         }
         if fresh && self.worker.intake.was_taken_before(delivery) {
+            match ledger.is_new_to(self.worker.intake.key(delivery)).await {
+                // Another worker has served with it for a while, or has this job from it.
+                Ok(false) => return true,
+                Ok(true) => {}
+                // Nobody can say now. The session ends, and the next one begins when the ledger is back.
+                Err(error) => {
+                    self.worker.journey.ledger_away(&error);
+                    return false;
+                }
+            }
             *adoption = Some(Adoption::Refused);
             // The next start must refuse as well, whatever it would meet first.
             for _ in 0..TRIES {

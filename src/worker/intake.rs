@@ -99,6 +99,13 @@ impl Intake {
         delivery.redelivered || read().foreign_hop
     }
 
+    /// The ledger's key of the job, where its id can be read.
+    #[must_use]
+    pub fn key(&self, delivery: &Delivery) -> Option<Key> {
+        let request_id = self.request_id(delivery)?;
+        Some(Key { mode: self.mode, request_id })
+    }
+
     fn request_id(&self, delivery: &Delivery) -> Option<crate::job::RequestId> {
         match CheckoutRequest::parse(&delivery.body, &self.rules) {
             Ok(request) => Some(request.request_id),

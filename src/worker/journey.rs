@@ -284,7 +284,7 @@ impl Journey {
         }
     }
 
-    fn ledger_away(&self, error: &LedgerError) {
+    pub(super) fn ledger_away(&self, error: &LedgerError) {
         if self.hold(Reason::Ledger) {
             tracing::error!(%error, "intake is paused: no job is acked and none failed until the ledger can be written again");
         }

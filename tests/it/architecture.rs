@@ -42,10 +42,12 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
 }
 
 /// Crate → places that may name it.
-const CRATES: [(&str, &[&str]); 12] = [
+const CRATES: [(&str, &[&str]); 14] = [
     ("lapin", &["src/rabbit/"]),
     ("reqwest", &["src/creem/"]),
-    ("rusqlite", &["src/ledger/"]),
+    ("rusqlite", &["src/ledger/sqlite/"]),
+    ("tokio_postgres", &["src/ledger/postgres/"]),
+    ("deadpool_postgres", &["src/ledger/postgres/"]),
     ("backoff::", &["src/retry/backoff.rs"]),
     ("clap", &["src/cli/", "src/bin/"]),
     ("indicatif", &["src/cli/"]),

@@ -15,5 +15,6 @@ mod faults;
 mod journey;
 mod ledger;
 mod publisher;
+mod replicas;
 mod support;
 mod worker;

@@ -19,7 +19,8 @@ pub(super) fn check(settings: &Settings, problems: &mut Vec<Problem>) -> Option<
     let mode = key.and_then(|key| mode_of(key, problems));
     let base_url = base_url(settings, mode, problems);
     let proxy = proxy(settings, problems);
-    let ca_pem = ca_pem(settings, problems);
+    let ca_pem = settings.creem.ca_file.as_deref();
+    let ca_pem = ca_pem.and_then(|path| super::pem("creem.ca_file", path, problems));
     let (key, mode, base_url) = (key?, mode?, base_url?);
     let sum =
         settings.lanes.interactive.concurrency.saturating_add(settings.lanes.bulk.concurrency);
@@ -49,20 +50,6 @@ fn proxy(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Url> {
         ));
     }
     url
-}
-
-fn ca_pem(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Vec<u8>> {
-    let path = settings.creem.ca_file.as_ref()?;
-    match std::fs::read(path) {
-        Ok(pem) => Some(pem),
-        Err(error) => {
-            problems.push(Problem::new(
-                format!("`creem.ca_file`: {} cannot be read: {error}", path.display()),
-                "check the path",
-            ));
-            None
-        }
-    }
 }
 
 fn mode_of(key: &SecretString, problems: &mut Vec<Problem>) -> Option<Mode> {

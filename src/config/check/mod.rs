@@ -1,18 +1,17 @@
 //! Rules between the settings. Everything that is wrong is said at once, each with its fix.
 
 mod creem;
+mod ledger;
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
-
-use secrecy::ExposeSecret as _;
 
 use super::sections::{self, Settings};
 use crate::job::request::is_extra_field;
 use crate::job::success_url;
 use crate::job::{Lane, Mode, Rules};
-use crate::ledger::OnUnknown;
+use crate::ledger::{OnUnknown, postgres};
 use crate::observe::logging::{self, Format};
 use crate::rabbit::envelope::ReplyRules;
 use crate::rabbit::{self, Topology};
@@ -46,6 +45,15 @@ impl fmt::Display for Problem {
     }
 }
 
+/// Where the ledger is.
+#[derive(Debug, Clone)]
+pub enum Ledger {
+    /// A file, for one worker.
+    File(PathBuf),
+    /// A PostgreSQL, for many.
+    Database(postgres::Options),
+}
+
 /// The settings as the parts of the worker take them.
 #[derive(Debug, Clone)]
 pub struct Resolved {
@@ -59,8 +67,8 @@ pub struct Resolved {
     pub replies: ReplyRules,
     /// Creem.
     pub creem: crate::creem::Options,
-    /// The ledger's file.
-    pub ledger: PathBuf,
+    /// The ledger.
+    pub ledger: Ledger,
     /// Job bodies.
     pub job: Rules,
     /// Journeys.
@@ -85,7 +93,7 @@ pub fn resolve(settings: &Settings) -> Result<Resolved, Vec<Problem>> {
     let mut problems = Vec::new();
     let amqp = check_amqp(settings, &mut problems);
     let creem = creem::check(settings, &mut problems);
-    let ledger = check_ledger(settings, &mut problems);
+    let ledger = ledger::check(settings, &mut problems);
     check_times(settings, &mut problems);
     let backoff = check_retry(settings, &mut problems);
     let lanes = check_lanes(settings, &mut problems);
@@ -192,33 +200,13 @@ fn is_local(host: &str) -> bool {
         || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-fn check_ledger(settings: &Settings, problems: &mut Vec<Problem>) -> Option<PathBuf> {
-    let url = settings.ledger.url.expose_secret();
-    match url.split_once(':') {
-        Some(("sqlite", path)) if odd_path(path) => {
-            problems.push(Problem::new(
-                "`ledger.url` would name another file than it seems to",
-                "give sqlite:PATH with a plain path: no ~, no //, no file:, no blanks around it",
-            ));
-            None
-        }
-        Some(("sqlite", path))
-            if !path.is_empty() && !path.starts_with(':') && !path.contains('?') =>
-        {
-            Some(PathBuf::from(path))
-        }
-        Some(("postgres" | "postgresql", _)) => {
-            problems.push(Problem::new(
-                "`ledger.url` asks for PostgreSQL, which this version does not have yet",
-                "give sqlite:PATH",
-            ));
-            None
-        }
-        _ => {
-            problems.push(Problem::new(
-                "`ledger.url` is not usable",
-                "give sqlite:PATH, e.g. sqlite:data/ledger.db",
-            ));
+/// Reads a file of certificates.
+fn pem(key: &str, path: &Path, problems: &mut Vec<Problem>) -> Option<Vec<u8>> {
+    match std::fs::read(path) {
+        Ok(pem) => Some(pem),
+        Err(error) => {
+            let what = format!("`{key}`: {} cannot be read: {error}", path.display());
+            problems.push(Problem::new(what, "check the path"));
             None
         }
     }
@@ -324,15 +312,6 @@ fn check_lanes(settings: &Settings, problems: &mut Vec<Problem>) -> Vec<LaneSize
         }
     }
     sizes
-}
-
-/// Forms that shells, URLs or other programs read differently.
-fn odd_path(path: &str) -> bool {
-    path.trim() != path
-        || path.chars().any(char::is_control)
-        || path.starts_with('~')
-        || path.starts_with("//")
-        || path.starts_with("file:")
 }
 
 fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -> Topology {
@@ -478,7 +457,16 @@ mod tests {
                 &[("CHECKOUT_WORKER__JOB__SUCCESS_URL", "http://shop.example/")],
                 "success_url_scheme",
             ),
-            (&[("LEDGER_URL", "postgres://x")], "PostgreSQL"),
+            (&[("LEDGER_URL", "postgres://x:y:z")], "ledger.url"),
+            (&[("LEDGER_URL", "postgres://host/db?color=red")], "ledger.url"),
+            (&[("LEDGER_URL", "mysql://host/db")], "ledger.url"),
+            (
+                &[
+                    ("LEDGER_URL", "postgres://h/d"),
+                    ("CHECKOUT_WORKER__LEDGER__CA_FILE", "/dev/null"),
+                ],
+                "ledger.ca_file",
+            ),
             (&[("LEDGER_URL", "sqlite::memory:")], "ledger.url"),
             (&[("AMQP_URL", "amqp://guest:guest@rabbit.internal/")], "guest"),
             (&[("AMQP_URL", "localhost")], "amqp://"),

@@ -1,6 +1,5 @@
 //! A look into a ledger file beside a running worker: read-only and without its lock.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags};
@@ -9,40 +8,13 @@ use super::{
     APPLICATION, OpenError, VERSION, foreign_database, load, own_damage, read, recognise,
     unavailable,
 };
-use crate::clock::Millis;
 use crate::job::{Key, Mode, RequestId};
-use crate::ledger::{LedgerError, Row};
+use crate::ledger::{KnownOrphan, LedgerError, Report, Row};
 
 /// An open ledger file.
 #[derive(Debug)]
 pub struct Inspector {
     connection: Connection,
-}
-
-/// An orphan as it is shown.
-#[derive(Debug, Clone)]
-pub struct KnownOrphan {
-    /// Creem's id of the session.
-    pub checkout_id: String,
-    /// Why nobody was given it.
-    pub reason: String,
-    /// When it was recorded.
-    pub found_at: Millis,
-}
-
-/// What a check of the whole file found.
-#[derive(Debug, Clone, Default)]
-pub struct Report {
-    /// Rows read.
-    pub rows: u64,
-    /// Rows per state.
-    pub states: BTreeMap<String, u64>,
-    /// Ambiguous attempts in the rows.
-    pub ambiguous_attempts: u64,
-    /// Orphan sessions recorded.
-    pub orphan_sessions: u64,
-    /// What is wrong, at most a hundred lines.
-    pub damage: Vec<String>,
 }
 
 impl Inspector {
@@ -147,17 +119,7 @@ impl Inspector {
             Ok(lines) => report.damage.extend(lines.into_iter().filter(|line| line != "ok")),
             Err(error) => report.damage.push(error.to_string()),
         }
-        let visited = self.rows(|_, row| {
-            report.rows += 1;
-            match row {
-                Ok(row) => {
-                    *report.states.entry(row.state.as_str().to_owned()).or_default() += 1;
-                    report.ambiguous_attempts += u64::from(row.ambiguous);
-                }
-                Err(error) if report.damage.len() < 100 => report.damage.push(error.to_string()),
-                Err(_) => {}
-            }
-        });
+        let visited = self.rows(|_, row| report.note(row));
         if let Err(error) = visited {
             report.damage.push(error.to_string());
         }

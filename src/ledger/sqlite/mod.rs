@@ -9,6 +9,7 @@ pub mod inspect;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, TransactionBehavior, params};
 
@@ -35,7 +36,7 @@ const SWEEP: i64 = 500;
 pub enum OpenError {
     /// Another process has it.
     #[error(
-        "{0} is in use by another worker (its lock file is held): an embedded ledger serves one `run` at a time; stop the other one first"
+        "{0} is in use by another worker (its lock file is held): an embedded ledger serves one `run` at a time; stop the other one first, or share a postgres:// ledger"
     )]
     Locked(PathBuf),
     /// It is not a ledger.
@@ -58,7 +59,7 @@ pub enum OpenError {
     Missing(PathBuf),
     /// On a file system without dependable locks.
     #[error(
-        "{0} lies on a network file system ({1}), whose locks cannot be trusted: put the ledger on a local disk"
+        "{0} lies on a network file system ({1}), whose locks cannot be trusted: put the ledger on a local disk, or use a postgres:// ledger"
     )]
     Network(PathBuf, String),
     /// A commit would not be durable.
@@ -127,6 +128,11 @@ impl Ledger for SqliteLedger {
 
     fn identity(&self) -> &Identity {
         &self.identity
+    }
+
+    fn is_new_to(&self, _key: Option<Key>) -> BoxFuture<'static, Result<bool, LedgerError>> {
+        // Nobody else can begin to serve with it while this process has it.
+        std::future::ready(Ok(self.identity.empty)).boxed()
     }
 
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
@@ -530,13 +536,7 @@ fn read(row: &rusqlite::Row<'_>, at: usize, key: &Key) -> Result<Row, Unread> {
 
 fn store(connection: &Connection, key: &Key, row: &Row) -> rusqlite::Result<()> {
     let body = row.encode();
-    let columns = Columns {
-        state: row.state.as_str(),
-        updated_at: row.updated_at,
-        ended_at: row.ended_at,
-        ambiguous: row.ambiguous,
-        body: &body,
-    };
+    let columns = row.columns(&body);
     let sum = columns.checksum(key.mode.as_str(), key.request_id.as_str());
     connection
         .prepare_cached(

@@ -1,7 +1,7 @@
 //! The broker: the one at `TEST_AMQP_URL`, RabbitMQ 4 in a container where `TEST_BROKER=container`
 //! asks for it, and otherwise Debian's as a private process.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::sync::OnceLock;
 
 use testcontainers::core::{IntoContainerPort as _, WaitFor};
@@ -9,6 +9,7 @@ use testcontainers::runners::AsyncRunner as _;
 use testcontainers::{ContainerAsync, GenericImage};
 use tokio::sync::OnceCell;
 
+use super::clean_up_after;
 use super::private_broker::{Private, root, run, script, skipped};
 
 /// The image that scripts/rabbitmq-image makes.
@@ -29,7 +30,7 @@ pub(crate) async fn shared(test: &str) -> Option<String> {
             let directory = root().join("target").join(name);
             tokio::task::spawn_blocking(move || {
                 let url = run("start", &directory)?;
-                clean_up_after(&directory);
+                clean_up_after(&script(), &directory);
                 Ok(url)
             })
             .await
@@ -37,20 +38,6 @@ pub(crate) async fn shared(test: &str) -> Option<String> {
         })
         .await;
     skipped(test, url.clone())
-}
-
-/// Leaves somebody behind who removes the broker when this process is gone: a test binary has no
-/// last moment of its own.
-fn clean_up_after(directory: &std::path::Path) {
-    let wait = r#"while kill -0 "$1" 2>/dev/null; do sleep 1; done; "$2" clean "$3""#;
-    let spawned = Command::new("setsid")
-        .args(["bash", "-c", wait, "clean-up", &std::process::id().to_string()])
-        .args([script().as_os_str(), directory.as_os_str()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    assert!(spawned.is_ok(), "nobody to clean up after the tests: {spawned:?}");
 }
 
 async fn in_container() -> Result<String, String> {

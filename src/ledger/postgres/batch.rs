@@ -1,0 +1,239 @@
+//! One batch of commands against the database: read what must be read, apply the state machine,
+//! write what changed if nobody else wrote meanwhile, and go round again with the rest.
+//!
+//! Most commands need one round trip: a new job's row is taken to be absent, and the row of a job
+//! that this worker claimed is the one it wrote. Both are only guesses, so an answer that rests on
+//! one counts only if it comes with a write, and every write compares the row's version.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use tokio_postgres::{Client, Error};
+
+use super::statements::{self, Changes, Versioned};
+use super::time::DatabaseClock;
+use crate::clock::Clock;
+use crate::job::Key;
+use crate::ledger::transition::{self, Context, Orphan};
+use crate::ledger::{Answer, Command, LedgerError, Row, State};
+
+/// Rounds before a command is told to ask again: each lost one means that another worker wrote the
+/// same row, so more than a few say that something is wrong.
+const ROUNDS: usize = 16;
+/// Most rows of jobs under way that are remembered; one that is forgotten costs a read.
+const REMEMBERED: usize = 16 * 1024;
+
+/// Rows of jobs that this worker has claimed, as it wrote them.
+#[derive(Debug, Default)]
+pub(super) struct Memory(HashMap<Key, (Row, i64)>);
+
+impl Memory {
+    fn keep(&mut self, key: &Key, row: Row, version: i64) {
+        if row.state != State::Sending {
+            self.0.remove(key);
+        } else if self.0.len() < REMEMBERED || self.0.contains_key(key) {
+            self.0.insert(key.clone(), (row, version));
+        }
+    }
+}
+
+/// What is known of a key's row in this batch.
+struct Slot {
+    /// As read or guessed, then as the commands have changed it.
+    row: Option<Row>,
+    /// The version that a write must find.
+    version: i64,
+    guessed: bool,
+    changed: bool,
+    ambiguous: Vec<u64>,
+    orphans: Vec<Orphan>,
+    /// The commands that this round has answered, if its write succeeds.
+    answers: Vec<(usize, Answer)>,
+}
+
+impl Slot {
+    fn new(versioned: Versioned, guessed: bool) -> Self {
+        let Versioned { row, version } = versioned;
+        Self {
+            row,
+            version,
+            guessed,
+            changed: false,
+            ambiguous: Vec::new(),
+            orphans: Vec::new(),
+            answers: Vec::new(),
+        }
+    }
+
+    fn apply(&mut self, index: usize, command: &Command, context: Context) {
+        let fence = self.row.as_ref().map_or(0, |row| row.fence);
+        let effect = transition::apply(self.row.clone(), command, context);
+        if effect.ambiguous > 0 {
+            self.ambiguous.push(fence);
+        }
+        self.orphans.extend(effect.orphan);
+        if let Some(row) = effect.write {
+            self.row = Some(row);
+            self.changed = true;
+        }
+        self.answers.push((index, effect.answer));
+    }
+}
+
+/// A batch under way.
+pub(super) struct Batch<'a> {
+    client: &'a Client,
+    clock: &'a dyn Clock,
+    heard: Option<&'a DatabaseClock>,
+    memory: &'a std::sync::Mutex<Memory>,
+    commands: &'a [Command],
+    answers: Vec<Option<Result<Answer, LedgerError>>>,
+}
+
+impl<'a> Batch<'a> {
+    pub(super) fn new(
+        client: &'a Client,
+        clock: &'a dyn Clock,
+        heard: Option<&'a DatabaseClock>,
+        memory: &'a std::sync::Mutex<Memory>,
+        commands: &'a [Command],
+    ) -> Self {
+        let done = |command: &Command| command.key().is_none().then_some(Ok(Answer::Done));
+        let answers = commands.iter().map(done).collect();
+        Self { client, clock, heard, memory, commands, answers }
+    }
+
+    /// Carries the commands out that are about a row; the others have been.
+    pub(super) async fn run(mut self) -> Result<Vec<Result<Answer, LedgerError>>, Error> {
+        for round in 0..ROUNDS {
+            let mut slots = self.load(round == 0).await?;
+            if slots.is_empty() {
+                break;
+            }
+            let context = Context { now: self.clock.now(), epoch: None };
+            for (index, command) in self.commands.iter().enumerate() {
+                if self.answers[index].is_none()
+                    && let Some(slot) = command.key().and_then(|key| slots.get_mut(key))
+                {
+                    slot.apply(index, command, context);
+                }
+            }
+            self.store(slots, context.now).await?;
+        }
+        let contended = || {
+            let text = "other workers keep writing the same row; it is asked again".to_owned();
+            Err(LedgerError::Unavailable(text))
+        };
+        Ok(self.answers.into_iter().map(|answer| answer.unwrap_or_else(contended)).collect())
+    }
+
+    /// The rows of all commands that have no answer yet: guessed where that may be, else read.
+    async fn load(&mut self, may_guess: bool) -> Result<BTreeMap<&'a Key, Slot>, Error> {
+        let mut slots = BTreeMap::new();
+        let mut unknown = Vec::new();
+        {
+            let memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            for (index, command) in self.commands.iter().enumerate() {
+                let Some(key) = command.key() else { continue };
+                if self.answers[index].is_some()
+                    || slots.contains_key(key)
+                    || unknown.contains(&key)
+                {
+                    continue;
+                }
+                match guess(&memory, key, command).filter(|_| may_guess) {
+                    Some(guess) => {
+                        slots.insert(key, Slot::new(guess, true));
+                    }
+                    None => unknown.push(key),
+                }
+            }
+        }
+        if unknown.is_empty() {
+            return Ok(slots);
+        }
+        let asked = tokio::time::Instant::now();
+        let (now, found) = statements::read(self.client, &unknown).await?;
+        self.hear(now, asked);
+        for (key, found) in unknown.into_iter().zip(found) {
+            match found {
+                Ok(versioned) => {
+                    slots.insert(key, Slot::new(versioned, false));
+                }
+                Err(damaged) => self.refuse(key, &damaged),
+            }
+        }
+        Ok(slots)
+    }
+
+    fn hear(&self, now: crate::clock::Millis, asked: tokio::time::Instant) {
+        if let Some(clock) = self.heard {
+            clock.hear(now, asked);
+        }
+    }
+
+    fn refuse(&mut self, key: &Key, error: &LedgerError) {
+        for (index, command) in self.commands.iter().enumerate() {
+            if self.answers[index].is_none() && command.key() == Some(key) {
+                self.answers[index] = Some(Err(error.clone()));
+            }
+        }
+    }
+
+    /// Writes what changed and answers what is certain now; the rest is for the next round.
+    async fn store(&mut self, slots: BTreeMap<&'a Key, Slot>, now: i64) -> Result<(), Error> {
+        // What rests on a guess and writes nothing has proved nothing.
+        let (certain, _): (Vec<_>, Vec<_>) =
+            slots.into_iter().partition(|(_, slot)| slot.changed || !slot.guessed);
+        let mut changes = Changes::default();
+        for (key, slot) in &certain {
+            if let Some(row) = slot.row.as_ref().filter(|_| slot.changed) {
+                changes.rows.push((key, slot.version, row));
+                changes.ambiguous.extend(slot.ambiguous.iter().map(|fence| (*key, *fence)));
+            }
+            changes.orphans.extend(slot.orphans.iter().map(|orphan| (*key, orphan)));
+        }
+        let mut written = HashSet::new();
+        if !changes.rows.is_empty() || !changes.orphans.is_empty() {
+            let asked = tokio::time::Instant::now();
+            let (heard, keys) = statements::write(self.client, &changes, now).await?;
+            self.hear(heard, asked);
+            written.extend(keys);
+        }
+        let mut memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        for (key, slot) in certain {
+            let name = (key.mode.as_str().to_owned(), key.request_id.as_str().to_owned());
+            let is_written = written.contains(&name);
+            if slot.changed && !is_written {
+                memory.0.remove(key);
+                continue;
+            }
+            if let Some(row) = slot.row.filter(|_| slot.changed) {
+                memory.keep(key, row, slot.version + 1);
+            }
+            for (index, answer) in slot.answers {
+                self.answers[index] = Some(Ok(answer));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What a key's row is likely to be, where that can be guessed.
+fn guess(memory: &Memory, key: &Key, command: &Command) -> Option<Versioned> {
+    if let Some((row, version)) = memory.0.get(key) {
+        return Some(Versioned { row: Some(row.clone()), version: *version });
+    }
+    match command {
+        // A job that nobody took before has no row yet, as a rule.
+        Command::Claim(request) if !request.claimant.redelivered => {
+            Some(Versioned { row: None, version: 0 })
+        }
+        Command::Claim(_)
+        | Command::Settle(_)
+        | Command::Close(_)
+        | Command::Parked { .. }
+        | Command::Pause { .. }
+        | Command::Probe
+        | Command::Adopt(_) => None,
+    }
+}

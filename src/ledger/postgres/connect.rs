@@ -1,0 +1,206 @@
+//! The way to the database: URL, TLS, the pool, and what its errors mean.
+
+use std::time::Duration;
+
+use deadpool_postgres::{Manager, ManagerConfig, Pool, RecyclingMethod, Runtime, Timeouts};
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
+use secrecy::{ExposeSecret as _, SecretString};
+use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::error::SqlState;
+use tokio_postgres_rustls::MakeRustlsConnect;
+
+use super::{BATCHES, STATEMENT};
+use crate::ledger::LedgerError;
+
+/// One connection per batch, and one for everything else.
+const CONNECTIONS: usize = BATCHES + 1;
+/// For a connection, its handshake included.
+const CONNECT: Duration = Duration::from_secs(5);
+
+/// How to reach the database.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// `postgres://user:password@host[:port][,host[:port]…]/database[?sslmode=…]`
+    pub url: SecretString,
+    /// Further root certificates, PEM.
+    pub ca_pem: Option<Vec<u8>>,
+}
+
+impl Options {
+    /// Checks them without connecting.
+    ///
+    /// # Errors
+    /// [`OpenError::Options`].
+    pub fn check(&self) -> Result<(), OpenError> {
+        pool(self).map(|_| ())
+    }
+
+    /// The URL without user and password.
+    #[must_use]
+    pub fn shown(&self) -> String {
+        let url = self.url.expose_secret();
+        let rest = url.split_once("://").map_or("", |(_, rest)| rest);
+        let rest = rest.split(['?', '#']).next().unwrap_or_default();
+        let place = rest.rsplit_once('@').map_or(rest, |(_, place)| place);
+        format!("postgres://{place}")
+    }
+}
+
+/// Why the database was not opened. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// It is not there now; it may come.
+    #[error("the ledger's database cannot be reached: {0}; check ledger.url and the database")]
+    Unreachable(String),
+    /// It says no.
+    #[error(
+        "the ledger's database refuses: {0}; check user, password and database in ledger.url, and that the user may create a schema (once) and write to checkout_worker.*"
+    )]
+    Refused(String),
+    /// The URL or the certificates are not usable.
+    #[error("ledger.url is not usable: {0}")]
+    Options(String),
+    /// A newer program needs its schema.
+    #[error(
+        "the ledger's schema is at step {found}, which this version (it knows {known}) must not work on: run the newer version"
+    )]
+    Newer {
+        /// The step that was found.
+        found: i32,
+        /// The last step that is known.
+        known: i32,
+    },
+    /// A commit would not be durable.
+    #[error(
+        "the ledger's database runs with {0} = off: a crash could forget links that were handed out; switch it on"
+    )]
+    NotDurable(&'static str),
+    /// There is no ledger in it yet.
+    #[error("there is no ledger in the database yet: check ledger.url, or start the worker once")]
+    Missing,
+    /// What it knows of itself is damaged.
+    #[error("the ledger is damaged: {0}; restore it from a backup")]
+    Damaged(&'static str),
+}
+
+impl OpenError {
+    /// Whether it may go by itself.
+    #[must_use]
+    pub const fn is_passing(&self) -> bool {
+        matches!(self, Self::Unreachable(_))
+    }
+}
+
+impl From<tokio_postgres::Error> for OpenError {
+    fn from(error: tokio_postgres::Error) -> Self {
+        let text = describe(&error);
+        match error.code() {
+            None => Self::Unreachable(text),
+            Some(code) if passes(code) => Self::Unreachable(text),
+            Some(_) => Self::Refused(text),
+        }
+    }
+}
+
+pub(super) fn pool(options: &Options) -> Result<Pool, OpenError> {
+    let unusable = |error: String| OpenError::Options(error);
+    let mut config: tokio_postgres::Config = options
+        .url
+        .expose_secret()
+        .parse()
+        .map_err(|error: tokio_postgres::Error| unusable(describe(&error)))?;
+    config
+        .application_name("checkout-worker")
+        .connect_timeout(CONNECT)
+        .tcp_user_timeout(STATEMENT)
+        .keepalives_idle(Duration::from_secs(10));
+    if config.get_ssl_mode() == SslMode::Prefer && !config.get_hosts().iter().all(is_local) {
+        // "Prefer" would fall back to clear text, and with it the password and all jobs' ids.
+        config.ssl_mode(SslMode::Require);
+    }
+    let manager = Manager::from_config(
+        config,
+        tls(options.ca_pem.as_deref()).map_err(unusable)?,
+        ManagerConfig { recycling_method: RecyclingMethod::Fast },
+    );
+    Pool::builder(manager)
+        .max_size(CONNECTIONS)
+        .runtime(Runtime::Tokio1)
+        .timeouts(Timeouts { wait: Some(STATEMENT), create: Some(CONNECT), recycle: Some(CONNECT) })
+        .build()
+        .map_err(|error| unusable(error.to_string()))
+}
+
+fn is_local(host: &Host) -> bool {
+    match host {
+        Host::Tcp(name) => {
+            name == "localhost"
+                || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+        }
+        Host::Unix(_) => true,
+    }
+}
+
+/// TLS, where it is spoken, is always verified: against the system's roots and those given.
+fn tls(ca_pem: Option<&[u8]>) -> Result<MakeRustlsConnect, String> {
+    let mut roots = RootCertStore::empty();
+    if let Some(pem) = ca_pem {
+        let certificates = CertificateDer::pem_slice_iter(pem)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| format!("ledger.ca_file: {error}"))?;
+        if certificates.is_empty() {
+            return Err("ledger.ca_file holds no certificate".to_owned());
+        }
+        for certificate in certificates {
+            roots.add(certificate).map_err(|error| format!("ledger.ca_file: {error}"))?;
+        }
+    }
+    // A machine without roots of its own still reaches a database whose authority is given.
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    let config =
+        rustls::ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+    Ok(MakeRustlsConnect::new(config))
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum: the rest is one case")]
+pub(super) fn pool_error(error: deadpool_postgres::PoolError) -> OpenError {
+    match error {
+        deadpool_postgres::PoolError::Backend(error) => error.into(),
+        error => OpenError::Unreachable(error.to_string()),
+    }
+}
+
+/// An error with its cause; neither holds a value of a row, and the database's detail, which may,
+/// is left out.
+pub(super) fn describe(error: &tokio_postgres::Error) -> String {
+    if let Some(database) = error.as_db_error() {
+        return format!("{} ({})", database.message(), database.code().code());
+    }
+    let mut text = error.to_string();
+    let mut source = std::error::Error::source(error);
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+/// Whether a refusal of the database passes by itself: it starts, stops, fails over, or is full.
+fn passes(code: &SqlState) -> bool {
+    // Classes: connection, resources, operator intervention, system error, transaction rollback.
+    ["08", "53", "57", "58", "40"].iter().any(|class| code.code().starts_with(class))
+        || *code == SqlState::READ_ONLY_SQL_TRANSACTION
+}
+
+/// Sorts the database's errors into "later" and "never".
+pub(super) fn unavailable(error: &tokio_postgres::Error) -> LedgerError {
+    let text = describe(error);
+    match error.code() {
+        Some(code) if code.code().starts_with("XX") && code.code() != "XX000" => {
+            LedgerError::Damaged(text)
+        }
+        Some(_) | None => LedgerError::Unavailable(text),
+    }
+}

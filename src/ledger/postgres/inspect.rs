@@ -1,0 +1,134 @@
+//! A look into a shared ledger beside running workers; nothing is written.
+
+use deadpool_postgres::Pool;
+use tokio_postgres::types::Type;
+
+use super::connect::{OpenError, Options, describe, pool, pool_error, unavailable};
+use super::statements;
+use crate::job::{Key, Mode, RequestId};
+use crate::ledger::{KnownOrphan, LedgerError, Report, Row};
+
+/// Rows that a check reads at a time.
+const PAGE: i64 = 2_000;
+
+/// An open shared ledger.
+pub struct Inspector {
+    pool: Pool,
+}
+
+impl std::fmt::Debug for Inspector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Inspector").finish_non_exhaustive()
+    }
+}
+
+impl Inspector {
+    /// Connects, and makes sure that there is a ledger.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub async fn open(options: &Options) -> Result<Self, OpenError> {
+        let pool = pool(options)?;
+        let client = pool.get().await.map_err(pool_error)?;
+        let there: bool = client
+            .query_typed_one("SELECT to_regclass('checkout_worker.job') IS NOT NULL", &[])
+            .await?
+            .try_get(0)?;
+        drop(client);
+        if there { Ok(Self { pool }) } else { Err(OpenError::Missing) }
+    }
+
+    /// Reads one job's row.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub async fn row(&self, key: &Key) -> Result<Option<Row>, LedgerError> {
+        let client = self.client().await?;
+        let (_, mut found) =
+            statements::read(&client, &[key]).await.map_err(|error| unavailable(&error))?;
+        found.pop().map_or(Ok(None), |found| found.map(|versioned| versioned.row))
+    }
+
+    /// The sessions nobody was given for one job.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub async fn orphans(&self, key: &Key) -> Result<Vec<KnownOrphan>, LedgerError> {
+        const ORPHANS: &str = "SELECT checkout_id, reason, found_at FROM checkout_worker.orphan
+             WHERE mode = $1 AND request_id = $2 ORDER BY found_at, checkout_id";
+        let client = self.client().await?;
+        let query = async {
+            let (mode, id) = (key.mode.as_str(), key.request_id.as_str());
+            let rows =
+                client.query_typed(ORPHANS, &[(&mode, Type::TEXT), (&id, Type::TEXT)]).await?;
+            rows.iter()
+                .map(|row| {
+                    Ok(KnownOrphan {
+                        checkout_id: row.try_get(0)?,
+                        reason: row.try_get(1)?,
+                        found_at: row.try_get(2)?,
+                    })
+                })
+                .collect::<Result<Vec<_>, _>>()
+        };
+        query.await.map_err(|error: tokio_postgres::Error| unavailable(&error))
+    }
+
+    /// Reads and verifies every row, page by page in the order of the keys.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub async fn report(&self) -> Result<Report, LedgerError> {
+        let client = self.client().await?;
+        let mut report = Report::default();
+        let mut last = (String::new(), String::new());
+        loop {
+            let page = keys_after(&client, &last).await.map_err(|error| unavailable(&error))?;
+            let Some(end) = page.last().cloned() else { break };
+            let keys: Vec<Key> = page.iter().filter_map(|key| job_key(key, &mut report)).collect();
+            let keys: Vec<&Key> = keys.iter().collect();
+            let (_, found) =
+                statements::read(&client, &keys).await.map_err(|error| unavailable(&error))?;
+            for found in found {
+                // A row that was swept in between is none.
+                if let Some(row) = found.map(|versioned| versioned.row).transpose() {
+                    report.note(row);
+                }
+            }
+            last = end;
+        }
+        let totals = client
+            .query_typed_one("SELECT count(*) FROM checkout_worker.orphan", &[])
+            .await
+            .and_then(|row| row.try_get::<_, i64>(0));
+        match totals {
+            Ok(orphans) => report.orphan_sessions = orphans.cast_unsigned(),
+            Err(error) => report.damage.push(format!("orphan sessions: {}", describe(&error))),
+        }
+        Ok(report)
+    }
+
+    async fn client(&self) -> Result<deadpool_postgres::Object, LedgerError> {
+        self.pool.get().await.map_err(|error| LedgerError::Unavailable(error.to_string()))
+    }
+}
+
+async fn keys_after(
+    client: &tokio_postgres::Client,
+    last: &(String, String),
+) -> Result<Vec<(String, String)>, tokio_postgres::Error> {
+    const KEYS: &str = "SELECT mode, request_id FROM checkout_worker.job
+         WHERE (mode, request_id) > ($1, $2) ORDER BY mode, request_id LIMIT $3";
+    let rows = client
+        .query_typed(KEYS, &[(&last.0, Type::TEXT), (&last.1, Type::TEXT), (&PAGE, Type::INT8)])
+        .await?;
+    rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+}
+
+fn job_key((mode, id): &(String, String), report: &mut Report) -> Option<Key> {
+    let key = Mode::parse(mode).zip(RequestId::parse(id).ok());
+    if key.is_none() {
+        report.note(Err(LedgerError::DamagedRow("a row's key is not a job's".to_owned())));
+    }
+    key.map(|(mode, request_id)| Key { mode, request_id })
+}

@@ -1,0 +1,123 @@
+//! What the ledger knows of itself: its secret, who serves with it, when somebody last did.
+
+use deadpool_postgres::Object;
+use tokio_postgres::types::Type;
+
+use super::connect::OpenError;
+use super::{HOUSEKEEPING, NEW};
+use crate::clock::{Millis, as_millis};
+use crate::job::FingerprintKey;
+use crate::ledger::{Adoption, Command, Identity};
+
+/// Leaves a sign of life, and reads what all workers have recorded: ambiguous attempts and orphans.
+pub(super) async fn totals(
+    client: &Object,
+    now: Millis,
+) -> Result<(u64, u64), tokio_postgres::Error> {
+    let row = client
+        .query_typed_one(
+            "WITH alive AS (
+                 INSERT INTO checkout_worker.meta AS m (name, number) VALUES ('alive', $1)
+                 ON CONFLICT (name) DO UPDATE SET number = greatest(m.number, excluded.number)
+             )
+             SELECT (SELECT count(*) FROM checkout_worker.ambiguous_attempt),
+                    (SELECT count(*) FROM checkout_worker.orphan)",
+            &[(&now, Type::INT8)],
+        )
+        .await?;
+    let (ambiguous, orphans): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
+    Ok((ambiguous.cast_unsigned(), orphans.cast_unsigned()))
+}
+
+/// Carries out what is about no job.
+pub(super) async fn about_itself(
+    client: &Object,
+    command: &Command,
+    now: Millis,
+) -> Result<(), tokio_postgres::Error> {
+    const SET: &str = "INSERT INTO checkout_worker.meta (name, number) VALUES ($1, $2)
+         ON CONFLICT (name) DO UPDATE SET number = excluded.number";
+    let set = async |name: &str, number: Millis| {
+        client.query_typed(SET, &[(&name, Type::TEXT), (&number, Type::INT8)]).await.map(|_| ())
+    };
+    match command {
+        Command::Pause { from, to } => client
+            .query_typed(
+                "INSERT INTO checkout_worker.pause VALUES ($1, $2) ON CONFLICT DO NOTHING",
+                &[(from, Type::INT8), (to, Type::INT8)],
+            )
+            .await
+            .map(|_| ()),
+        Command::Probe => set("probed", now).await,
+        // Who refuses does so for all: a job that nobody took before must not adopt it afterwards.
+        Command::Adopt(Adoption::Adopted) => client
+            .query_typed(
+                "INSERT INTO checkout_worker.meta (name, number)
+                 SELECT 'adopted', $1 WHERE NOT EXISTS
+                     (SELECT FROM checkout_worker.meta WHERE name = 'refused')
+                 ON CONFLICT (name) DO NOTHING",
+                &[(&now, Type::INT8)],
+            )
+            .await
+            .map(|_| ()),
+        Command::Adopt(Adoption::Refused) => set("refused", now).await,
+        Command::Adopt(Adoption::Accepted) => {
+            client
+                .query_typed("DELETE FROM checkout_worker.meta WHERE name = 'refused'", &[])
+                .await?;
+            // As if long ago: for no worker is it a new one any more.
+            set("adopted", 0).await
+        }
+        Command::Claim(_) | Command::Settle(_) | Command::Close(_) | Command::Parked { .. } => {
+            Ok(())
+        }
+    }
+}
+
+/// Whether the ledger is a new one, and whether a worker has refused it.
+pub(super) async fn newness(
+    client: &Object,
+    now: Millis,
+) -> Result<(bool, bool), tokio_postgres::Error> {
+    let row = client
+        .query_typed_one(
+            "SELECT (SELECT number FROM checkout_worker.meta WHERE name = 'adopted'),
+                    EXISTS (SELECT FROM checkout_worker.meta WHERE name = 'refused')",
+            &[],
+        )
+        .await?;
+    let adopted: Option<Millis> = row.try_get(0)?;
+    Ok((adopted.is_none_or(|adopted| now.saturating_sub(adopted) < NEW), row.try_get(1)?))
+}
+
+/// Reads what the ledger knows of itself.
+pub(super) async fn identity(client: &Object, now: Millis) -> Result<Identity, OpenError> {
+    let row = client
+        .query_typed_one(
+            "SELECT (SELECT value FROM checkout_worker.meta WHERE name = 'secret'),
+                    (SELECT number FROM checkout_worker.meta WHERE name = 'alive')",
+            &[],
+        )
+        .await?;
+    let secret: Option<&[u8]> = row.try_get(0)?;
+    let secret = secret.and_then(|secret| secret.try_into().ok());
+    let key = secret.map(FingerprintKey::new).ok_or(OpenError::Damaged("its secret is missing"))?;
+    let alive: Option<Millis> = row.try_get(1)?;
+    if let Some(alive) = alive.filter(|alive| now - alive > 3 * as_millis(HOUSEKEEPING)) {
+        // No worker ran: that time counts against nobody.
+        about_itself(client, &Command::Pause { from: alive, to: now }, now).await?;
+    }
+    let pauses = client
+        .query_typed(
+            "SELECT started, ended FROM checkout_worker.pause ORDER BY ended DESC LIMIT 512",
+            &[],
+        )
+        .await?;
+    let pauses = pauses
+        .iter()
+        .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
+        .collect::<Result<_, tokio_postgres::Error>>()?;
+    let (ambiguous_attempts, orphan_sessions) = totals(client, now).await?;
+    let (empty, refused) = newness(client, now).await?;
+    Ok(Identity { key, empty, refused, ambiguous_attempts, orphan_sessions, pauses })
+}

@@ -1,0 +1,81 @@
+//! The shared ledger's schema: numbered steps, each applied once, by one replica at a time.
+
+use tokio_postgres::types::Type;
+use tokio_postgres::{Client, Error, Transaction};
+
+use super::connect::OpenError;
+
+/// A step: its number, the least number that a program must know to work on what it leaves behind,
+/// and its SQL. Steps only add, so that replicas of the version before go on beside it; a step that
+/// must not be worked beside raises the second number.
+const STEPS: [(i32, i32, &str); 1] = [(1, 1, include_str!("../schema/postgres_1.sql"))];
+/// The last step that this program knows.
+const VERSION: i32 = STEPS[STEPS.len() - 1].0;
+/// Names the lock under which steps are applied: "crCW".
+const LOCK: i64 = 0x6372_4357;
+
+/// Brings the schema up to date, if it is not.
+pub(super) async fn migrate(client: &mut Client, secret: &[u8; 32]) -> Result<(), OpenError> {
+    if applied(client).await? >= VERSION {
+        return Ok(());
+    }
+    let transaction = client.transaction().await?;
+    // Freed with the transaction, so a pooler may sit in between.
+    transaction.query_typed("SELECT pg_advisory_xact_lock($1)", &[(&LOCK, Type::INT8)]).await?;
+    transaction
+        .batch_execute(
+            "CREATE SCHEMA IF NOT EXISTS checkout_worker;
+             CREATE TABLE IF NOT EXISTS checkout_worker.schema_step (
+                 version int PRIMARY KEY, least_reader int NOT NULL, applied_at timestamptz NOT NULL
+             );",
+        )
+        .await?;
+    // Another replica may have been faster.
+    let done = version(&transaction).await?;
+    for (number, least_reader, sql) in STEPS.iter().filter(|(number, ..)| *number > done) {
+        transaction.batch_execute(sql).await?;
+        transaction
+            .query_typed(
+                "INSERT INTO checkout_worker.schema_step VALUES ($1, $2, now())",
+                &[(number, Type::INT4), (least_reader, Type::INT4)],
+            )
+            .await?;
+    }
+    transaction
+        .query_typed(
+            "INSERT INTO checkout_worker.meta (name, value) VALUES ('secret', $1) ON CONFLICT DO NOTHING",
+            &[(&secret.as_slice(), Type::BYTEA)],
+        )
+        .await?;
+    transaction.commit().await?;
+    Ok(())
+}
+
+/// The last step that was applied, or 0.
+async fn applied(client: &Client) -> Result<i32, OpenError> {
+    let there: bool = client
+        .query_typed_one("SELECT to_regclass('checkout_worker.schema_step') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    if !there {
+        return Ok(0);
+    }
+    let row = client
+        .query_typed_one(
+            "SELECT coalesce(max(version), 0), coalesce(max(least_reader), 0) FROM checkout_worker.schema_step",
+            &[],
+        )
+        .await?;
+    let (version, least_reader): (i32, i32) = (row.try_get(0)?, row.try_get(1)?);
+    if least_reader > VERSION {
+        return Err(OpenError::Newer { found: version, known: VERSION });
+    }
+    Ok(version)
+}
+
+async fn version(transaction: &Transaction<'_>) -> Result<i32, Error> {
+    transaction
+        .query_typed_one("SELECT coalesce(max(version), 0) FROM checkout_worker.schema_step", &[])
+        .await?
+        .try_get(0)
+}

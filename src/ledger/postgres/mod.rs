@@ -1,0 +1,321 @@
+//! The shared ledger: one PostgreSQL, many workers.
+//!
+//! Nothing is locked between two round trips, and no session keeps any state: a batch reads rows,
+//! applies the state machine here, and writes each row only over the version that was read. Whoever
+//! loses that race reads again. So a worker that stops in between holds nobody up, a pooler may
+//! stand in between, and no transaction is ever open across a call to Creem.
+
+mod batch;
+mod connect;
+pub mod inspect;
+mod itself;
+mod migrate;
+mod statements;
+mod time;
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use deadpool_postgres::{Object, Pool};
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_postgres::types::{ToSql, Type};
+
+use super::group::Commit;
+use super::{Answer, Command, Identity, Ledger, LedgerError};
+use crate::clock::{Millis, SharedClock};
+use crate::job::Key;
+use batch::{Batch, Memory};
+pub use connect::{OpenError, Options};
+use connect::{pool, pool_error, unavailable};
+use itself::{about_itself, identity, newness, totals};
+pub use time::DatabaseClock;
+
+/// Batches under way at once: while one waits for its commit, the next is on its way.
+const BATCHES: usize = 4;
+/// Most commands in one batch.
+const MOST: usize = 256;
+/// For a batch. Whatever takes longer is asked again, under the same token.
+const STATEMENT: Duration = Duration::from_secs(10);
+/// How often a worker leaves a sign of life and reads the totals.
+const HOUSEKEEPING: Duration = Duration::from_secs(5);
+/// A ledger that was adopted less than this ago may still meet what another one knew, in
+/// milliseconds: all workers begin at about the same time.
+const NEW: Millis = 60_000;
+/// Rows per sweep: short enough that no job notices.
+const SWEEP: i64 = 500;
+
+/// Another replica's batch is passed over, not waited for.
+const OLD: &str = "
+    WITH old AS (
+        SELECT mode, request_id FROM checkout_worker.job
+        WHERE ended_at IS NOT NULL AND ended_at < $1 AND state <> 'unresolved'
+        ORDER BY ended_at LIMIT $2 FOR UPDATE SKIP LOCKED
+    )
+    DELETE FROM checkout_worker.job AS j USING old
+    WHERE j.mode = old.mode AND j.request_id = old.request_id RETURNING 1";
+
+/// Whose clock leases are measured on.
+#[derive(Debug, Clone)]
+pub enum Time {
+    /// The database's, which all workers share.
+    Database,
+    /// Another one; for tests that move it.
+    Given(SharedClock),
+}
+
+/// What the ledger has to report, for metrics.
+#[derive(Debug, Clone, Copy)]
+pub enum Observation {
+    /// A batch is durable.
+    Commit(Commit),
+    /// What all workers have recorded so far.
+    Totals {
+        /// Ambiguous attempts.
+        ambiguous_attempts: u64,
+        /// Orphan sessions.
+        orphan_sessions: u64,
+    },
+}
+
+enum Work {
+    Apply(Command, oneshot::Sender<Result<Answer, LedgerError>>),
+}
+
+/// An open shared ledger.
+pub struct PostgresLedger {
+    queue: mpsc::UnboundedSender<Work>,
+    pool: Pool,
+    identity: Identity,
+    clock: SharedClock,
+    /// Ends with the ledger.
+    _tasks: JoinSet<()>,
+}
+
+impl std::fmt::Debug for PostgresLedger {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("PostgresLedger").finish_non_exhaustive()
+    }
+}
+
+impl PostgresLedger {
+    /// Connects, brings the schema up to date, and reads what the ledger knows of itself.
+    ///
+    /// # Errors
+    /// See [`OpenError`].
+    pub async fn open(
+        options: &Options,
+        time: Time,
+        observe: impl Fn(Observation) + Send + Sync + 'static,
+    ) -> Result<Self, OpenError> {
+        let pool = pool(options)?;
+        let mut client = pool.get().await.map_err(pool_error)?;
+        let asked = Instant::now();
+        let about = client.query_typed_one(statements::ABOUT, &[]).await?;
+        let heard: Millis = about.try_get(0)?;
+        for (column, name) in [(1, "fsync"), (2, "full_page_writes")] {
+            if about.try_get::<_, &str>(column)? == "off" {
+                return Err(OpenError::NotDurable(name));
+            }
+        }
+        if about.try_get(4)? {
+            return Err(OpenError::Unreachable("it is a standby, which cannot be written".into()));
+        }
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret)
+            .map_err(|_| OpenError::Options("the operating system gives no random bytes".into()))?;
+        migrate::migrate(&mut client, &secret).await?;
+        let database = Arc::new(DatabaseClock::new(heard, asked));
+        let (clock, heard): (SharedClock, _) = match time {
+            Time::Database => (database.clone(), Some(database)),
+            Time::Given(clock) => (clock, None),
+        };
+        let identity = identity(&client, clock.now()).await?;
+        drop(client);
+        let (queue, work) = mpsc::unbounded_channel();
+        let parts = Arc::new(Parts {
+            pool: pool.clone(),
+            clock: clock.clone(),
+            heard,
+            memory: Mutex::default(),
+            work: tokio::sync::Mutex::new(work),
+            observe: Box::new(observe),
+        });
+        let mut tasks = JoinSet::new();
+        for _ in 0..BATCHES {
+            tasks.spawn(parts.clone().serve());
+        }
+        tasks.spawn(parts.keep_house());
+        Ok(Self { queue, pool, identity, clock, _tasks: tasks })
+    }
+
+    /// The clock that leases are measured on.
+    #[must_use]
+    pub fn clock(&self) -> SharedClock {
+        self.clock.clone()
+    }
+}
+
+impl Ledger for PostgresLedger {
+    fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
+        let (waiter, answer) = oneshot::channel();
+        let sent = self.queue.send(Work::Apply(command, waiter)).is_ok();
+        async move {
+            let gone = || LedgerError::Unavailable("its task has ended".to_owned());
+            if sent { answer.await.unwrap_or_else(|_| Err(gone())) } else { Err(gone()) }
+        }
+        .boxed()
+    }
+
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn is_new_to(&self, key: Option<Key>) -> BoxFuture<'static, Result<bool, LedgerError>> {
+        let (pool, now) = (self.pool.clone(), self.clock.now());
+        async move {
+            let client = taken(&pool).await?;
+            let asked = async {
+                let (new, refused) = newness(&client, now).await?;
+                let known = match key.filter(|_| new && !refused) {
+                    Some(key) => {
+                        // A damaged row is a row.
+                        let found = statements::read(&client, &[&key]).await?.1.pop();
+                        found.is_some_and(|found| found.map_or(true, |found| found.row.is_some()))
+                    }
+                    None => false,
+                };
+                Ok((new && !known) || refused)
+            };
+            within(STATEMENT, asked).await
+        }
+        .boxed()
+    }
+
+    fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
+        let pool = self.pool.clone();
+        async move {
+            let client = taken(&pool).await?;
+            let swept = async {
+                let old: [(&(dyn ToSql + Sync), Type); 2] =
+                    [(&before, Type::INT8), (&SWEEP, Type::INT8)];
+                let swept = client.query_typed(OLD, &old).await?.len();
+                client
+                    .query_typed(
+                        "DELETE FROM checkout_worker.pause WHERE ended < $1",
+                        &[(&before, Type::INT8)],
+                    )
+                    .await?;
+                Ok(swept)
+            };
+            within(STATEMENT, swept).await
+        }
+        .boxed()
+    }
+}
+
+async fn taken(pool: &Pool) -> Result<Object, LedgerError> {
+    pool.get().await.map_err(|error| LedgerError::Unavailable(error.to_string()))
+}
+
+async fn within<T>(
+    time: Duration,
+    work: impl Future<Output = Result<T, tokio_postgres::Error>>,
+) -> Result<T, LedgerError> {
+    match tokio::time::timeout(time, work).await {
+        Ok(result) => result.map_err(|error| unavailable(&error)),
+        Err(_) => Err(LedgerError::Unavailable(format!(
+            "the database did not answer within {}",
+            humantime::format_duration(time)
+        ))),
+    }
+}
+
+/// What the tasks share.
+struct Parts {
+    pool: Pool,
+    clock: SharedClock,
+    /// To be told the database's time, where that is the clock.
+    heard: Option<Arc<DatabaseClock>>,
+    memory: Mutex<Memory>,
+    work: tokio::sync::Mutex<mpsc::UnboundedReceiver<Work>>,
+    observe: Box<dyn Fn(Observation) + Send + Sync>,
+}
+
+impl Parts {
+    /// Takes whatever is waiting, batch after batch.
+    async fn serve(self: Arc<Self>) {
+        loop {
+            let mut work = Vec::new();
+            if self.work.lock().await.recv_many(&mut work, MOST).await == 0 {
+                return;
+            }
+            let (commands, waiters): (Vec<_>, Vec<_>) =
+                work.into_iter().map(|Work::Apply(command, waiter)| (command, waiter)).unzip();
+            let answers = self.carry_out(&commands).await;
+            for (waiter, answer) in waiters.into_iter().zip(answers) {
+                // Whoever stopped waiting finds the result in the ledger when it asks again.
+                drop(waiter.send(answer));
+            }
+        }
+    }
+
+    async fn carry_out(&self, commands: &[Command]) -> Vec<Result<Answer, LedgerError>> {
+        let failed = |error: LedgerError| commands.iter().map(|_| Err(error.clone())).collect();
+        let client = match self.pool.get().await {
+            Ok(client) => client,
+            Err(error) => return failed(LedgerError::Unavailable(error.to_string())),
+        };
+        let started = Instant::now();
+        let carried = tokio::time::timeout(STATEMENT, self.batch(&client, commands)).await;
+        let error = match carried {
+            Ok(Ok(answers)) => {
+                (self.observe)(Observation::Commit(Commit {
+                    size: commands.len(),
+                    took: started.elapsed(),
+                    ambiguous: 0,
+                    orphans: 0,
+                }));
+                return answers;
+            }
+            Ok(Err(error)) => unavailable(&error),
+            Err(_) => LedgerError::Unavailable(format!(
+                "the database did not answer within {}",
+                humantime::format_duration(STATEMENT)
+            )),
+        };
+        // Whatever is still under way on it must not meet the next batch.
+        drop(Object::take(client));
+        failed(error)
+    }
+
+    async fn batch(
+        &self,
+        client: &Object,
+        commands: &[Command],
+    ) -> Result<Vec<Result<Answer, LedgerError>>, tokio_postgres::Error> {
+        for command in commands.iter().filter(|command| command.key().is_none()) {
+            about_itself(client, command, self.clock.now()).await?;
+        }
+        let heard = self.heard.as_deref();
+        Batch::new(client, &*self.clock, heard, &self.memory, commands).run().await
+    }
+
+    /// Leaves a sign of life, and reads what all workers have recorded.
+    async fn keep_house(self: Arc<Self>) {
+        loop {
+            if let Ok(client) = self.pool.get().await {
+                let totals = within(STATEMENT, totals(&client, self.clock.now())).await;
+                if let Ok((ambiguous_attempts, orphan_sessions)) = totals {
+                    (self.observe)(Observation::Totals { ambiguous_attempts, orphan_sessions });
+                } else {
+                    drop(Object::take(client));
+                }
+            }
+            tokio::time::sleep(HOUSEKEEPING).await;
+        }
+    }
+}

@@ -1,0 +1,223 @@
+//! The statements on the hot path. Each is one round trip and one transaction of its own: nothing
+//! is held between two of them, so a pooler may give each to another server connection.
+
+use tokio_postgres::types::Type;
+use tokio_postgres::{Client, Error};
+
+use crate::clock::Millis;
+use crate::job::Key;
+use crate::ledger::LedgerError;
+use crate::ledger::row::{Columns, Row};
+use crate::ledger::transition::Orphan;
+
+/// Milliseconds since 1970 on the database's clock.
+macro_rules! now {
+    () => {
+        "(extract(epoch from clock_timestamp()) * 1000)::int8"
+    };
+}
+
+/// The time, beside what is known of the settings that durability rests on.
+pub(super) const ABOUT: &str = concat!(
+    "SELECT ",
+    now!(),
+    ", current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit'),
+     pg_is_in_recovery(), current_setting('server_version_num')::int4"
+);
+
+const READ: &str = concat!(
+    "SELECT ",
+    now!(),
+    ", k.at, j.version, j.state, j.updated_at, j.ended_at, j.ambiguous, j.body, j.sum
+     FROM unnest($1::text[], $2::text[]) WITH ORDINALITY AS k (mode, request_id, at)
+     LEFT JOIN checkout_worker.job AS j ON j.mode = k.mode AND j.request_id = k.request_id"
+);
+
+/// Rows are written in the order of their keys, so that two workers' batches cannot deadlock, and
+/// only over the version that was read. The last column makes this one transaction durable where
+/// somebody has switched that off for the session.
+const WRITE: &str = concat!(
+    "WITH written AS (
+         INSERT INTO checkout_worker.job AS j
+             (mode, request_id, state, version, updated_at, ended_at, ambiguous, body, sum)
+         SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::int8[], $6::int8[],
+                              $7::int4[], $8::bytea[], $9::bytea[])
+         ORDER BY 1, 2
+         ON CONFLICT (mode, request_id) DO UPDATE SET
+             state = excluded.state, version = excluded.version, updated_at = excluded.updated_at,
+             ended_at = excluded.ended_at, ambiguous = excluded.ambiguous, body = excluded.body,
+             sum = excluded.sum
+         WHERE j.version = excluded.version - 1
+         RETURNING j.mode, j.request_id
+     ), counted AS (
+         INSERT INTO checkout_worker.ambiguous_attempt (mode, request_id, fence, found_at)
+         SELECT a.mode, a.request_id, a.fence, $13
+         FROM unnest($10::text[], $11::text[], $12::int8[]) AS a (mode, request_id, fence)
+         JOIN written AS w ON w.mode = a.mode AND w.request_id = a.request_id
+         ON CONFLICT DO NOTHING
+     ), orphaned AS (
+         INSERT INTO checkout_worker.orphan (mode, request_id, checkout_id, fence, reason, found_at)
+         SELECT DISTINCT ON (1, 2, 3) o.mode, o.request_id, o.checkout_id, o.fence, o.reason, $13
+         FROM unnest($14::text[], $15::text[], $16::text[], $17::int8[], $18::text[])
+             AS o (mode, request_id, checkout_id, fence, reason)
+         ORDER BY 1, 2, 3
+         ON CONFLICT DO NOTHING
+     )
+     SELECT ",
+    now!(),
+    ", w.mode, w.request_id,
+        CASE current_setting('synchronous_commit')
+            WHEN 'off' THEN set_config('synchronous_commit', 'on', true) END
+     FROM (SELECT 1) AS one LEFT JOIN written AS w ON true"
+);
+
+/// A row as it was read: with the version that a write must find.
+#[derive(Debug, Clone)]
+pub(super) struct Versioned {
+    pub(super) row: Option<Row>,
+    /// 0 where there is no row.
+    pub(super) version: i64,
+}
+
+/// What became of reading one key.
+pub(super) type Found = Result<Versioned, LedgerError>;
+
+/// Reads rows; in the order of the keys. The time comes with them.
+pub(super) async fn read(client: &Client, keys: &[&Key]) -> Result<(Millis, Vec<Found>), Error> {
+    let modes: Vec<&str> = keys.iter().map(|key| key.mode.as_str()).collect();
+    let ids: Vec<&str> = keys.iter().map(|key| key.request_id.as_str()).collect();
+    let rows =
+        client.query_typed(READ, &[(&modes, Type::TEXT_ARRAY), (&ids, Type::TEXT_ARRAY)]).await?;
+    let mut now = 0;
+    let absent = || Ok(Versioned { row: None, version: 0 });
+    let mut found: Vec<Found> = keys.iter().map(|_| absent()).collect();
+    for row in &rows {
+        now = row.try_get(0)?;
+        let at: i64 = row.try_get(1)?;
+        let Some(index) = usize::try_from(at - 1).ok().filter(|index| *index < keys.len()) else {
+            continue;
+        };
+        if let Some(version) = row.try_get(2)? {
+            found[index] = decode(row, version, keys[index])?;
+        }
+    }
+    Ok((now, found))
+}
+
+fn decode(row: &tokio_postgres::Row, version: i64, key: &Key) -> Result<Found, Error> {
+    let (state, body, sum): (&str, &[u8], &[u8]) =
+        (row.try_get(3)?, row.try_get(7)?, row.try_get(8)?);
+    let ambiguous: i32 = row.try_get(6)?;
+    let columns = Columns {
+        state,
+        updated_at: row.try_get(4)?,
+        ended_at: row.try_get(5)?,
+        ambiguous: ambiguous.cast_unsigned(),
+        body,
+    };
+    let damaged = |what: &str| LedgerError::DamagedRow(format!("the row of {key} {what}"));
+    if sum != columns.checksum(key.mode.as_str(), key.request_id.as_str()) {
+        return Ok(Err(damaged("does not match its checksum")));
+    }
+    Ok(match Row::decode(&columns) {
+        Ok(row) => Ok(Versioned { row: Some(row), version }),
+        Err(what) => Err(damaged(&format!("has {what}"))),
+    })
+}
+
+/// What one statement writes.
+#[derive(Debug, Default)]
+pub(super) struct Changes<'a> {
+    /// Sorted by key, each key once; the version that was read, and the new row.
+    pub(super) rows: Vec<(&'a Key, i64, &'a Row)>,
+    /// Attempts that became ambiguous by a write above: key and fence.
+    pub(super) ambiguous: Vec<(&'a Key, u64)>,
+    /// Sessions nobody was given.
+    pub(super) orphans: Vec<(&'a Key, &'a Orphan)>,
+}
+
+/// Arrays for `unnest`, one a column.
+struct Arrays<'a> {
+    modes: Vec<&'a str>,
+    ids: Vec<&'a str>,
+}
+
+impl<'a> Arrays<'a> {
+    fn of(keys: impl Iterator<Item = &'a Key> + Clone) -> Self {
+        Self {
+            modes: keys.clone().map(|key| key.mode.as_str()).collect(),
+            ids: keys.map(|key| key.request_id.as_str()).collect(),
+        }
+    }
+}
+
+/// Writes; returns the time and the keys whose row was still the one that was read.
+pub(super) async fn write(
+    client: &Client,
+    changes: &Changes<'_>,
+    now: Millis,
+) -> Result<(Millis, Vec<(String, String)>), Error> {
+    let keys = Arrays::of(changes.rows.iter().map(|(key, ..)| *key));
+    let column = |of: fn(&Row) -> i64| -> Vec<i64> {
+        changes.rows.iter().map(|(_, _, row)| of(row)).collect()
+    };
+    let states: Vec<&str> = changes.rows.iter().map(|(_, _, row)| row.state.as_str()).collect();
+    let versions: Vec<i64> = changes.rows.iter().map(|(_, read, _)| read + 1).collect();
+    let updated = column(|row| row.updated_at);
+    let ended: Vec<Option<i64>> = changes.rows.iter().map(|(_, _, row)| row.ended_at).collect();
+    let ambiguous: Vec<i32> =
+        changes.rows.iter().map(|(_, _, row)| row.ambiguous.cast_signed()).collect();
+    let bodies: Vec<Vec<u8>> = changes.rows.iter().map(|(_, _, row)| row.encode()).collect();
+    let sums: Vec<[u8; 8]> = changes
+        .rows
+        .iter()
+        .zip(&bodies)
+        .map(|((key, _, row), body)| {
+            row.columns(body).checksum(key.mode.as_str(), key.request_id.as_str())
+        })
+        .collect();
+    let sums: Vec<&[u8]> = sums.iter().map(<[u8; 8]>::as_slice).collect();
+    let lost = Arrays::of(changes.ambiguous.iter().map(|(key, _)| *key));
+    let fences: Vec<i64> = changes.ambiguous.iter().map(|(_, fence)| fence.cast_signed()).collect();
+    let orphans = Arrays::of(changes.orphans.iter().map(|(key, _)| *key));
+    let sessions: Vec<&str> =
+        changes.orphans.iter().map(|(_, orphan)| orphan.checkout_id.as_str()).collect();
+    let makers: Vec<i64> =
+        changes.orphans.iter().map(|(_, orphan)| orphan.fence.cast_signed()).collect();
+    let reasons: Vec<&str> =
+        changes.orphans.iter().map(|(_, orphan)| orphan.reason.as_str()).collect();
+    let rows = client
+        .query_typed(
+            WRITE,
+            &[
+                (&keys.modes, Type::TEXT_ARRAY),
+                (&keys.ids, Type::TEXT_ARRAY),
+                (&states, Type::TEXT_ARRAY),
+                (&versions, Type::INT8_ARRAY),
+                (&updated, Type::INT8_ARRAY),
+                (&ended, Type::INT8_ARRAY),
+                (&ambiguous, Type::INT4_ARRAY),
+                (&bodies, Type::BYTEA_ARRAY),
+                (&sums, Type::BYTEA_ARRAY),
+                (&lost.modes, Type::TEXT_ARRAY),
+                (&lost.ids, Type::TEXT_ARRAY),
+                (&fences, Type::INT8_ARRAY),
+                (&now, Type::INT8),
+                (&orphans.modes, Type::TEXT_ARRAY),
+                (&orphans.ids, Type::TEXT_ARRAY),
+                (&sessions, Type::TEXT_ARRAY),
+                (&makers, Type::INT8_ARRAY),
+                (&reasons, Type::TEXT_ARRAY),
+            ],
+        )
+        .await?;
+    let mut time = 0;
+    let mut written = Vec::with_capacity(rows.len());
+    for row in &rows {
+        time = row.try_get(0)?;
+        if let (Some(mode), Some(id)) = (row.try_get(1)?, row.try_get(2)?) {
+            written.push((mode, id));
+        }
+    }
+    Ok((time, written))
+}

@@ -1,0 +1,59 @@
+-- Version 1 of the shared ledger. `job` has one row per (mode, request_id); what the columns mean is
+-- said in src/ledger/row.rs. `version` is raised by every write, and every write compares it;
+-- `sum` is a checksum over the row, verified on every read.
+CREATE TABLE checkout_worker.job (
+    mode        text COLLATE "C" NOT NULL,
+    request_id  text COLLATE "C" NOT NULL,
+    state       text COLLATE "C" NOT NULL,
+    version     bigint  NOT NULL,
+    updated_at  bigint  NOT NULL,
+    ended_at    bigint,
+    ambiguous   integer NOT NULL,
+    body        bytea   NOT NULL,
+    sum         bytea   NOT NULL,
+    PRIMARY KEY (mode, request_id)
+) WITH (
+    -- A row is written twice and then only read: room on its page keeps both versions together.
+    fillfactor = 70,
+    autovacuum_vacuum_scale_factor = 0.02,
+    autovacuum_analyze_scale_factor = 0.05
+);
+
+-- Retention looks for old ended rows; unfinished rows are not in the index.
+CREATE INDEX job_ended ON checkout_worker.job (ended_at) WHERE ended_at IS NOT NULL;
+
+-- Attempts after which a session may exist that nobody was given, one row each, named by the fence
+-- of their claim. Kept when their job's row is swept.
+CREATE TABLE checkout_worker.ambiguous_attempt (
+    mode        text COLLATE "C" NOT NULL,
+    request_id  text COLLATE "C" NOT NULL,
+    fence       bigint NOT NULL,
+    found_at    bigint NOT NULL,
+    PRIMARY KEY (mode, request_id, fence)
+);
+
+-- Sessions that Creem is known to hold and that nobody was given.
+CREATE TABLE checkout_worker.orphan (
+    mode        text COLLATE "C" NOT NULL,
+    request_id  text COLLATE "C" NOT NULL,
+    checkout_id text NOT NULL,
+    fence       bigint NOT NULL,
+    reason      text   NOT NULL,
+    found_at    bigint NOT NULL,
+    PRIMARY KEY (mode, request_id, checkout_id)
+);
+
+-- Times in which nothing could be tried, so that they do not count against a job.
+CREATE TABLE checkout_worker.pause (
+    started bigint NOT NULL,
+    ended   bigint NOT NULL,
+    PRIMARY KEY (started, ended)
+);
+
+-- What the ledger knows of itself: `secret` (of fingerprints and hops), `adopted` and `refused` (the
+-- guard of a new ledger), `alive` (some worker's last sign of life).
+CREATE TABLE checkout_worker.meta (
+    name  text PRIMARY KEY,
+    value bytea,
+    number bigint
+);

@@ -1,0 +1,292 @@
+//! The suite: what every ledger promises.
+
+use std::time::Duration;
+
+use creem_checkout_worker::job::{Ending, Key, Mode, Problem, Status};
+use creem_checkout_worker::ledger::*;
+
+use super::bench::{Backend, Bench, START};
+use super::key;
+
+pub(super) fn link(id: &str) -> Ending {
+    Ending::Succeeded { checkout_id: id.into(), checkout_url: format!("https://creem.io/{id}") }
+}
+
+pub(super) fn rejected() -> Ending {
+    Ending::Rejected(Problem::new("creem_rejected", "no"))
+}
+
+fn failed() -> Ending {
+    Ending::Failed(Problem::new("attempts_exhausted", "no"))
+}
+
+fn expired() -> Ending {
+    Ending::Expired(Problem::new("deadline_passed", "no"))
+}
+
+fn unknown() -> Attempt {
+    Attempt::Ambiguous { checkout_id: None, reason: "no answer".into() }
+}
+
+pub(super) fn wait(until: i64) -> Next {
+    Next::Wait { until }
+}
+
+pub(super) async fn a_link_is_stored_once_and_repeated_byte_for_byte_for_ever(backend: &Backend) {
+    let mut bench = Bench::new(backend, OnUnknown::Retry).await;
+    let stored = bench.end("a", link("ch_1")).await;
+    assert_eq!(stored.status, Status::Succeeded);
+    bench.later();
+    assert_eq!(bench.claim("a").await, Claim::Settled(stored.clone()));
+    bench.reopen().await;
+    assert_eq!(bench.claim("a").await, Claim::Settled(stored.clone()));
+    assert_eq!(bench.close("a", expired()).await, Claim::Settled(stored));
+}
+
+pub(super) async fn another_body_is_a_conflict_that_names_the_fields_and_touches_nothing(
+    backend: &Backend,
+) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let stored = bench.end("a", link("ch_1")).await;
+    bench.later();
+    let conflict = bench.claim_as(bench.claimant("a", 2)).await;
+    assert_eq!(conflict, Claim::Conflict(vec!["units".into()]));
+    assert_eq!(bench.claim("a").await, Claim::Settled(stored));
+    // In flight and waiting, the id may yet have a link: also a conflict.
+    let lease = bench.lease("b").await;
+    assert!(matches!(bench.claim_as(bench.claimant("b", 2)).await, Claim::Conflict(_)));
+    bench.settle("b", lease, Attempt::Counted, wait(START)).await;
+    assert!(matches!(bench.claim_as(bench.claimant("b", 2)).await, Claim::Conflict(_)));
+}
+
+pub(super) async fn a_live_claim_keeps_others_out_and_a_dead_one_counts_as_ambiguous(
+    backend: &Backend,
+) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let first = bench.lease("a").await;
+    assert_eq!(bench.claim("a").await, Claim::Busy { until: START + 25_000 });
+    bench.clock.advance(Duration::from_secs(26));
+    let second = bench.lease("a").await;
+    assert_eq!((second.fence, second.attempt, second.ambiguous), (first.fence + 1, 2, 1));
+
+    // The zombie comes back with a link: no row is touched, the session is an orphan.
+    let late = bench.settle("a", first, Attempt::Counted, Next::End(link("ch_late"))).await;
+    assert_eq!(late, Settle::Zombie);
+    let ended = bench.settle("a", second, Attempt::Counted, Next::End(link("ch_good"))).await;
+    assert!(matches!(ended, Settle::Ended(_)));
+    assert_eq!(bench.orphans("a").await[0].checkout_id, "ch_late");
+    assert_eq!(bench.row("a").await.checkout_id.as_deref(), Some("ch_good"));
+}
+
+pub(super) async fn a_zombie_may_neither_end_nor_delay_a_job_that_is_settled(backend: &Backend) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let first = bench.lease("a").await;
+    bench.clock.advance(Duration::from_secs(26));
+    let second = bench.lease("a").await;
+    bench.settle("a", second, Attempt::Counted, Next::End(rejected())).await;
+    let before = bench.row("a").await;
+    for next in [wait(START), Next::End(link("ch_x")), Next::End(failed())] {
+        assert_eq!(bench.settle("a", first, unknown(), next).await, Settle::Zombie);
+    }
+    assert_eq!(bench.row("a").await, before);
+}
+
+pub(super) async fn a_claim_or_settle_asked_twice_counts_once(backend: &Backend) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let request = Bench::request(bench.claimant("a", 1));
+    let first = bench.ledger().claim(request.clone()).await.unwrap();
+    assert_eq!(bench.ledger().claim(request).await.unwrap(), first);
+    let Claim::Granted(lease) = first else { panic!("{first:?}") };
+    let once = bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_1"))).await;
+    bench.later();
+    assert_eq!(bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_1"))).await, once);
+    assert_eq!(bench.row("a").await.attempts, 1);
+}
+
+pub(super) async fn a_process_that_died_loses_its_leases(backend: &Backend) {
+    let mut bench = Bench::new(backend, OnUnknown::Retry).await;
+    bench.lease("a").await;
+    bench.die().await;
+    let lease = bench.lease("a").await;
+    assert_eq!((lease.attempt, lease.ambiguous), (2, 1));
+}
+
+pub(super) async fn a_job_that_ends_the_process_again_and_again_is_given_up(backend: &Backend) {
+    let mut bench = Bench::new(backend, OnUnknown::Retry).await;
+    for _ in 0..transition::MOST_CRASHES {
+        bench.lease("a").await;
+        bench.die().await;
+    }
+    let Claim::Settled(stored) = bench.claim("a").await else { panic!("it is given up") };
+    assert_eq!(
+        (stored.status, stored.code.as_deref()),
+        (Status::Unresolved, Some("crashes_worker"))
+    );
+}
+
+pub(super) async fn no_session_exists_is_never_said_after_an_ambiguous_attempt(backend: &Backend) {
+    for ending in [rejected(), failed(), expired()] {
+        let bench = Bench::new(backend, OnUnknown::Retry).await;
+        let lease = bench.lease("a").await;
+        bench.settle("a", lease, unknown(), wait(START)).await;
+        assert_eq!(bench.end("a", ending.clone()).await.status, Status::Unresolved);
+        let lease = bench.lease("b").await;
+        let ended = bench.settle("b", lease, unknown(), Next::End(ending)).await;
+        assert!(matches!(ended, Settle::Ended(stored) if stored.status == Status::Unresolved));
+        // Nor by closing a job whose call was cut off.
+        bench.lease("c").await;
+        bench.clock.advance(Duration::from_secs(26));
+        assert!(
+            matches!(bench.close("c", expired()).await, Claim::Settled(stored) if stored.status == Status::Unresolved)
+        );
+    }
+}
+
+pub(super) async fn what_ended_without_a_session_is_tried_afresh_when_sent_again_with_any_body(
+    backend: &Backend,
+) {
+    for ending in [rejected(), failed(), expired()] {
+        let bench = Bench::new(backend, OnUnknown::Retry).await;
+        let stored = bench.end("a", ending.clone()).await;
+        bench.later();
+        let again = bench.claimant("a", 1);
+        // A redelivery was not sent again, nor was a copy picked up before the outcome.
+        let redelivered = Claimant { redelivered: true, ..again.clone() };
+        assert_eq!(bench.claim_as(redelivered).await, Claim::Settled(stored.clone()));
+        let earlier = Claimant { picked_up_at: stored.ended_at, ..again.clone() };
+        assert_eq!(bench.claim_as(earlier).await, Claim::Settled(stored.clone()));
+        let other = Claimant { redelivered: true, ..bench.claimant("a", 7) };
+        let taken = bench.claim_as(other).await;
+        assert!(
+            matches!(taken, Claim::Conflict(_)),
+            "a redelivery does not free the id: {taken:?}"
+        );
+        let Claim::Granted(lease) = bench.claim_as(bench.claimant("a", 7)).await else {
+            panic!("{ending:?} is tried afresh with another body")
+        };
+        assert_eq!((lease.attempt, lease.ambiguous), (1, 0));
+        let ended = bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_2"))).await;
+        assert!(matches!(ended, Settle::Ended(new) if new.message_id != stored.message_id));
+    }
+}
+
+pub(super) async fn a_lease_written_under_a_clock_that_ran_ahead_is_over(backend: &Backend) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    bench.lease("a").await;
+    bench.clock.advance(Duration::from_secs(20));
+    assert!(matches!(bench.claim("a").await, Claim::Busy { .. }), "within its time it is alive");
+    bench.clock.set(START - 24 * 3_600_000);
+    assert_eq!(bench.lease("a").await.ambiguous, 1);
+}
+
+pub(super) async fn unresolved_is_tried_afresh_with_the_same_body_only_and_with_park_not_at_all(
+    backend: &Backend,
+) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let lease = bench.lease("a").await;
+    bench.settle("a", lease, unknown(), Next::End(failed())).await;
+    bench.later();
+    assert!(matches!(bench.claim_as(bench.claimant("a", 2)).await, Claim::Conflict(_)));
+    let lease = bench.lease("a").await;
+    assert_eq!((lease.attempt, lease.ambiguous), (1, 1), "what is known of sessions stays");
+
+    let bench = Bench::new(backend, OnUnknown::Park).await;
+    let lease = bench.lease("a").await;
+    let Settle::Ended(stored) = bench.settle("a", lease, unknown(), wait(START)).await else {
+        panic!("park never asks twice")
+    };
+    assert_eq!(stored.status, Status::Unresolved);
+    bench.later();
+    assert_eq!(bench.claim("a").await, Claim::Settled(stored));
+}
+
+pub(super) async fn with_park_a_call_that_was_cut_off_is_not_repeated(backend: &Backend) {
+    let mut bench = Bench::new(backend, OnUnknown::Park).await;
+    bench.lease("a").await;
+    bench.die().await;
+    assert!(
+        matches!(bench.claim("a").await, Claim::Settled(stored) if stored.status == Status::Unresolved)
+    );
+}
+
+pub(super) async fn a_retry_waits_for_its_time_and_gives_its_lease_back_at_once(backend: &Backend) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let lease = bench.lease("a").await;
+    bench.settle("a", lease, unknown(), wait(START + 5_000)).await;
+    assert_eq!(bench.claim("a").await, Claim::Waiting { until: START + 5_000 });
+    bench.clock.advance(Duration::from_secs(5));
+    assert_eq!(bench.lease("a").await.attempt, 2);
+}
+
+pub(super) async fn an_attempt_that_was_not_sent_is_given_back_and_a_throttled_one_is_counted_apart(
+    backend: &Backend,
+) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let lease = bench.lease("a").await;
+    bench.settle("a", lease, Attempt::GivenBack, wait(START)).await;
+    let lease = bench.lease("a").await;
+    assert_eq!(lease.attempt, 1);
+    bench.settle("a", lease, Attempt::Throttled, wait(START)).await;
+    let lease = bench.lease("a").await;
+    assert_eq!((lease.attempt, lease.throttled), (2, 1));
+}
+
+pub(super) async fn test_and_live_are_different_jobs(backend: &Backend) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    bench.end("a", link("ch_1")).await;
+    let live = Claimant { key: Key { mode: Mode::Live, ..key("a") }, ..bench.claimant("a", 1) };
+    assert!(matches!(bench.claim_as(live).await, Claim::Granted(_)));
+}
+
+pub(super) async fn many_racing_claims_of_one_job_grant_one(backend: &Backend) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let claims = (0..500).map(|_| bench.claim("a"));
+    let granted = futures::future::join_all(claims)
+        .await
+        .into_iter()
+        .filter(|claim| matches!(claim, Claim::Granted(_)))
+        .count();
+    assert_eq!(granted, 1);
+}
+
+pub(super) async fn totals_and_pauses_survive_the_process(backend: &Backend) {
+    let mut bench = Bench::new(backend, OnUnknown::Retry).await;
+    let lease = bench.lease("a").await;
+    let orphan = Attempt::Ambiguous { checkout_id: Some("ch_9".into()), reason: "mismatch".into() };
+    bench.settle("a", lease, orphan, Next::End(failed())).await;
+    bench.ledger().execute(Command::Pause { from: START - 50, to: START }).await.unwrap();
+    bench.clock.advance(Duration::from_secs(60));
+    bench.reopen().await;
+    let identity = bench.ledger().identity().clone();
+    assert_eq!((identity.ambiguous_attempts, identity.orphan_sessions), (1, 1));
+    assert!(identity.pauses.contains(&(START - 50, START)));
+    // The minute in which no process ran does not count against any job either.
+    assert!(
+        identity.pauses.iter().any(|(from, to)| *to == START + 60_000 && *from >= START - 1_000)
+    );
+}
+
+pub(super) async fn retention_removes_old_outcomes_but_nothing_that_may_hide_a_session(
+    backend: &Backend,
+) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    bench.end("old", link("ch_1")).await;
+    let lease = bench.lease("hidden").await;
+    bench.settle("hidden", lease, unknown(), Next::End(failed())).await;
+    bench.lease("sending").await;
+    bench.clock.advance(Duration::from_secs(3600));
+    bench.end("new", link("ch_2")).await;
+    assert_eq!(bench.ledger().sweep(START + 1_000).await.unwrap(), 1);
+    for (id, there) in [("old", false), ("hidden", true), ("sending", true), ("new", true)] {
+        assert_eq!(bench.look(id).await.is_some(), there, "{id}");
+    }
+}
+
+pub(super) async fn a_parked_copy_is_noted_for_its_own_outcome_only(backend: &Backend) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let stored = bench.end("a", rejected()).await;
+    for (fence, parked) in [(stored.fence + 1, false), (stored.fence, true)] {
+        bench.ledger().execute(Command::Parked { key: key("a"), fence }).await.unwrap();
+        assert_eq!(bench.row("a").await.parked, parked);
+    }
+}

@@ -1,0 +1,283 @@
+//! What only the shared ledger has to stand: other workers, other versions, a database that goes
+//! away, restarts, or belongs to somebody else.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use creem_checkout_worker::job::Status;
+use creem_checkout_worker::ledger::postgres::{OpenError, Options, PostgresLedger, Time};
+use creem_checkout_worker::ledger::*;
+use futures::future::join_all;
+
+use super::bench::{Backend, Bench, START};
+use super::key;
+use super::promises::{link, rejected, wait};
+use crate::support::private_postgres::{self, connect, shared};
+
+async fn bench(test: &str) -> Option<Bench> {
+    let server = shared(test).await?;
+    Some(Bench::new(&Backend::Postgres(server), OnUnknown::Retry).await)
+}
+
+async fn open(url: &str) -> Result<PostgresLedger, OpenError> {
+    let options = Options { url: url.to_owned().into(), ca_pem: None };
+    PostgresLedger::open(&options, Time::Database, |_| {}).await
+}
+
+#[tokio::test]
+async fn workers_racing_for_the_same_jobs_grant_each_once_and_count_everything() {
+    let Some(bench) = bench("racing").await else { return };
+    let mut workers = vec![bench.ledger().clone()];
+    for _ in 0..3 {
+        workers.push(bench.another().await);
+    }
+    let claims = (0..200).flat_map(|job| {
+        workers.iter().map(move |worker| {
+            let id = format!("job-{job}");
+            let request = Bench::request(bench_claimant(worker, &id));
+            async move { (id, worker.claim(request).await.unwrap()) }
+        })
+    });
+    let mut granted = std::collections::HashMap::<String, Vec<Lease>>::new();
+    for (id, claim) in join_all(claims).await {
+        if let Claim::Granted(lease) = claim {
+            granted.entry(id).or_default().push(lease);
+        } else {
+            assert!(matches!(claim, Claim::Busy { .. }), "{claim:?}");
+        }
+    }
+    assert_eq!(granted.len(), 200);
+    for (id, leases) in &granted {
+        assert_eq!((leases.len(), leases[0].fence), (1, 1), "{id}");
+    }
+    // Whoever has the lease settles it through any worker: the fence decides, not the process.
+    let settles = granted.iter().enumerate().map(|(n, (id, leases))| {
+        let worker = &workers[n % workers.len()];
+        let request = SettleRequest {
+            key: key(id),
+            lease: leases[0],
+            attempt: Attempt::Counted,
+            next: Next::End(link(&format!("ch_{id}"))),
+            on_unknown: OnUnknown::Retry,
+        };
+        worker.settle(request)
+    });
+    for settle in join_all(settles).await {
+        assert!(
+            matches!(settle.unwrap(), Settle::Ended(stored) if stored.status == Status::Succeeded)
+        );
+    }
+}
+
+fn bench_claimant(worker: &Arc<dyn Ledger>, id: &str) -> Claimant {
+    super::bench::claimant(&worker.identity().key, id, 1, START, OnUnknown::Retry)
+}
+
+#[tokio::test]
+async fn a_workers_memory_of_a_row_is_never_believed_over_the_database() {
+    let Some(bench) = bench("memory").await else { return };
+    let other = bench.another().await;
+    let first = bench.lease("a").await;
+    bench.clock.advance(Duration::from_secs(26));
+    // The other takes over; what the first remembers is stale.
+    let taken = other.claim(Bench::request(bench.claimant("a", 1))).await.unwrap();
+    let Claim::Granted(second) = taken else { panic!("{taken:?}") };
+    assert_eq!((second.fence, second.ambiguous), (2, 1));
+    assert_eq!(
+        bench.settle("a", first, Attempt::Counted, Next::End(link("ch_late"))).await,
+        Settle::Zombie
+    );
+    assert_eq!(bench.orphans("a").await[0].checkout_id, "ch_late");
+    let request = SettleRequest {
+        key: key("a"),
+        lease: second,
+        attempt: Attempt::Counted,
+        next: Next::End(link("ch_good")),
+        on_unknown: OnUnknown::Retry,
+    };
+    assert!(matches!(other.settle(request).await.unwrap(), Settle::Ended(_)));
+    assert_eq!(bench.row("a").await.checkout_id.as_deref(), Some("ch_good"));
+    assert_eq!(bench.row("a").await.ambiguous, 1);
+}
+
+#[tokio::test]
+async fn replicas_that_start_together_make_one_ledger() {
+    let Some(server) = shared("together").await else { return };
+    let url = private_postgres::database(&server).await;
+    let opened = join_all((0..8).map(|_| open(&url))).await;
+    let keys: Vec<[u8; 32]> =
+        opened.into_iter().map(|ledger| ledger.unwrap().identity().key.mac(&[b"x"])).collect();
+    assert!(keys.iter().all(|key| *key == keys[0]), "one secret for all");
+}
+
+#[tokio::test]
+async fn a_newer_schema_is_worked_on_only_if_it_allows_that() {
+    let Some(bench) = bench("newer").await else { return };
+    let client = connect(bench.url()).await;
+    client
+        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (2, 1, now())")
+        .await
+        .unwrap();
+    assert!(open(bench.url()).await.is_ok(), "an addition harms nobody");
+    client
+        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (3, 2, now())")
+        .await
+        .unwrap();
+    let error = open(bench.url()).await.unwrap_err();
+    assert!(matches!(error, OpenError::Newer { found: 3, known: 1 }), "{error}");
+}
+
+#[tokio::test]
+async fn a_database_that_cannot_be_used_is_named_with_what_to_do() {
+    let Some(server) = shared("unusable").await else { return };
+    let (before, rest) = server.split_once("//checkout:").unwrap();
+    let (_, place) = rest.split_once('@').unwrap();
+    let error = open(&format!("{before}//checkout:wrong@{place}")).await.unwrap_err();
+    assert!(matches!(error, OpenError::Refused(_)) && !error.is_passing(), "{error}");
+    assert!(!error.to_string().contains("wrong"), "{error}");
+    let error = open("postgres://a:canary@127.0.0.1:1/x").await.unwrap_err();
+    assert!(error.is_passing() && !error.to_string().contains("canary"), "{error}");
+}
+
+#[tokio::test]
+async fn a_damaged_row_is_noticed_and_the_others_are_served() {
+    let Some(bench) = bench("damaged").await else { return };
+    bench.end("a", link("ch_1")).await;
+    bench.end("b", link("ch_2")).await;
+    let client = connect(bench.url()).await;
+    for change in [
+        "body = set_byte(body, 20, (get_byte(body, 20) + 1) % 256)",
+        "state = 'rejected'",
+        "ended_at = ended_at + 1",
+        "ambiguous = 7",
+    ] {
+        client
+            .batch_execute("BEGIN; CREATE TEMP TABLE kept AS SELECT * FROM checkout_worker.job")
+            .await
+            .unwrap();
+        client.batch_execute("COMMIT").await.unwrap();
+        let damage = format!("UPDATE checkout_worker.job SET {change} WHERE request_id = 'a'");
+        client.batch_execute(&damage).await.unwrap();
+        bench.later();
+        let claim = bench.ledger().claim(Bench::request(bench.claimant("a", 1))).await;
+        assert!(matches!(claim, Err(LedgerError::DamagedRow(_))), "{change}: {claim:?}");
+        assert!(matches!(bench.claim("b").await, Claim::Settled(_)), "{change}");
+        client
+            .batch_execute(
+                "DELETE FROM checkout_worker.job; INSERT INTO checkout_worker.job SELECT * FROM kept; DROP TABLE kept",
+            )
+            .await
+            .unwrap();
+    }
+    bench.later();
+    assert!(matches!(bench.claim("a").await, Claim::Settled(_)));
+}
+
+#[tokio::test]
+async fn connections_that_are_cut_cost_an_answer_and_nothing_else() {
+    let Some(bench) = bench("cut").await else { return };
+    let client = connect(bench.url()).await;
+    for round in 0..10 {
+        let id = format!("job-{round}");
+        client
+            .batch_execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                 WHERE datname = current_database() AND pid <> pg_backend_pid()",
+            )
+            .await
+            .unwrap();
+        let request = Bench::request(bench.claimant(&id, 1));
+        // As a worker does: the same claim again, under the same token.
+        let lease = loop {
+            match bench.ledger().claim(request.clone()).await {
+                Ok(Claim::Granted(lease)) => break lease,
+                Err(LedgerError::Unavailable(_)) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!((lease.fence, lease.attempt), (1, 1));
+        bench.settle(&id, lease, Attempt::Counted, Next::End(rejected())).await;
+    }
+}
+
+#[tokio::test]
+async fn a_commit_is_durable_even_where_the_session_has_that_switched_off() {
+    let Some(bench) = bench("durable").await else { return };
+    let client = connect(bench.url()).await;
+    client
+        .batch_execute(
+            "ALTER DATABASE postgres SET synchronous_commit TO DEFAULT;
+             ALTER ROLE CURRENT_USER IN DATABASE postgres RESET ALL;
+             DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET synchronous_commit = off', current_database()); END $$",
+        )
+        .await
+        .unwrap();
+    let other = bench.another().await;
+    // What is written is on the disk when the answer is here: the log is flushed up to its end, but
+    // for what others have begun to write in the meantime, so this is tried until nobody has.
+    let mut flushed = false;
+    for round in 0..50 {
+        let id = format!("job-{round}");
+        other.claim(Bench::request(bench.claimant(&id, 1))).await.unwrap();
+        let row = client
+            .query_one("SELECT pg_current_wal_flush_lsn() >= pg_current_wal_insert_lsn()", &[])
+            .await
+            .unwrap();
+        flushed |= row.get::<_, bool>(0);
+        if flushed {
+            break;
+        }
+    }
+    assert!(flushed, "with an asynchronous commit the log is behind for up to 600 ms");
+}
+
+#[tokio::test]
+async fn the_databases_clock_is_everybodys_clock() {
+    let Some(server) = shared("clock").await else { return };
+    let url = private_postgres::database(&server).await;
+    let ledger = open(&url).await.unwrap();
+    let client = connect(&url).await;
+    let row = client
+        .query_one("SELECT (extract(epoch from clock_timestamp()) * 1000)::int8", &[])
+        .await
+        .unwrap();
+    let there: i64 = row.get(0);
+    assert!((ledger.clock().now() - there).abs() < 1_000);
+}
+
+#[tokio::test]
+async fn a_new_ledger_is_new_for_all_workers_until_one_has_served_for_a_while() {
+    let Some(bench) = bench("adoption").await else { return };
+    let other = bench.another().await;
+    assert!(other.is_new_to(None).await.unwrap());
+    bench.ledger().execute(Command::Adopt(Adoption::Adopted)).await.unwrap();
+    assert!(other.is_new_to(None).await.unwrap(), "all workers begin at about the same time");
+    assert!(other.is_new_to(Some(key("a"))).await.unwrap());
+    bench.lease("a").await;
+    assert!(!other.is_new_to(Some(key("a"))).await.unwrap(), "it was taken with this ledger");
+    bench.clock.advance(Duration::from_secs(61));
+    assert!(!other.is_new_to(None).await.unwrap());
+    assert!(!bench.another().await.identity().empty);
+
+    other.execute(Command::Adopt(Adoption::Refused)).await.unwrap();
+    assert!(bench.another().await.identity().refused);
+    bench.ledger().execute(Command::Adopt(Adoption::Accepted)).await.unwrap();
+    let identity = bench.another().await.identity().clone();
+    assert!(!identity.refused && !identity.empty);
+}
+
+#[tokio::test]
+async fn two_sweeps_at_once_share_the_work() {
+    let Some(bench) = bench("sweeps").await else { return };
+    for n in 0..40 {
+        bench.end(&format!("job-{n}"), link("ch")).await;
+    }
+    let lease = bench.lease("waiting").await;
+    bench.settle("waiting", lease, Attempt::Counted, wait(START + 9_000)).await;
+    bench.clock.advance(Duration::from_secs(3600));
+    let other = bench.another().await;
+    let (one, two) =
+        tokio::join!(bench.ledger().sweep(START + 1_000_000), other.sweep(START + 1_000_000));
+    assert_eq!(one.unwrap() + two.unwrap(), 40);
+    assert!(bench.look("waiting").await.is_some());
+}

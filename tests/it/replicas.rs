@@ -1,0 +1,160 @@
+//! Several workers, one PostgreSQL: whoever dies, freezes or loses its database, others finish the
+//! jobs, and no id gets two links.
+
+use std::collections::HashSet;
+
+use creem_checkout_worker::ledger::postgres::Options;
+use creem_checkout_worker::ledger::postgres::inspect::Inspector;
+use creem_checkout_worker::ledger::{KnownOrphan, Row};
+
+use crate::ledger::key;
+use crate::support::private_postgres::{self, Private, connect};
+use crate::support::{World, eventually, next, soon};
+
+/// A world whose workers share a database of its own.
+async fn world(test: &str) -> Option<(World, String)> {
+    let server = private_postgres::shared(test).await?;
+    let url = private_postgres::database(&server).await;
+    Some((on(test, &url).await?, url))
+}
+
+async fn on(test: &str, url: &str) -> Option<World> {
+    let mut world = World::new(test).await?;
+    world.settings.insert("LEDGER_URL".into(), url.to_owned());
+    // A short lease: takeover is what is tested here.
+    world.set("creem.request_timeout", "1s").set("amqp.heartbeat", "2s");
+    Some(world)
+}
+
+async fn look(url: &str, id: &str) -> (Row, Vec<KnownOrphan>) {
+    let options = Options { url: url.to_owned().into(), ca_pem: None };
+    let inspector = Inspector::open(&options).await.unwrap();
+    let row = inspector.row(&key(id)).await.unwrap().expect("the ledger has a row");
+    (row, inspector.orphans(&key(id)).await.unwrap())
+}
+
+#[tokio::test]
+async fn two_workers_serve_the_same_queues_and_each_job_gets_one_link() {
+    let Some((world, url)) = world("two_workers").await else { return };
+    let first = world.worker().await;
+    let second = world.worker().await;
+    let mut replies = world.replies().await;
+    for n in 0..60 {
+        // Every job twice: whichever workers get the copies, both are told the same.
+        world.job(&format!("order_{}", n / 2)).await;
+    }
+    let mut bodies = HashSet::new();
+    for _ in 0..60 {
+        let reply = next(&mut replies).await;
+        assert_eq!(reply.status(), "succeeded");
+        bodies.insert(reply.body);
+    }
+    assert_eq!((bodies.len(), world.sessions()), (30, 30));
+    assert_eq!(look(&url, "order_0").await.0.ambiguous, 0);
+    for worker in [&first, &second] {
+        assert_eq!(worker.get("/readyz").await.0, 200);
+    }
+}
+
+#[tokio::test]
+async fn a_job_of_a_worker_that_died_is_finished_by_another() {
+    let Some((world, url)) = world("other_finishes").await else { return };
+    let first = world.worker().await;
+    world.script(r#"{"faults":[{"request_id":"a","times":1,"kind":"hang_after"}]}"#);
+    world.job("a").await;
+    soon("the call", world.simulator.posts_arrived(1)).await;
+    let mut replies = world.replies().await;
+    let _second = world.worker().await;
+    first.kill().await;
+    let reply = next(&mut replies).await;
+    assert_eq!((reply.status(), world.sessions()), ("succeeded".into(), 2));
+    assert_eq!(look(&url, "a").await.0.ambiguous, 1, "the session nobody was given is counted");
+}
+
+#[tokio::test]
+async fn a_worker_that_was_frozen_beyond_its_lease_hands_nothing_out() {
+    let Some((mut world, url)) = world("frozen").await else { return };
+    world.set("creem.request_timeout", "2s");
+    let first = world.worker().await;
+    // Its answer comes while it is frozen; it finds it when it wakes.
+    world.script(r#"{"latency_ms":1500}"#);
+    world.job("a").await;
+    soon("the call", world.simulator.posts_arrived(1)).await;
+    first.signal("STOP");
+    let mut replies = world.replies().await;
+    let second = world.worker().await;
+    let reply = next(&mut replies).await;
+    assert_eq!(reply.status(), "succeeded");
+    first.signal("CONT");
+    soon("it learns that it is late", first.logged("the lease was lost")).await;
+    let (row, orphans) = look(&url, "a").await;
+    assert_eq!(
+        (row.ambiguous, world.sessions()),
+        (1, 2),
+        "the session nobody was given is counted"
+    );
+    // Whether it could still read its answer, or only learned that it was too late for it.
+    for orphan in orphans {
+        assert_ne!(row.checkout_id.as_deref(), Some(orphan.checkout_id.as_str()));
+    }
+    world.script("{}");
+    world.job("a").await;
+    assert_eq!(next(&mut replies).await.body, reply.body);
+    // One figure for all workers.
+    for worker in [&first, &second] {
+        eventually("the attempt is counted", || async {
+            let metrics = worker.get("/metrics").await.1;
+            metrics.contains("checkout_worker_ambiguous_attempts_total 1\n")
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_restarts_or_comes_late_costs_no_job() {
+    let Some(database) = Private::start("restarts").await else { return };
+    let Some(world) = on("restarts", &database.url).await else { return };
+    database.act("stop").await;
+    let worker = world.worker_unready(&[]);
+    soon("it waits", worker.logged("the ledger is not there; trying again")).await;
+    let (status, text) = worker.get("/readyz").await;
+    assert!(status == 503 && text.contains("ledger"), "{text}");
+    database.act("start").await;
+    soon("it serves", worker.logged("consuming")).await;
+    let mut replies = world.replies().await;
+    world.job("a").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+
+    for verb in ["stop", "kill"] {
+        database.act(verb).await;
+        world.job(verb).await;
+        soon("intake pauses", worker.logged("intake is paused")).await;
+        eventually("it is not ready", || async { worker.get("/readyz").await.0 == 503 }).await;
+        assert_eq!(worker.get("/livez").await.0, 200);
+        let posts = world.posts();
+        database.act("start").await;
+        let reply = next(&mut replies).await;
+        assert_eq!((reply.status(), reply.text("/request_id")), ("succeeded".into(), verb.into()));
+        assert_eq!(world.posts(), posts + 1, "nothing is asked while nothing can be written");
+        assert_eq!(look(&database.url, verb).await.0.attempts, 1, "a pause eats no attempt");
+        eventually("it is ready", || async { worker.get("/readyz").await.0 == 200 }).await;
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_hangs_costs_no_job() {
+    let Some((world, url)) = world("hangs").await else { return };
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    world.job("first").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    let mut client = connect(&url).await;
+    let lock = client.transaction().await.unwrap();
+    lock.batch_execute("LOCK TABLE checkout_worker.job IN ACCESS EXCLUSIVE MODE").await.unwrap();
+    world.job("a").await;
+    soon("intake pauses", worker.logged("intake is paused")).await;
+    assert_eq!(world.posts(), 1);
+    lock.commit().await.unwrap();
+    assert_eq!(next(&mut replies).await.text("/request_id"), "a");
+    assert_eq!(look(&url, "a").await.0.attempts, 1, "a claim that was asked again counts once");
+}
