@@ -1,7 +1,7 @@
 //! `enqueue`: jobs into a queue, and with `--wait` their replies out of one.
 
 use std::collections::HashSet;
-use std::io::{BufRead, IsTerminal as _};
+use std::io::{BufRead, IsTerminal as _, Read as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,11 +19,13 @@ use crate::job::Lane;
 use crate::job::json::Node;
 use crate::rabbit::envelope::is_campaign;
 use crate::rabbit::headers;
-use crate::rabbit::publisher::Class;
+use crate::rabbit::publisher::{Class, Shape};
 use crate::rabbit::replies::{Received, ReplyQueue};
 use crate::rabbit::{Message, Published, Publisher};
 use crate::retry::Backoff;
 
+/// How often a publish may be lost with its channel before that is taken for the broker's answer.
+const MOST_LOST: u32 = 20;
 /// Publishes in flight at once.
 const WINDOW: usize = 256;
 
@@ -114,6 +116,7 @@ async fn enqueue(settings: &Resolved, arguments: &Arguments, jobs: Jobs) -> Outc
         settings.amqp.clone(),
         "checkout-worker enqueue".to_owned(),
         Backoff::of_reconnects(),
+        Shape::WIDE,
         stop.clone(),
     );
     let mut tasks = JoinSet::new();
@@ -291,6 +294,7 @@ fn silence(answered: usize, expected: Option<usize>) -> Failure {
 }
 
 async fn publish(publisher: &Publisher, message: Message) -> anyhow::Result<()> {
+    let mut lost = 0;
     loop {
         match publisher.publish(Class::Internal, message.clone()).await {
             Ok(Published::Routed) => return Ok(()),
@@ -301,7 +305,13 @@ async fn publish(publisher: &Publisher, message: Message) -> anyhow::Result<()> 
             }
             Ok(Published::Refused) => return Err(anyhow!("the queue refused it: it is full")),
             // The broker may have it: sent again, it is a copy, and copies are answered alike.
-            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+            Err(error) if lost >= MOST_LOST => {
+                return Err(anyhow!("{error}; check this user's permissions and --reply-to"));
+            }
+            Err(_) => {
+                lost += 1;
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
         }
     }
 }
@@ -323,19 +333,32 @@ fn jobs(settings: &Resolved, arguments: &Arguments) -> Result<Jobs, Failure> {
     Ok(lines(std::io::BufReader::new(file), settings.job.max_bytes))
 }
 
-/// Jobs line by line; a million lines take no more memory than one.
-fn lines(reader: impl BufRead + Send + 'static, most: usize) -> Jobs {
-    let lines = reader.split(b'\n').zip(1_usize..).map(move |(line, number)| {
-        let line = line.with_context(|| format!("line {number} cannot be read"))?;
-        if line.len() > most {
-            return Err(anyhow!("line {number} is larger than {most} bytes (job.max_bytes)"));
+/// Jobs line by line; a million lines take no more memory than one, and a line no more than a job.
+fn lines(mut reader: impl BufRead + Send + 'static, most: usize) -> Jobs {
+    let mut number = 0;
+    Box::new(std::iter::from_fn(move || {
+        loop {
+            number += 1;
+            let mut line = Vec::new();
+            let limit = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(2);
+            let read = reader.by_ref().take(limit).read_until(b'\n', &mut line);
+            match read.with_context(|| format!("line {number} cannot be read")) {
+                Err(error) => return Some(Err(error)),
+                Ok(0) => return None,
+                Ok(_) => {}
+            }
+            if line.last() == Some(&b'\n') {
+                line.pop();
+            }
+            if line.len() > most {
+                let text = format!("line {number} is larger than {most} bytes (job.max_bytes)");
+                return Some(Err(anyhow!(text)));
+            }
+            if !line.trim_ascii().is_empty() {
+                return Some(Ok((number, line)));
+            }
         }
-        Ok((number, line))
-    });
-    let blank = |line: &anyhow::Result<(usize, Vec<u8>)>| {
-        line.as_ref().is_ok_and(|(_, line)| line.trim_ascii().is_empty())
-    };
-    Box::new(lines.filter(move |line| !blank(line)))
+    }))
 }
 
 fn job_from_flags(settings: &Resolved, flags: &Arguments) -> Result<Vec<u8>, Failure> {
@@ -352,6 +375,10 @@ fn job_from_flags(settings: &Resolved, flags: &Arguments) -> Result<Vec<u8>, Fai
     put("discount_code", flags.discount_code.clone().map(Into::into));
     put("success_url", flags.success_url.clone().map(Into::into));
     put("customer", flags.email.as_ref().map(|email| serde_json::json!({"email": email})));
+    let mut names = HashSet::new();
+    if let Some((name, _)) = flags.metadata.iter().find(|(name, _)| !names.insert(name)) {
+        return Err(Failure::Usage(format!("--metadata {name} is given twice")));
+    }
     let metadata: serde_json::Map<_, _> =
         flags.metadata.iter().map(|(key, value)| (key.clone(), value.clone().into())).collect();
     put("metadata", (!metadata.is_empty()).then(|| metadata.into()));

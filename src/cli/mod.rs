@@ -125,7 +125,10 @@ fn with_deep_stacks() {
     use std::os::unix::process::CommandExt as _;
 
     const VARIABLE: &str = "RUST_MIN_STACK";
-    if std::env::vars_os().any(|(name, _)| name == VARIABLE) {
+    let needed: u64 = DEEP_STACK.parse().unwrap_or(u64::MAX);
+    let set = std::env::vars_os().find(|(name, _)| name == VARIABLE);
+    let bytes = set.and_then(|(_, value)| value.to_str()?.parse::<u64>().ok());
+    if bytes.is_some_and(|bytes| bytes >= needed) {
         return;
     }
     let mut arguments = std::env::args_os();
@@ -155,17 +158,22 @@ fn count(number: usize, thing: &str) -> String {
 
 /// One line on standard error.
 fn say_error(text: &str) {
-    #[expect(clippy::print_stderr, reason = "this is how a command speaks")]
-    {
-        eprintln!("checkout-worker: {text}");
-    }
+    use std::io::Write as _;
+    // Whoever closed standard error does not want to hear it.
+    drop(writeln!(std::io::stderr(), "checkout-worker: {text}"));
 }
 
 /// One line on standard output.
 fn say(text: &str) {
     use std::io::Write as _;
-    // A reader that went away (`| head`) is no error of ours.
-    drop(writeln!(std::io::stdout(), "{text}"));
+    match writeln!(std::io::stdout(), "{text}") {
+        // A reader that went away (`| head`) is no error of ours.
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            say_error(&format!("standard output cannot be written: {error}"));
+            std::process::exit(1);
+        }
+        Ok(()) | Err(_) => {}
+    }
 }
 
 /// The environment as a map.
@@ -209,7 +217,8 @@ fn resolved_without_key(
         Some(_) => "creem_test_stand_in",
         None => "",
     };
-    if settings.creem.api_key.is_none() || !stand_in.is_empty() {
+    let empty = |key: &secrecy::SecretString| secrecy::ExposeSecret::expose_secret(key).is_empty();
+    if settings.creem.api_key.as_ref().is_none_or(empty) || !stand_in.is_empty() {
         settings.creem.api_key = Some(config::secret(if stand_in.is_empty() {
             "creem_test_stand_in"
         } else {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use tokio::task::JoinSet;
@@ -21,6 +22,7 @@ use crate::observe::{admin, logging, metrics};
 use crate::pace::Pacer;
 use crate::rabbit::Publisher;
 use crate::rabbit::consumer::Plan;
+use crate::rabbit::publisher::Shape;
 use crate::retry::{Backoff, Pauses, backoff};
 use crate::worker::gate::Gate;
 use crate::worker::intake::Intake;
@@ -170,6 +172,16 @@ fn assemble(
         settings.amqp.clone(),
         name("publish"),
         Backoff::of_reconnects(),
+        Shape::WIDE,
+        stages.hard.clone(),
+    );
+    background.spawn(keep);
+    let (direct, keep) = Publisher::new(
+        settings.amqp.clone(),
+        name("publish direct replies"),
+        Backoff::try_new(Duration::from_millis(50), Duration::from_secs(1))
+            .expect("50 ms is less than a second"),
+        Shape::SINGLE,
         stages.hard.clone(),
     );
     background.spawn(keep);
@@ -206,6 +218,7 @@ fn assemble(
         },
         settler: Settler {
             publisher,
+            direct,
             topology: settings.topology.clone(),
             backoff: Backoff::of_reconnects(),
             clock: clock.clone(),

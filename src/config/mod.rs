@@ -137,6 +137,10 @@ fn read_all(mut table: Table, problems: &mut Vec<Problem>) -> Option<Settings> {
             Ok(settings) => return Some(settings),
             Err(wrong) => wrong,
         };
+        if problems.contains(&problem) {
+            // Nothing can be taken out that would help.
+            return None;
+        }
         problems.push(problem);
         match get(&defaults, &path).cloned() {
             Some(default) => set(&mut table, &path, default),
@@ -316,7 +320,14 @@ fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
         if kind != Kind::Secret {
             continue;
         }
-        let Some(Value::String(path)) = remove(table, &twin) else { continue };
+        let path = match remove(table, &twin) {
+            None => continue,
+            Some(Value::String(path)) => path,
+            Some(_) => {
+                problems.push(Problem::new(format!("`{twin}` is not a text"), "give a path"));
+                continue;
+            }
+        };
         let default =
             DEFAULTS.parse::<Table>().ok().and_then(|defaults| get(&defaults, key).cloned());
         if get(table, key).is_some_and(|value| Some(value) != default.as_ref()) {
@@ -334,10 +345,19 @@ fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
                 set(table, key, Value::String(secret.to_owned()));
             }
             Err(error) => problems.push(Problem::new(
-                format!("`{twin}`: {path} cannot be read: {error}"),
+                format!("`{twin}`: {} cannot be read: {error}", shown(&path)),
                 "name a small text file that this user may read",
             )),
         }
+    }
+}
+
+/// A path as it may be shown: somebody may have given the secret itself in its place.
+fn shown(path: &str) -> String {
+    if path.starts_with("creem_") || path.contains("://") {
+        "its value, which looks like the secret itself and not like a path,".to_owned()
+    } else {
+        crate::job::printable(path, 200)
     }
 }
 
@@ -503,6 +523,18 @@ mod tests {
             &[],
         );
         assert!(text.contains("set the same thing"), "{text}");
+    }
+
+    #[test]
+    fn a_secret_in_the_place_of_its_file_is_not_shown() {
+        for (name, value) in
+            [("CREEM_API_KEY_FILE", "creem_canary"), ("AMQP_URL_FILE", "amqp://u:canary@h/")]
+        {
+            let text = problems(None, &[(name, value)]);
+            assert!(text.contains("looks like the secret") && !text.contains("canary"), "{text}");
+        }
+        let text = problems(Some("[ledger]\nurl_file = 5\n"), &[]);
+        assert!(text.contains("`ledger.url_file` is not a text"), "{text}");
     }
 
     #[test]

@@ -206,10 +206,13 @@ impl Client {
             // Whatever else is wrong with the question, it was put with an accepted key.
             Ok(response)
                 if response.status.is_success()
-                    || matches!(response.status.as_u16(), 400 | 404 | 422) =>
+                    || matches!(response.status.as_u16(), 400 | 422) =>
             {
                 KeyCheck::Accepted
             }
+            Ok(response) if response.status.as_u16() == 404 => KeyCheck::Unknown(
+                "HTTP 404 for a path that Creem has: is creem.base_url right?".to_owned(),
+            ),
             Ok(response) => KeyCheck::Unknown(format!("HTTP {}", response.status.as_u16())),
             Err(failure) => KeyCheck::Unknown(failure.text(self.timeout)),
         }

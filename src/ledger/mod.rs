@@ -250,6 +250,11 @@ pub enum Command {
         /// The outcome it belongs to.
         fence: u64,
     },
+    /// Whether there is a row.
+    Knows {
+        /// Whose.
+        key: Key,
+    },
     /// A time in which nothing could be tried.
     Pause {
         /// Its beginning.
@@ -271,7 +276,7 @@ impl Command {
             Self::Claim(request) => Some(&request.claimant.key),
             Self::Settle(request) => Some(&request.key),
             Self::Close(request) => Some(&request.claimant.key),
-            Self::Parked { key, .. } => Some(key),
+            Self::Parked { key, .. } | Self::Knows { key } => Some(key),
             Self::Pause { .. } | Self::Probe | Self::Adopt(_) => None,
         }
     }
@@ -284,6 +289,8 @@ pub enum Answer {
     Claim(Claim),
     /// To a settle.
     Settle(Settle),
+    /// Whether there is a row.
+    Knows(bool),
     /// Done.
     Done,
 }
@@ -331,13 +338,12 @@ pub trait Ledger: std::fmt::Debug + Send + Sync + 'static {
     /// See [`LedgerError`].
     fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>>;
 
-    /// Whether a job that some worker had taken before may be one of a ledger that this one has
-    /// replaced, as far as is known now: where many workers share a ledger, another one may have begun
-    /// to serve with it since, or have taken this very job (`key`).
+    /// Whether this ledger may have taken the place of a lost one, as far as is known now: where many
+    /// workers share a ledger, another one may have begun to serve with it since.
     ///
     /// # Errors
     /// See [`LedgerError`].
-    fn is_new_to(&self, key: Option<Key>) -> BoxFuture<'static, Result<bool, LedgerError>>;
+    fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>>;
 
     /// What the ledger knew of itself when it was opened.
     fn identity(&self) -> &Identity;
@@ -351,6 +357,19 @@ pub trait Ledger: std::fmt::Debug + Send + Sync + 'static {
 }
 
 impl dyn Ledger {
+    /// Whether there is a row of that key.
+    ///
+    /// # Errors
+    /// See [`LedgerError`]; a damaged row is a row.
+    pub async fn knows(&self, key: Key) -> Result<bool, LedgerError> {
+        match self.execute(Command::Knows { key }).await {
+            Ok(Answer::Knows(known)) => Ok(known),
+            Ok(Answer::Claim(_) | Answer::Settle(_) | Answer::Done) => Err(mismatch()),
+            Err(LedgerError::DamagedRow(_)) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Claims the right to call Creem.
     ///
     /// # Errors
@@ -374,7 +393,7 @@ impl dyn Ledger {
     pub async fn settle(&self, request: SettleRequest) -> Result<Settle, LedgerError> {
         match self.execute(Command::Settle(Box::new(request))).await? {
             Answer::Settle(settle) => Ok(settle),
-            Answer::Claim(_) | Answer::Done => Err(mismatch()),
+            Answer::Claim(_) | Answer::Knows(_) | Answer::Done => Err(mismatch()),
         }
     }
 }
@@ -382,7 +401,7 @@ impl dyn Ledger {
 fn expect_claim(answer: Answer) -> Result<Claim, LedgerError> {
     match answer {
         Answer::Claim(claim) => Ok(claim),
-        Answer::Settle(_) | Answer::Done => Err(mismatch()),
+        Answer::Settle(_) | Answer::Knows(_) | Answer::Done => Err(mismatch()),
     }
 }
 

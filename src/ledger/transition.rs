@@ -80,6 +80,7 @@ pub fn apply(row: Option<Row>, command: &Command, context: Context) -> Effect {
         Command::Settle(request) => settle(row, request, context),
         Command::Close(request) => close(row, request, context),
         Command::Parked { fence, .. } => parked(row, *fence),
+        Command::Knows { .. } => Effect::keep(Answer::Knows(row.is_some())),
         Command::Pause { .. } | Command::Probe | Command::Adopt(_) => Effect::keep(Answer::Done),
     };
     if let Some(written) = &mut effect.write {

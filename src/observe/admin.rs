@@ -2,6 +2,7 @@
 //! knows no secret and no job.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::State;
@@ -9,13 +10,23 @@ use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
 use axum::{Json, Router};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use metrics_exporter_prometheus::PrometheusHandle;
 use serde_json::json;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tower::ServiceExt as _;
 
 use super::health::Health;
 use crate::job::Lane;
 
+/// Most connections at once.
+const CONNECTIONS: usize = 32;
+/// How long a request's headers may take.
+const SLOWEST: Duration = Duration::from_secs(5);
+/// How long a connection is kept.
+const LONGEST: Duration = Duration::from_mins(2);
 /// What `/livez` answers.
 pub const LIVEZ: &str = "alive\n";
 /// How often histograms are folded; without it they grow.
@@ -53,15 +64,45 @@ pub async fn bind(
             }
         };
         tokio::select! {
-            ended = axum::serve(listener, router) => {
-                if let Err(error) = ended {
-                    tracing::error!(%error, "the HTTP server for probes and metrics has ended");
-                }
-            }
+            () = accept(listener, router) => {}
             () = folding => {}
         }
     };
     Ok((address, serve))
+}
+
+/// Serves so many connections at once, each for so long, and drops the rest: probes come one by one,
+/// and whoever opens hundreds must not take the descriptors that jobs need.
+async fn accept(listener: TcpListener, router: Router) {
+    let free = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "a connection for probes and metrics was not accepted");
+                tokio::time::sleep(UPKEEP).await;
+                continue;
+            }
+        };
+        let Ok(place) = free.clone().try_acquire_owned() else { continue };
+        let router = router.clone();
+        connections.spawn(async move {
+            let _place = place;
+            let service =
+                hyper::service::service_fn(move |request| router.clone().oneshot(request));
+            let served = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(SLOWEST)
+                .serve_connection(TokioIo::new(stream), service);
+            // How a connection ends is its client's business.
+            drop(tokio::time::timeout(LONGEST, served).await);
+        });
+    }
 }
 
 async fn readyz(State(sources): State<Sources>) -> impl IntoResponse {

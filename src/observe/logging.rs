@@ -39,6 +39,9 @@ fn may_show(metadata: &tracing::Metadata<'_>) -> bool {
 /// # Errors
 /// What is wrong with it. A word that is no level would otherwise silence everything.
 pub fn check(level: &str) -> Result<(), String> {
+    if level.trim().is_empty() {
+        return Err("it is empty".to_owned());
+    }
     for directive in level.split(',').map(str::trim).filter(|part| !part.is_empty()) {
         let word = directive.to_ascii_lowercase();
         let is_level = ["off", "error", "warn", "info", "debug", "trace"].contains(&word.as_str());

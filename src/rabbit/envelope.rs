@@ -187,10 +187,13 @@ pub fn is_campaign(name: &str) -> bool {
     (1..=64).contains(&name.chars().count()) && !name.chars().any(char::is_control)
 }
 
+/// 9999-12-31T23:59:59.999Z
+const LAST_MILLIS: Millis = 253_402_300_799_999;
+
 /// AMQP timestamps are seconds; some clients write milliseconds, which no plausible number of
 /// seconds reaches before the year 5138.
 fn seconds(timestamp: u64) -> Option<Millis> {
-    let last = 253_402_300_799; // 9999-12-31T23:59:59Z
+    let last = LAST_MILLIS.cast_unsigned() / 1000;
     let seconds = if timestamp > 100_000_000_000 { timestamp / 1000 } else { timestamp };
     (seconds <= last)
         .then(|| Millis::try_from(seconds).ok())
@@ -204,7 +207,9 @@ fn moment(value: &AMQPValue) -> Option<Millis> {
         AMQPValue::Timestamp(timestamp) => seconds(*timestamp),
         // Smaller numbers can only be seconds by mistake; taken for milliseconds they would say
         // 1973, and the job would be called late.
-        AMQPValue::LongLongInt(millis) => Some(*millis).filter(|millis| *millis > 100_000_000_000),
+        AMQPValue::LongLongInt(millis) => {
+            Some(*millis).filter(|millis| (100_000_000_001..=LAST_MILLIS).contains(millis))
+        }
         AMQPValue::LongInt(_) | AMQPValue::LongUInt(_) => None,
         value => {
             let time: jiff::Timestamp = as_text(value)?.parse().ok()?;

@@ -94,6 +94,10 @@ pub fn uris(options: &Options) -> Result<Vec<AMQPUri>, LinkError> {
             "there is an @ after the host: write / # ? @ in a password as %2F %23 %3F %40",
         ));
     }
+    if hosts.split(',').any(str::is_empty) {
+        return Err(wrong("a host is missing"));
+    }
+    check_query(tail).map_err(|reason| wrong(&reason))?;
     hosts
         .split(',')
         .map(|host| {
@@ -113,6 +117,34 @@ pub fn uris(options: &Options) -> Result<Vec<AMQPUri>, LinkError> {
             Ok(uri)
         })
         .collect()
+}
+
+/// What may stand after the `?`.
+const PARAMETERS: [&str; 5] =
+    ["heartbeat", "channel_max", "frame_max", "connection_timeout", "auth_mechanism"];
+/// Channels that one connection needs at most.
+const CHANNELS: u16 = 16;
+
+fn check_query(tail: &str) -> Result<(), String> {
+    let query = tail.split_once('?').map_or("", |(_, query)| query);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+        if !PARAMETERS.contains(&name) {
+            return Err(format!(
+                "there is no parameter {name}; there are {}",
+                PARAMETERS.join(", ")
+            ));
+        }
+        if name == "heartbeat" && value == "0" {
+            return Err("heartbeat=0 would never notice a dead peer; give seconds".to_owned());
+        }
+        if name == "channel_max"
+            && value.parse().is_ok_and(|most: u16| (1..CHANNELS).contains(&most))
+        {
+            return Err(format!("channel_max={value} is too small: give at least {CHANNELS}"));
+        }
+    }
+    Ok(())
 }
 
 /// Connects to the first host that answers, beginning at a random one.

@@ -29,14 +29,10 @@ use super::outgoing::Message;
 use crate::clock::as_millis;
 use crate::retry::{Backoff, backoff};
 
-/// Most messages in one batch: larger ones only make the first wait for the last.
-const BATCH: usize = 64;
 /// How long the broker may take for the confirms of a batch.
 const CONFIRM: Duration = Duration::from_secs(30);
 /// A connection that lived so long was a good one.
 const GOOD: Duration = Duration::from_secs(30);
-/// Channels per class. Several, so that one batch's slowest confirm holds up no other batch.
-const CHANNELS: usize = 4;
 
 /// What became of a publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +58,22 @@ pub enum Class {
     Replies,
     /// Delay hops and parked jobs.
     Internal,
+}
+
+/// How much goes on at once.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// Most messages in one batch: larger ones only make the first wait for the last.
+    batch: usize,
+    /// Channels per class. Several, so that one batch's slowest confirm holds up no other batch.
+    channels: usize,
+}
+
+impl Shape {
+    /// For speed.
+    pub const WIDE: Self = Self { batch: 64, channels: 4 };
+    /// One publish at a time, so that what breaks the connection is known to have broken it.
+    pub const SINGLE: Self = Self { batch: 1, channels: 1 };
 }
 
 /// How the publishing connection is.
@@ -145,6 +157,7 @@ impl Publisher {
         options: Options,
         name: String,
         backoff: Backoff,
+        shape: Shape,
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (replies, reply_orders) = mpsc::channel(1024);
@@ -157,7 +170,7 @@ impl Publisher {
             loop {
                 let began = Instant::now();
                 let reason = tokio::select! {
-                    reason = generation(&options, &name, &orders, &told, blocked) => reason,
+                    reason = generation(&options, &name, &orders, &told, shape, blocked) => reason,
                     () = stop.cancelled() => return,
                 };
                 // Until a publish goes through again, an alarm is taken to be still on.
@@ -206,6 +219,7 @@ async fn generation(
     name: &str,
     orders: &[Orders; 2],
     told: &Arc<Told>,
+    shape: Shape,
     blocked: bool,
 ) -> LinkError {
     let connection = match link::connect(options, name).await {
@@ -218,8 +232,9 @@ async fn generation(
     }
     let mut channels = JoinSet::new();
     for class in 0..orders.len() {
-        for _ in 0..CHANNELS {
-            if let Err(error) = open(&connection, class, orders, told, &mut channels).await {
+        for _ in 0..shape.channels {
+            let opened = open(&connection, class, orders, told, shape.batch, &mut channels);
+            if let Err(error) = opened.await {
                 return error;
             }
         }
@@ -250,7 +265,7 @@ async fn generation(
                     // One publish can take its channel down, but not its neighbours for long.
                     tracing::warn!(%error, "a publishing channel was closed; opening another");
                     told.broke(&error);
-                    open(&connection, class, orders, told, &mut channels).await
+                    open(&connection, class, orders, told, shape.batch, &mut channels).await
                 }
                 Some(Ok((_, error))) => return error,
                 Some(Err(error)) => return LinkError::Broken(format!("a channel's task died: {error}")),
@@ -273,11 +288,12 @@ async fn open(
     class: usize,
     orders: &[Orders; 2],
     told: &Arc<Told>,
+    batch: usize,
     channels: &mut JoinSet<(usize, LinkError)>,
 ) -> Result<(), LinkError> {
     let channel = confirming(connection).await?;
     let (orders, told) = (orders[class].clone(), told.clone());
-    channels.spawn(async move { (class, serve(&channel, &orders, &told).await) });
+    channels.spawn(async move { (class, serve(&channel, &orders, &told, batch).await) });
     Ok(())
 }
 
@@ -312,12 +328,12 @@ async fn probe(connection: &Connection) -> Result<(), LinkError> {
 }
 
 /// Publishes batch after batch on one channel, until it breaks.
-async fn serve(channel: &Channel, orders: &Orders, told: &Told) -> LinkError {
+async fn serve(channel: &Channel, orders: &Orders, told: &Told, most: usize) -> LinkError {
     loop {
         let mut batch = Vec::new();
         {
             let mut orders = orders.lock().await;
-            if orders.recv_many(&mut batch, BATCH).await == 0 {
+            if orders.recv_many(&mut batch, most).await == 0 {
                 // No publisher is left, so nothing will come until the task is stopped.
                 std::future::pending::<()>().await;
             }

@@ -2,7 +2,7 @@
 //! that this one does not know.
 
 use super::{Fatal, Shared};
-use crate::ledger::{Adoption, Command};
+use crate::ledger::{Adoption, Command, LedgerError};
 use crate::rabbit::Delivery;
 
 /// How often the ledger is asked to remember a refusal.
@@ -31,6 +31,18 @@ impl Shared {
             && *self.adoption.lock().await != Some(Adoption::Adopted)
     }
 
+    /// Whether a job that some worker had taken before says that another ledger was lost: not if this
+    /// one has a row of it, or if another worker has served with this one for a while.
+    async fn is_a_sign(&self, delivery: &Delivery) -> Result<bool, LedgerError> {
+        let ledger = &self.worker.journey.ledger;
+        if let Some(key) = self.worker.intake.key(delivery)
+            && ledger.knows(key).await?
+        {
+            return Ok(false);
+        }
+        ledger.is_new().await
+    }
+
     /// Holds the empty-ledger guard, and takes note once that a new ledger serves.
     ///
     /// `fresh` says that the session is the first that serves with a new ledger: what is
@@ -46,8 +58,7 @@ impl Shared {
             return false;
         }
         if fresh && self.worker.intake.was_taken_before(delivery) {
-            match ledger.is_new_to(self.worker.intake.key(delivery)).await {
-                // Another worker has served with it for a while, or has this job from it.
+            match self.is_a_sign(delivery).await {
                 Ok(false) => return true,
                 Ok(true) => {}
                 // Nobody can say now. The session ends, and the next one begins when the ledger is back.

@@ -15,7 +15,7 @@ use super::gate::Reason;
 use crate::clock::as_millis;
 use crate::job::Lane;
 use crate::observe::metrics;
-use crate::rabbit::consumer::OpenError;
+use crate::rabbit::consumer::{Deliveries, OpenError};
 use crate::rabbit::{LinkError, Session};
 use crate::retry::backoff;
 
@@ -112,17 +112,9 @@ impl Shared {
             lanes.spawn(lane.run(subscribed.clone()));
         }
         drop(subscribed);
-        let all_subscribed = async {
-            for _ in 0..expected {
-                // A lane that fails instead ends the session; nothing more comes then.
-                if subscriptions.recv().await.is_none() {
-                    return std::future::pending().await;
-                }
-            }
-        };
         let ended = tokio::select! {
             ended = lanes.join_next() => ended,
-            () = async { all_subscribed.await; self.consuming(); std::future::pending().await } => None,
+            () = self.follow(&mut subscriptions, expected) => None,
             () = tokio::time::sleep(CLEAN_SESSION), if careful => {
                 Some(Ok(Some(LinkError::Broken("no message of this lane breaks the connection".to_owned()))))
             }
@@ -146,14 +138,33 @@ impl Shared {
         reason
     }
 
-    fn consuming(&self) {
-        self.worker.health.set_broker(Ok(()));
-        for size in &self.worker.lanes {
-            metrics::consuming(size.lane, true);
+    /// Follows the lanes as they begin to be consumed, or cannot be; never ends.
+    async fn follow(&self, subscriptions: &mut mpsc::Receiver<Subscribed>, expected: usize) {
+        let mut served = Vec::new();
+        while let Some((lane, subscribed)) = subscriptions.recv().await {
+            match subscribed {
+                Ok(()) => {
+                    served.push(lane.as_str());
+                    metrics::consuming(lane, true);
+                    metrics::broker_connected(true);
+                    self.worker.journey.reopen(Reason::Broker);
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        job.lane = lane.as_str(),
+                        error,
+                        "this lane cannot be consumed; trying again"
+                    );
+                    self.worker.health.set_broker(Err(format!("lane {lane}: {error}")));
+                }
+            }
+            if served.len() == expected {
+                self.worker.health.set_broker(Ok(()));
+                tracing::info!(lanes = ?served, "consuming");
+            }
         }
-        metrics::broker_connected(true);
-        tracing::info!(lanes = ?self.worker.lanes.iter().map(|size| size.lane.as_str()).collect::<Vec<_>>(), "consuming");
-        self.worker.journey.reopen(Reason::Broker);
+        // A lane that fails ends the session; nothing more comes then.
+        std::future::pending::<()>().await;
     }
 
     fn not_consuming(&self, why: &str) {
@@ -177,22 +188,51 @@ struct LaneLoop {
     fresh: bool,
 }
 
+/// A lane, and whether it is consumed.
+type Subscribed = (Lane, Result<(), String>);
+
 impl LaneLoop {
-    /// Takes deliveries until the session breaks (then why) or the worker stops.
-    async fn run(self, subscribed: mpsc::Sender<()>) -> Option<LinkError> {
+    /// Subscribes; a lane whose queue is missing or forbidden is asked for again and again, while the
+    /// others are served. An error is the session's; `None` says that it is over.
+    async fn subscribe(
+        &self,
+        subscribed: &mpsc::Sender<Subscribed>,
+    ) -> Result<Option<Deliveries>, LinkError> {
         let topology = &self.shared.worker.plan.topology;
-        let consume = self.session.consume(topology, self.lane, self.prefetch);
-        let mut intake = tokio::select! {
-            intake = consume => match intake {
-                Ok(intake) => intake,
-                Err(error) => return Some(error),
-            },
-            () = self.session.over.cancelled() => return None,
-        };
-        // The receiver is gone only when the session is.
-        if subscribed.send(()).await.is_err() {
-            return None;
+        let mut tries = 0;
+        loop {
+            let consume = self.session.consume(topology, self.lane, self.prefetch);
+            let denied = tokio::select! {
+                taken = consume => match taken {
+                    Ok(deliveries) => {
+                        // The receiver is gone only when the session is.
+                        let told = subscribed.send((self.lane, Ok(()))).await;
+                        return Ok(told.is_ok().then_some(deliveries));
+                    }
+                    Err(LinkError::Denied(text)) => text,
+                    Err(error) => return Err(error),
+                },
+                () = self.session.over.cancelled() => return Ok(None),
+            };
+            if subscribed.send((self.lane, Err(denied))).await.is_err() {
+                return Ok(None);
+            }
+            tries += 1;
+            tokio::select! {
+                () = tokio::time::sleep(self.shared.worker.backoff.ceiling(tries)) => {}
+                () = self.session.over.cancelled() => return Ok(None),
+                () = self.shared.stop.cancelled() => return Ok(None),
+            }
         }
+    }
+
+    /// Takes deliveries until the session breaks (then why) or the worker stops.
+    async fn run(self, subscribed: mpsc::Sender<Subscribed>) -> Option<LinkError> {
+        let mut intake = match self.subscribe(&subscribed).await {
+            Ok(Some(deliveries)) => deliveries,
+            Ok(None) => return None,
+            Err(error) => return Some(error),
+        };
         let mut waiting = VecDeque::new();
         let mut permit = None;
         loop {

@@ -19,8 +19,7 @@ use crate::retry::{Backoff, backoff};
 
 /// How often a full reply queue is tried before the job is parked.
 const FULL_TRIES: u32 = 5;
-/// How often a direct reply may take its channel down before the job is parked: RabbitMQ 3.10
-/// closes the whole connection over a malformed address.
+/// How often a direct reply may take its connection down before the job is parked.
 const DIRECT_TRIES: u32 = 2;
 
 /// How often one of the worker's own queues is tried before it is taken to be missing.
@@ -31,6 +30,9 @@ const MISSING_TRIES: u32 = 4;
 pub struct Settler {
     /// Publishes.
     pub publisher: Publisher,
+    /// Publishes direct replies, one at a time on a connection of their own: RabbitMQ 3.10 closes the
+    /// whole connection over a malformed address, and only its own job may pay for that.
+    pub direct: Publisher,
     /// Names.
     pub topology: Topology,
     /// Of the delays between tries.
@@ -211,8 +213,9 @@ impl Settler {
         };
         let Case { delivery, envelope, .. } = case;
         let direct = envelope.reply_to.as_ref().is_some_and(|target| target.direct);
-        let most_lost = if direct { DIRECT_TRIES } else { u32::MAX };
-        match self.publish(delivery, Class::Replies, message, most_lost).await {
+        let (publisher, most_lost) =
+            if direct { (&self.direct, DIRECT_TRIES) } else { (&self.publisher, u32::MAX) };
+        match self.publish(publisher, delivery, Class::Replies, message, most_lost).await {
             Sent::Routed => {
                 metrics::reply("confirmed");
                 if let Some(at) = envelope.timestamp {
@@ -297,7 +300,10 @@ impl Settler {
         };
         let mut tries = 0;
         loop {
-            match self.publish(delivery, Class::Internal, message.clone(), u32::MAX).await {
+            match self
+                .publish(&self.publisher, delivery, Class::Internal, message.clone(), u32::MAX)
+                .await
+            {
                 Sent::Routed => return Placed::InQueue,
                 Sent::SessionOver => return Placed::SessionOver,
                 Sent::Nowhere(error) => {
@@ -322,6 +328,7 @@ impl Settler {
     /// Publishes until the broker has said something final, or the delivery is not ours any more.
     async fn publish(
         &self,
+        by: &Publisher,
         delivery: &Delivery,
         class: Class,
         message: Message,
@@ -330,7 +337,7 @@ impl Settler {
         let (mut lost, mut refused) = (0, 0);
         loop {
             let published = tokio::select! {
-                published = self.publisher.publish(class, message.clone()) => published,
+                published = by.publish(class, message.clone()) => published,
                 () = delivery.session.cancelled() => return Sent::SessionOver,
             };
             let tries = match published {

@@ -53,9 +53,9 @@ const CRATES: [(&str, &[&str]); 14] = [
     ("indicatif", &["src/cli/"]),
     ("anyhow", &["src/cli/"]),
     ("axum", &["src/simulator/", "src/observe/admin.rs"]),
-    ("hyper", &["src/simulator/"]),
-    ("tower", &["src/simulator/"]),
-    ("hyper_util", &["src/simulator/"]),
+    ("hyper", &["src/simulator/", "src/observe/admin.rs"]),
+    ("tower", &["src/simulator/", "src/observe/admin.rs"]),
+    ("hyper_util", &["src/simulator/", "src/observe/admin.rs"]),
     ("metrics_exporter_prometheus", &["src/observe/", "src/cli/run.rs"]),
 ];
 

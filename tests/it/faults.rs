@@ -5,6 +5,7 @@ use std::process::Command;
 
 use lapin::options::*;
 use lapin::types::{AMQPValue, FieldTable};
+use tokio::io::AsyncWriteExt as _;
 
 use crate::support::broker::ctl;
 use crate::support::private_broker::Private;
@@ -150,6 +151,68 @@ async fn a_queue_of_the_workers_own_that_is_deleted_is_declared_again_and_no_job
     .await;
     let mut dead = world.dead().await;
     assert_eq!(next(&mut dead).await.body, body("a").into_bytes());
+}
+
+#[tokio::test]
+async fn a_lane_whose_queue_is_missing_costs_the_other_lane_nothing() {
+    let Some(mut world) = World::new("one_lane").await else { return };
+    world.worker().await.kill().await;
+    let bulk = world.queue("jobs.bulk");
+    world.channel.queue_delete(bulk.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
+    world.set("topology.declare", "false");
+    let worker = world.worker_unready(&[]);
+    soon("it is said", worker.logged("this lane cannot be consumed")).await;
+    let mut replies = world.replies().await;
+    for n in 0..30 {
+        world.job(&format!("order_{n}")).await;
+        assert_eq!(next(&mut replies).await.status(), "succeeded");
+    }
+    let (status, text) = worker.get("/readyz").await;
+    assert!(status == 503 && text.contains("lane bulk"), "{text}");
+    assert_eq!(world.depth("dead").await, 0);
+    // As an operator does it, from the definitions.
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    world
+        .channel
+        .queue_declare(bulk.as_str().into(), QueueDeclareOptions::durable(), arguments)
+        .await
+        .unwrap();
+    eventually("it is ready", || async { worker.get("/readyz").await.0 == 200 }).await;
+}
+
+#[tokio::test]
+async fn idle_connections_take_no_descriptor_that_a_job_needs() {
+    let Some(world) = World::new("idle").await else { return };
+    let worker = world.worker().await;
+    let address = worker.http().await;
+    let mut idle = Vec::new();
+    for _ in 0..200 {
+        let mut stream = tokio::net::TcpStream::connect(&address).await.unwrap();
+        // One that is dropped may tell so here.
+        drop(stream.write_all(b"GET /livez HTTP/1.1\r\n").await);
+        idle.push(stream);
+    }
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", worker.pid)).unwrap().count();
+    eventually("the rest are dropped", || async { open() < 120 }).await;
+    eventually("there is room again", || async {
+        reqwest::get(format!("http://{address}/livez"))
+            .await
+            .is_ok_and(|answer| answer.status() == 200)
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_ledger_has_one_lock_by_whichever_name() {
+    let Some(mut world) = World::new("symlink").await else { return };
+    let _first = world.worker().await;
+    let link = world.directory.path().join("link.db");
+    std::os::unix::fs::symlink(world.ledger(), &link).unwrap();
+    world.settings.insert("LEDGER_URL".into(), format!("sqlite:{}", link.display()));
+    let mut second = world.worker_unready(&[]);
+    assert_eq!(second.ended().await, 1);
+    assert!(second.log().join("\n").contains("in use by another worker"), "{:?}", second.log());
 }
 
 #[tokio::test]
@@ -507,7 +570,9 @@ async fn a_message_that_lapin_cannot_read_ends_in_the_dead_queue_and_takes_nobod
 
 #[tokio::test]
 async fn headers_nested_as_deep_as_a_frame_can_hold_end_no_process() {
-    let Some(world) = World::new("nested").await else { return };
+    let Some(mut world) = World::new("nested").await else { return };
+    // Whatever the caller has set.
+    world.settings.insert("RUST_MIN_STACK".into(), "8388608".into());
     let worker = world.worker().await;
     let mut replies = world.replies().await;
     crate::support::raw::publish_nested(&world, 17_000).await;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use creem_checkout_worker::clock::{ManualClock, SharedClock};
 use creem_checkout_worker::creem::{Client, Options};
 use creem_checkout_worker::job::{
-    CheckoutRequest, Fingerprint, Key, Lane, Mode, Rules as JobRules, Status,
+    CheckoutRequest, Fingerprint, Lane, Mode, Rules as JobRules, Status,
 };
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
 use creem_checkout_worker::ledger::{
@@ -164,8 +164,8 @@ impl Ledger for Buggy {
         })
     }
 
-    fn is_new_to(&self, key: Option<Key>) -> BoxFuture<'static, Result<bool, LedgerError>> {
-        self.ledger.is_new_to(key)
+    fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>> {
+        self.ledger.is_new()
     }
 
     fn identity(&self) -> &Identity {

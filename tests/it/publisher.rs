@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use creem_checkout_worker::job::reply;
 use creem_checkout_worker::rabbit::envelope::ReplyTo;
-use creem_checkout_worker::rabbit::publisher::Class;
+use creem_checkout_worker::rabbit::publisher::{Class, Shape};
 use creem_checkout_worker::rabbit::{Envelope, Message, Options, Published, Publisher, Topology};
 use creem_checkout_worker::retry::Backoff;
 use futures::stream::{FuturesUnordered, StreamExt as _};
@@ -40,7 +40,8 @@ async fn every_unroutable_publish_is_known_and_no_routed_one_is_accused() {
     };
     let backoff = Backoff::try_new(Duration::from_millis(50), Duration::from_secs(1)).unwrap();
     let stop = CancellationToken::new();
-    let (publisher, keep) = Publisher::new(options, "returns".into(), backoff, stop.clone());
+    let (publisher, keep) =
+        Publisher::new(options, "returns".into(), backoff, Shape::WIDE, stop.clone());
     let keep = tokio::spawn(keep);
     let topology = Topology::new(&world.prefix, None, "");
     let nowhere = world.queue("nowhere");

@@ -550,7 +550,7 @@ async fn a_worker_that_declares_nothing_waits_for_its_queues_and_serves_them() {
     let Some(mut world) = World::new("declares_nothing").await else { return };
     world.set("topology.declare", "false");
     let waiting = world.worker_unready(&[]);
-    soon("it waits", waiting.logged("not consuming; trying again")).await;
+    soon("it waits", waiting.logged("this lane cannot be consumed")).await;
     assert_eq!(waiting.get("/readyz").await.0, 503);
     waiting.kill().await;
     world.set("topology.declare", "true");
@@ -566,4 +566,32 @@ async fn a_worker_that_declares_nothing_waits_for_its_queues_and_serves_them() {
 pub(crate) fn now() -> i64 {
     use creem_checkout_worker::clock::{Clock as _, SystemClock};
     SystemClock.now()
+}
+
+#[tokio::test]
+async fn malformed_direct_addresses_cost_only_their_own_jobs() {
+    let Some(world) = World::new("direct_flood").await else { return };
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    // It has the form of an address, and RabbitMQ 3.10 closes the connection over it.
+    let malformed = format!("amq.rabbitmq.reply-to.g{}.AAAA", "A".repeat(27));
+    for n in 0..6 {
+        let properties = persistent().with_reply_to(malformed.as_str().into());
+        world.publish(body(&format!("bad_{n}")), properties).await;
+        world.job(&format!("good_{n}")).await;
+    }
+    for _ in 0..6 {
+        assert!(next(&mut replies).await.text("/request_id").starts_with("good_"));
+    }
+    // Whether the broker drops such a reply or closes the connection over it, its job is done with.
+    for n in 0..6 {
+        let key = format!("test/bad_{n}");
+        let done = |event: &serde_json::Value| {
+            event["message"] == "job"
+                && event["job.key"] == key.as_str()
+                && event["job.acked"] == true
+        };
+        soon("it is done with", worker.event(done)).await;
+    }
+    assert_eq!((world.posts(), worker.get("/readyz").await.0), (12, 200));
 }

@@ -107,6 +107,12 @@ fn base_url(settings: &Settings, mode: Option<Mode>, problems: &mut Vec<Problem>
             "give https://host, or leave it out",
         );
     }
+    if url.path().trim_end_matches('/').ends_with("/v1") {
+        return wrong(
+            "`creem.base_url` ends in /v1, which is part of each call's path already".to_owned(),
+            "leave /v1 out",
+        );
+    }
     match url.scheme() {
         "https" => {}
         "http" if is_loopback(&host) => {}

@@ -52,5 +52,6 @@ fn odd_path(path: &str) -> bool {
         || path.chars().any(char::is_control)
         || path.starts_with('~')
         || path.starts_with("//")
+        || path.ends_with('/')
         || path.starts_with("file:")
 }

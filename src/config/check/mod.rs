@@ -215,7 +215,11 @@ fn pem(key: &str, path: &Path, problems: &mut Vec<Problem>) -> Option<Vec<u8>> {
 /// A host that is not written the way URLs write it would never match.
 fn check_hosts(key: &str, hosts: &[String], problems: &mut Vec<Problem>) {
     for host in hosts {
-        if url::Host::parse(host).map(|parsed| parsed.to_string()).as_ref() != Ok(host) {
+        let plain = |byte: u8| {
+            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-:[]".contains(&byte)
+        };
+        let whole = host.bytes().all(plain) && !host.starts_with('.') && !host.ends_with('.');
+        if !whole || url::Host::parse(host).map(|parsed| parsed.to_string()).as_ref() != Ok(host) {
             problems.push(Problem::new(
                 format!("`{key}` names {host:?}, which no URL's host ever equals"),
                 "give host names only: lower case, no https://, no port, no *",
@@ -274,6 +278,10 @@ fn check_retry(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Backo
     if longest > LONGEST_RETRY {
         problems.push(Problem::new("`retry.longest` is longer than 30m", "give at most 30m"));
     }
+    if first < Duration::from_millis(1) {
+        problems.push(Problem::new("`retry.first` is shorter than 1ms", "give at least 1ms"));
+        return None;
+    }
     match Backoff::try_new(first, longest) {
         Ok(backoff) => Some(backoff),
         Err(why) => {
@@ -330,7 +338,10 @@ fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -> Topology 
     }
     let topology =
         Topology::new(prefix, settings.replies.queue.as_deref(), &settings.replies.exchange);
-    if !name(&topology.replies_queue, 255) || topology.denies_replies_to(&topology.replies_queue) {
+    if !name(&topology.replies_queue, 255)
+        || topology.replies_queue.starts_with("amq.")
+        || topology.denies_replies_to(&topology.replies_queue)
+    {
         problems.push(Problem::new(
             "`replies.queue` is not usable",
             "give a queue name that is none of the worker's own",
@@ -338,7 +349,8 @@ fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -> Topology 
     }
     let exchange = &topology.replies_exchange;
     let own = [topology.dead_exchange(), topology.retry_exchange()].contains(exchange);
-    if own || (!exchange.is_empty() && !name(exchange, 255)) {
+    let usable = name(exchange, 255) && !exchange.starts_with("amq.");
+    if own || (!exchange.is_empty() && !usable) {
         problems.push(Problem::new(
             "`replies.exchange` is not usable",
             "give an exchange name, or leave it empty for the default exchange",
@@ -433,6 +445,14 @@ mod tests {
             (&[("LEDGER_URL", "sqlite://data/x.db")], "another file"),
             (&[("CHECKOUT_WORKER__CREEM__CHECKOUT_HOSTS", "https://creem.io")], "checkout_hosts"),
             (&[("CHECKOUT_WORKER__JOB__SUCCESS_HOSTS", "Shop.example")], "success_hosts"),
+            (&[("CHECKOUT_WORKER__CREEM__CHECKOUT_HOSTS", "*.creem.io")], "checkout_hosts"),
+            (&[("CHECKOUT_WORKER__CREEM__CHECKOUT_HOSTS", ".creem.io")], "checkout_hosts"),
+            (&[("CREEM_BASE_URL", "http://127.0.0.1:1/v1/")], "ends in /v1"),
+            (&[("CHECKOUT_WORKER__RETRY__FIRST", "1ns")], "retry.first"),
+            (&[("CHECKOUT_WORKER__REPLIES__EXCHANGE", "amq.topic")], "replies.exchange"),
+            (&[("CHECKOUT_WORKER__REPLIES__QUEUE", "amq.mine")], "replies.queue"),
+            (&[("LEDGER_URL", "sqlite:data/")], "another file"),
+            (&[("CHECKOUT_WORKER__LOG__LEVEL", "")], "log.level"),
             (&[("CHECKOUT_WORKER__JOB__EXTRA_FIELDS", "metadata")], "extra_fields"),
             (&[("CHECKOUT_WORKER__JOB__EXTRA_FIELDS", "customer.email")], "extra_fields"),
             (&[("CHECKOUT_WORKER__LOG__LEVEL", "warning")], "log.level"),
@@ -471,6 +491,20 @@ mod tests {
             (&[("AMQP_URL", "amqp://guest:guest@rabbit.internal/")], "guest"),
             (&[("AMQP_URL", "localhost")], "amqp://"),
             (&[("CHECKOUT_WORKER__AMQP__HEARTBEAT", "0s")], "amqp.heartbeat"),
+        ] {
+            let text = with(pairs).unwrap_err();
+            assert!(text.contains(expected), "{pairs:?}: {text}");
+        }
+    }
+
+    #[test]
+    fn a_broker_url_says_what_it_means() {
+        for (pairs, expected) in [
+            (&[("AMQP_URL", "amqp://u:p@host,,/")], "a host is missing"),
+            (&[("AMQP_URL", "amqp:///")], "a host is missing"),
+            (&[("AMQP_URL", "amqp://u:p@host/?hearbeat=5")], "hearbeat"),
+            (&[("AMQP_URL", "amqp://u:p@host/?heartbeat=0")], "heartbeat=0"),
+            (&[("AMQP_URL", "amqp://u:p@host/?channel_max=2")], "channel_max"),
         ] {
             let text = with(pairs).unwrap_err();
             assert!(text.contains(expected), "{pairs:?}: {text}");

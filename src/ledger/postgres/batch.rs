@@ -232,6 +232,7 @@ fn guess(memory: &Memory, key: &Key, command: &Command) -> Option<Versioned> {
         | Command::Settle(_)
         | Command::Close(_)
         | Command::Parked { .. }
+        | Command::Knows { .. }
         | Command::Pause { .. }
         | Command::Probe
         | Command::Adopt(_) => None,

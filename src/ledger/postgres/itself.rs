@@ -68,9 +68,11 @@ pub(super) async fn about_itself(
             // As if long ago: for no worker is it a new one any more.
             set("adopted", 0).await
         }
-        Command::Claim(_) | Command::Settle(_) | Command::Close(_) | Command::Parked { .. } => {
-            Ok(())
-        }
+        Command::Claim(_)
+        | Command::Settle(_)
+        | Command::Close(_)
+        | Command::Parked { .. }
+        | Command::Knows { .. } => Ok(()),
     }
 }
 

@@ -27,7 +27,6 @@ use tokio_postgres::types::{ToSql, Type};
 use super::group::Commit;
 use super::{Answer, Command, Identity, Ledger, LedgerError};
 use crate::clock::{Millis, SharedClock};
-use crate::job::Key;
 use batch::{Batch, Memory};
 pub use connect::{OpenError, Options};
 use connect::{pool, pool_error, unavailable};
@@ -174,23 +173,12 @@ impl Ledger for PostgresLedger {
         &self.identity
     }
 
-    fn is_new_to(&self, key: Option<Key>) -> BoxFuture<'static, Result<bool, LedgerError>> {
+    fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>> {
         let (pool, now) = (self.pool.clone(), self.clock.now());
         async move {
             let client = taken(&pool).await?;
-            let asked = async {
-                let (new, refused) = newness(&client, now).await?;
-                let known = match key.filter(|_| new && !refused) {
-                    Some(key) => {
-                        // A damaged row is a row.
-                        let found = statements::read(&client, &[&key]).await?.1.pop();
-                        found.is_some_and(|found| found.map_or(true, |found| found.row.is_some()))
-                    }
-                    None => false,
-                };
-                Ok((new && !known) || refused)
-            };
-            within(STATEMENT, asked).await
+            let (new, refused) = within(STATEMENT, newness(&client, now)).await?;
+            Ok(new || refused)
         }
         .boxed()
     }

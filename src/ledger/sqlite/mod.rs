@@ -130,7 +130,7 @@ impl Ledger for SqliteLedger {
         &self.identity
     }
 
-    fn is_new_to(&self, _key: Option<Key>) -> BoxFuture<'static, Result<bool, LedgerError>> {
+    fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>> {
         // Nobody else can begin to serve with it while this process has it.
         std::future::ready(Ok(self.identity.empty)).boxed()
     }
@@ -161,7 +161,9 @@ fn recognise(path: &Path) -> Result<(), OpenError> {
 }
 
 fn lock(path: &Path) -> Result<File, OpenError> {
-    let mut name = path.as_os_str().to_owned();
+    // By whichever name it is called, there is one lock.
+    let whole = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let mut name = whole.into_os_string();
     name.push(".lock");
     let io = |error: std::io::Error| OpenError::Io(path.to_owned(), error.to_string());
     let file = OpenOptions::new()
@@ -425,7 +427,11 @@ fn apply(
         Command::Pause { from, to } => record_pause(connection, *from, *to)?,
         Command::Probe => set_meta_number(connection, "probed", context.now)?,
         Command::Adopt(adoption) => adopt(connection, *adoption, context.now)?,
-        Command::Claim(_) | Command::Settle(_) | Command::Close(_) | Command::Parked { .. } => {}
+        Command::Claim(_)
+        | Command::Settle(_)
+        | Command::Close(_)
+        | Command::Parked { .. }
+        | Command::Knows { .. } => {}
     }
     let row = match command.key() {
         Some(key) => match load(connection, key)? {
