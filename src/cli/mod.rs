@@ -2,6 +2,7 @@
 
 mod check;
 mod enqueue;
+mod ledger;
 mod look;
 mod run;
 mod show;
@@ -38,6 +39,8 @@ enum Command {
     Enqueue(Box<enqueue::Arguments>),
     /// Tell what the ledger knows of one `request_id`.
     Show(show::Arguments),
+    /// Tell the ledger what only an operator knows, e.g. that it was restored from a backup.
+    Ledger(ledger::Arguments),
     /// Delete the queues and exchanges under `topology.prefix`, messages included; for demos and
     /// tests, and refused for the default prefix.
     #[command(hide = true)]
@@ -80,6 +83,7 @@ pub fn main() -> ExitCode {
         Command::Check(command) => check::run(file, command),
         Command::Enqueue(command) => enqueue::run(file, command),
         Command::Show(command) => show::run(file, command),
+        Command::Ledger(command) => ledger::run(file, command),
         Command::RemoveTopology => remove_topology(file),
     };
     match outcome {

@@ -185,6 +185,9 @@ fn assemble(
         stages.hard.clone(),
     );
     background.spawn(keep);
+    // A file is one worker's; a database is for many.
+    let exclusive = matches!(settings.ledger, config::Ledger::File(_));
+    let shared_budget = settings.per_second.filter(|_| !exclusive);
     let identity = ledger.identity().clone();
     let lanes: Vec<LaneSize> = settings.lanes.clone();
     let pauses = Pauses::from_intervals(identity.pauses);
@@ -194,8 +197,7 @@ fn assemble(
             name: name("consume"),
             topology: settings.topology.clone(),
             declare: settings.declare,
-            // A file is one worker's; a database is for many.
-            exclusive: matches!(settings.ledger, config::Ledger::File(_)),
+            exclusive,
         },
         lanes,
         intake: Intake {
@@ -207,7 +209,10 @@ fn assemble(
         journey: Journey {
             rules: settings.journey,
             creem: Client::new(&settings.creem)?,
-            pacer: Pacer::new(settings.per_second),
+            pacer: match shared_budget {
+                Some(_) => Pacer::shared(),
+                None => Pacer::new(settings.per_second),
+            },
             gate: Arc::new(Gate::new(clock.clone(), pauses)),
             turns: Turns::default(),
             trouble: Trouble::default(),
@@ -228,6 +233,7 @@ fn assemble(
         },
         backoff: Backoff::of_reconnects(),
         health,
+        shared_budget,
         accept_empty_ledger,
     })
 }

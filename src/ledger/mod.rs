@@ -31,7 +31,9 @@ pub mod transition;
 
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
+use tokio::time::Instant;
 
 use crate::clock::Millis;
 use crate::job::{Ending, Fingerprint, FingerprintKey, Key, Lane, Status};
@@ -73,6 +75,8 @@ pub struct Claimant {
     pub lane: Lane,
     /// The campaign it belongs to.
     pub campaign: Option<String>,
+    /// When the producer says it was published.
+    pub published_at: Option<Millis>,
     /// When this copy of the job was first picked up by a worker.
     pub picked_up_at: Millis,
     /// Whether the broker delivered this copy before: then it never counts as sent again. A copy
@@ -264,6 +268,11 @@ pub enum Command {
     },
     /// Proves that the ledger can write.
     Probe,
+    /// The ledger was restored: it may have forgotten what was done until then.
+    Restored {
+        /// When.
+        until: Millis,
+    },
     /// What has been decided about a new ledger.
     Adopt(Adoption),
 }
@@ -277,7 +286,7 @@ impl Command {
             Self::Settle(request) => Some(&request.key),
             Self::Close(request) => Some(&request.claimant.key),
             Self::Parked { key, .. } | Self::Knows { key } => Some(key),
-            Self::Pause { .. } | Self::Probe | Self::Adopt(_) => None,
+            Self::Pause { .. } | Self::Probe | Self::Restored { .. } | Self::Adopt(_) => None,
         }
     }
 }
@@ -330,6 +339,19 @@ pub struct Identity {
     pub pauses: Vec<(Millis, Millis)>,
 }
 
+/// Places of the shared budget: points in time at which one call each may be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Places {
+    /// When the first one is, as this worker's clock has it.
+    pub first: Instant,
+    /// How many there are.
+    pub count: u32,
+    /// How far apart they are.
+    pub interval: Duration,
+    /// For how long all workers are quiet.
+    pub quiet: Duration,
+}
+
 /// A store of jobs' states. See the module's text for what it promises.
 pub trait Ledger: std::fmt::Debug + Send + Sync + 'static {
     /// Carries a command out and answers once the result is durable.
@@ -344,6 +366,28 @@ pub trait Ledger: std::fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// See [`LedgerError`].
     fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>>;
+
+    /// Takes `count` places, `interval` apart, from the budget that all workers of this ledger share.
+    /// `None` where there is no such budget, because there is only one worker.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn lease_places(
+        &self,
+        _count: u32,
+        _interval: Duration,
+    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
+        std::future::ready(Ok(None)).boxed()
+    }
+
+    /// Makes sure that all workers of this ledger are quiet for at least that long, and tells for how
+    /// long they are.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn quiet(&self, _at_least: Duration) -> BoxFuture<'static, Result<Duration, LedgerError>> {
+        std::future::ready(Ok(Duration::ZERO)).boxed()
+    }
 
     /// What the ledger knew of itself when it was opened.
     fn identity(&self) -> &Identity;

@@ -35,6 +35,8 @@ pub struct Context {
     /// This worker process, where the ledger belongs to one process at a time: leases of other
     /// epochs are void at once. `None` where many workers share it and only time voids a lease.
     pub epoch: Option<u64>,
+    /// Until when the ledger may have forgotten what was done, because it was restored.
+    pub restored: Option<Millis>,
 }
 
 /// A session that Creem is known to hold and that nobody is given.
@@ -81,7 +83,9 @@ pub fn apply(row: Option<Row>, command: &Command, context: Context) -> Effect {
         Command::Close(request) => close(row, request, context),
         Command::Parked { fence, .. } => parked(row, *fence),
         Command::Knows { .. } => Effect::keep(Answer::Knows(row.is_some())),
-        Command::Pause { .. } | Command::Probe | Command::Adopt(_) => Effect::keep(Answer::Done),
+        Command::Pause { .. } | Command::Probe | Command::Restored { .. } | Command::Adopt(_) => {
+            Effect::keep(Answer::Done)
+        }
     };
     if let Some(written) = &mut effect.write {
         written.updated_at = context.now;
@@ -118,6 +122,9 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
         return Effect::claim(Claim::Waiting { until: row.not_before });
     }
     let mut row = match row.map(|row| take_over(row, context)) {
+        None if may_be_forgotten(who, context) => {
+            return forgotten(who, context);
+        }
         None => open(who, context),
         Some(row) => row,
     };
@@ -226,6 +233,24 @@ fn take_over(mut row: Row, context: Context) -> Row {
         }
     }
     row
+}
+
+/// Whether a job without a row may have had one in what a restored ledger has forgotten.
+fn may_be_forgotten(who: &Claimant, context: Context) -> bool {
+    let published = who.published_at.unwrap_or(who.picked_up_at);
+    context.restored.is_some_and(|until| who.redelivered || published <= until)
+}
+
+/// Such a job may have a link, which nobody can say: a person must look.
+fn forgotten(who: &Claimant, context: Context) -> Effect {
+    let mut row = open(who, context);
+    row.fence = 1;
+    row.ambiguous = 1;
+    let text = "the ledger was restored from a backup and may have forgotten this job's link";
+    let ending = Ending::Unresolved(Problem::new("ledger_restored", text));
+    end(row, &who.key, ending, who.on_unknown, context, |stored| {
+        Answer::Claim(Claim::Settled(stored))
+    })
 }
 
 fn open(who: &Claimant, context: Context) -> Row {
@@ -357,6 +382,9 @@ fn close(row: Option<Row>, request: &CloseRequest, context: Context) -> Effect {
         Arrival::Free(row) => row,
     };
     let mut row = match row.map(|row| take_over(row, context)) {
+        None if may_be_forgotten(who, context) => {
+            return forgotten(who, context);
+        }
         None => open(who, context),
         Some(row) => row,
     };

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use serde::Serialize;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::script::Fault;
 
@@ -13,6 +14,8 @@ use super::script::Fault;
 pub struct Post {
     /// Its number, from 0.
     pub number: usize,
+    /// When it came, in microseconds since the first one.
+    pub arrived_us: u64,
     /// The id in its body, or nothing.
     pub request_id: String,
     /// The fault it drew.
@@ -44,6 +47,7 @@ pub struct Session {
 /// Everything that happened.
 #[derive(Debug, Default)]
 pub struct Log {
+    first: Option<Instant>,
     posts: Vec<Post>,
     sessions: Vec<Session>,
     by_id: HashMap<String, usize>,
@@ -104,8 +108,10 @@ impl Log {
         body: &[u8],
     ) -> usize {
         let number = self.posts.len();
+        let first = *self.first.get_or_insert_with(Instant::now);
         self.posts.push(Post {
             number,
+            arrived_us: u64::try_from(first.elapsed().as_micros()).unwrap_or(u64::MAX),
             request_id: request_id.to_owned(),
             fault: fault.map(|fault| fault.kind.name()),
             status: None,

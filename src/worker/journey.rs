@@ -24,12 +24,14 @@ use crate::ledger::{
     SettleRequest, Stored, token,
 };
 use crate::observe::metrics;
-use crate::pace::Pacer;
+use crate::pace::{Pacer, Place};
 use crate::retry::policy::{LONGEST_IN_PLACE, Tried};
 use crate::retry::{backoff, policy};
 
 /// What a lease lasts beyond the call itself: the durable write before it and after it.
 const LEASE_MARGIN: Duration = Duration::from_secs(15);
+/// How much of a lease may be spent on waiting for the time of the call.
+const SPARE: Duration = Duration::from_secs(8);
 /// What must be left of a lease, beyond the call, when the call begins.
 const SETTLE_MARGIN: Duration = Duration::from_secs(5);
 /// While the key is refused and a lane is full, a job without a deadline makes room after so long.
@@ -100,7 +102,7 @@ enum Step {
 
 /// Whether a call may be made now.
 enum Admission {
-    Admitted,
+    Admitted(Place),
     /// Too late while waiting, or the gate closed again.
     LookAgain,
     Verdict(Verdict),
@@ -142,12 +144,12 @@ impl Journey {
             if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
                 return self.close(ask, problem).await;
             }
-            match self.admit(ask).await {
-                Admission::Admitted => {}
+            let place = match self.admit(ask).await {
+                Admission::Admitted(place) => place,
                 Admission::LookAgain => continue,
                 Admission::Verdict(verdict) => return verdict,
-            }
-            match self.step(ask).await {
+            };
+            match self.step(ask, place).await {
                 Step::Verdict(verdict) => return verdict,
                 Step::WaitUntil(until, why) => {
                     let wait = as_duration(until - self.clock.now());
@@ -187,13 +189,14 @@ impl Journey {
         let paced = async {
             self.gate.opened().await;
             let waited = Instant::now();
-            self.pacer.admit().await;
+            let place = self.pacer.admit().await;
             metrics::rate_limit_wait(ask.lane, waited.elapsed());
+            place
         };
         let admission = tokio::select! {
             biased;
             verdict = self.interrupted(ask) => Admission::Verdict(verdict),
-            () = paced => Admission::Admitted,
+            place = paced => Admission::Admitted(place),
             () = expiry => Admission::LookAgain,
             () = self.must_make_room(ask) => {
                 Admission::Verdict(Verdict::Delay { wait: ASIDE, why: "key_refused" })
@@ -201,7 +204,7 @@ impl Journey {
         };
         // The gate may have closed while the pacer was waited for.
         let closed = !self.gate.reasons().is_empty();
-        if closed && matches!(admission, Admission::Admitted) {
+        if closed && matches!(admission, Admission::Admitted(_)) {
             return Admission::LookAgain;
         }
         admission
@@ -224,13 +227,13 @@ impl Journey {
     }
 
     /// Claims the job and, if it is free, asks Creem once.
-    async fn step(&self, ask: &Ask) -> Step {
+    async fn step(&self, ask: &Ask, place: Place) -> Step {
         let started = Instant::now();
         match self.claim(ask).await {
             Ok(Claim::Granted(lease)) => {
                 let held = || ask.lease.lock().unwrap_or_else(PoisonError::into_inner);
                 *held() = Some(lease);
-                let step = self.attempt(ask, lease, started).await;
+                let step = self.attempt(ask, lease, place, started).await;
                 *held() = None;
                 step
             }
@@ -256,6 +259,7 @@ impl Journey {
             product_id: ask.request.product_id.clone(),
             lane: ask.lane,
             campaign: ask.campaign.clone(),
+            published_at: ask.timestamp,
             picked_up_at: ask.picked_up_at,
             redelivered: ask.redelivered,
             on_unknown: self.rules.on_unknown,
@@ -291,9 +295,11 @@ impl Journey {
     }
 
     /// One call under a lease, and what follows from its answer.
-    async fn attempt(&self, ask: &Ask, lease: Lease, started: Instant) -> Step {
+    async fn attempt(&self, ask: &Ask, lease: Lease, place: Place, started: Instant) -> Step {
+        let in_time = self.in_time(place).await;
         let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
-        if self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN {
+        if !in_time || self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN
+        {
             return self
                 .settle(ask, lease, Attempt::GivenBack, Next::Wait { until: self.clock.now() })
                 .await;
@@ -314,6 +320,21 @@ impl Journey {
         tracing::debug!(job.key = %ask.key, attempt = lease.attempt, answer = answer.label(), "creem answered");
         let (attempt, next) = self.judge(ask, lease, answer, asked).await;
         self.settle(ask, lease, attempt, next).await
+    }
+
+    /// Waits for the time of the call. If the claim took so long that its place is lost, another one
+    /// is waited for, as long as the lease can spare; says whether the call may be made.
+    async fn in_time(&self, mut place: Place) -> bool {
+        let again = async {
+            loop {
+                place.come().await;
+                if !self.pacer.is_lost(&place) {
+                    return;
+                }
+                place = self.pacer.admit().await;
+            }
+        };
+        tokio::time::timeout(SPARE, again).await.is_ok()
     }
 
     /// Turns an answer into what is written down.

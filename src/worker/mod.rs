@@ -5,6 +5,7 @@
 
 mod adoption;
 pub mod ask;
+pub mod budget;
 mod care;
 pub mod gate;
 pub mod intake;
@@ -81,6 +82,9 @@ pub struct Worker {
     pub backoff: Backoff,
     /// What `/readyz` says.
     pub health: Health,
+    /// The budget in calls a second that is shared with the other workers of this ledger; `None`
+    /// where the ledger is this worker's alone, or there is no ceiling.
+    pub shared_budget: Option<f64>,
     /// Whether a new ledger may meet redelivered jobs.
     pub accept_empty_ledger: bool,
 }

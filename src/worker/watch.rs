@@ -6,8 +6,8 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::Shared;
 use super::gate::Reason;
+use super::{Shared, budget};
 use crate::clock::as_millis;
 use crate::creem::KeyCheck;
 use crate::ledger::{Command, LedgerError};
@@ -34,6 +34,12 @@ pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     tasks.spawn(publishing(shared.clone()));
     tasks.spawn(sweep(shared.clone()));
     tasks.spawn(gauges(shared.clone()));
+    if !shared.worker.plan.exclusive {
+        tasks.spawn(budget::listen(shared.clone()));
+    }
+    if let Some(per_second) = shared.worker.shared_budget {
+        tasks.spawn(budget::lease(shared.clone(), per_second));
+    }
 }
 
 /// While the ledger is away, asks whether it is back.

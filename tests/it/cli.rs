@@ -7,7 +7,8 @@ use std::process::{Command, Output, Stdio};
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
 use lapin::types::FieldTable;
 
-use crate::support::{World, body};
+use crate::support::{World, body, next, persistent};
+use crate::worker::now;
 
 fn run(arguments: &[&str], environment: &BTreeMap<String, String>, input: &str) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_checkout-worker"))
@@ -155,4 +156,42 @@ async fn check_names_all_that_is_wrong_around_it_and_works_beside_a_worker() {
     assert_eq!(code, 1);
     assert!(output.contains("WRONG    broker") && output.contains("WRONG    creem"), "{output}");
     assert!(!format!("{output}{error}").contains("canary"), "{output}{error}");
+}
+
+#[tokio::test]
+async fn after_a_restore_a_job_that_may_be_forgotten_is_unresolved_and_a_new_one_is_served() {
+    let Some(world) = World::new("restored").await else { return };
+    world.worker().await.kill().await;
+    let (code, _, error) =
+        command(&["ledger", "restored-to", "tomorrow"], world.environment(), "").await;
+    assert_eq!(code, 2, "{error}");
+    let (code, _, error) =
+        command(&["ledger", "restored-to", "2999-01-01T00:00:00Z"], world.environment(), "").await;
+    assert!(code == 2 && error.contains("in the future"), "{error}");
+    let (code, output, error) =
+        command(&["ledger", "restored-to", "now"], world.environment(), "").await;
+    assert_eq!(code, 0, "{error}");
+    assert!(output.contains("end unresolved"), "{output}");
+
+    let mut worker = world.worker().await;
+    let (mut replies, mut dead) = (world.replies().await, world.dead().await);
+    let an_hour_ago = u64::try_from(now() / 1000 - 3600).unwrap();
+    world.publish(body("old"), persistent().with_timestamp(an_hour_ago)).await;
+    let reply = next(&mut replies).await;
+    assert_eq!(
+        (reply.status(), reply.text("/error/code")),
+        ("unresolved".into(), "ledger_restored".into())
+    );
+    assert_eq!(next(&mut dead).await.body, body("old").into_bytes());
+    assert_eq!(world.posts(), 0);
+    let later = u64::try_from(now() / 1000 + 2).unwrap();
+    world.publish(body("new"), persistent().with_timestamp(later)).await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+
+    // Beside a running worker with an embedded ledger it is refused.
+    let (code, _, error) =
+        command(&["ledger", "restored-to", "now"], world.environment(), "").await;
+    assert!(code == 1 && error.contains("in use by another worker"), "{error}");
+    worker.signal("TERM");
+    assert_eq!(worker.ended().await, 0);
 }

@@ -2,10 +2,17 @@
 //! jobs, and no id gets two links.
 
 use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use creem_checkout_worker::ledger::postgres::Options;
 use creem_checkout_worker::ledger::postgres::inspect::Inspector;
+use creem_checkout_worker::ledger::postgres::{Options, PostgresLedger, Time};
 use creem_checkout_worker::ledger::{KnownOrphan, Row};
+use creem_checkout_worker::pace::Pacer;
+use creem_checkout_worker::worker::budget::grant;
+use futures::future::join_all;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use crate::ledger::key;
 use crate::support::private_postgres::{self, Private, connect};
@@ -157,4 +164,88 @@ async fn a_database_that_hangs_costs_no_job() {
     lock.commit().await.unwrap();
     assert_eq!(next(&mut replies).await.text("/request_id"), "a");
     assert_eq!(look(&url, "a").await.0.attempts, 1, "a claim that was asked again counts once");
+}
+
+/// The most calls that any second holds.
+fn most_in_a_second(calls: &[u64]) -> usize {
+    let within = |from: u64| {
+        let second = from..from + 1_000_000;
+        calls.iter().filter(|call| second.contains(*call)).count()
+    };
+    calls.iter().map(|call| within(*call)).max().unwrap_or(0)
+}
+
+#[tokio::test]
+async fn one_budget_holds_for_one_four_and_sixteen_workers() {
+    let Some(server) = private_postgres::shared("one_budget").await else { return };
+    for count in [1, 4, 16] {
+        let url = private_postgres::database(&server).await;
+        let options = Options { url: url.into(), ca_pem: None };
+        let ledgers = (0..count).map(|_| PostgresLedger::open(&options, Time::Database, |_| {}));
+        let ledgers: Vec<_> =
+            join_all(ledgers).await.into_iter().map(|ledger| Arc::new(ledger.unwrap())).collect();
+        let calls = Arc::new(Mutex::new(Vec::new()));
+        let started = Instant::now();
+        let mut tasks = JoinSet::new();
+        for ledger in ledgers {
+            let pacer = Arc::new(Pacer::shared());
+            // Each could use the whole budget by itself.
+            for _ in 0..40 {
+                let (pacer, calls) = (pacer.clone(), calls.clone());
+                tasks.spawn(async move {
+                    loop {
+                        pacer.admit().await.come().await;
+                        let at = started.elapsed().as_micros();
+                        calls.lock().unwrap().push(u64::try_from(at).unwrap());
+                        tokio::time::sleep(Duration::from_millis(100)).await;
+                    }
+                });
+            }
+            tasks.spawn(async move { grant(&pacer, &*ledger, 200.0).await.unwrap() });
+        }
+        drop(tokio::time::timeout(Duration::from_secs(4), tasks.join_next()).await);
+        tasks.shutdown().await;
+        let calls = std::mem::take(&mut *calls.lock().unwrap());
+        let most = most_in_a_second(&calls);
+        eprintln!("{count} workers: {} calls in 4 s, at most {most} in a second", calls.len());
+        assert!(most <= 200, "{count} workers: {most} calls in a second");
+        assert!(!calls.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn four_workers_keep_one_budget_and_one_silence() {
+    let Some((mut world, _url)) = world("four_workers").await else { return };
+    world.set("rate_limit.per_second", "60");
+    let mut workers = Vec::new();
+    for _ in 0..4 {
+        workers.push(world.worker().await);
+    }
+    let mut replies = world.replies().await;
+    for n in 0..240 {
+        world.job(&format!("order_{n}")).await;
+    }
+    for _ in 0..240 {
+        assert_eq!(next(&mut replies).await.status(), "succeeded");
+    }
+    let calls: Vec<u64> =
+        world.simulator.log().posts().iter().map(|post| post.arrived_us).collect();
+    assert!(most_in_a_second(&calls) <= 60, "{}", most_in_a_second(&calls));
+
+    // One worker is told to wait for three seconds; after one, nobody asks any more.
+    world.script(
+        r#"{"faults":[{"request_id":"told","times":1,"kind":"throttle","retry_after":"3"}]}"#,
+    );
+    world.job("told").await;
+    for n in 0..300 {
+        world.job(&format!("later_{n}")).await;
+    }
+    for _ in 0..301 {
+        assert_eq!(next(&mut replies).await.status(), "succeeded");
+    }
+    let log = world.simulator.log();
+    let told = log.posts().iter().find(|post| post.fault == Some("throttle")).unwrap().arrived_us;
+    let quiet = told + 1_000_000..told + 3_000_000;
+    let late: Vec<_> = log.posts().iter().filter(|post| quiet.contains(&post.arrived_us)).collect();
+    assert!(late.is_empty(), "{late:?}");
 }

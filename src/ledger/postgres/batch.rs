@@ -11,7 +11,7 @@ use tokio_postgres::{Client, Error};
 
 use super::statements::{self, Changes, Versioned};
 use super::time::DatabaseClock;
-use crate::clock::Clock;
+use crate::clock::{Clock, Millis};
 use crate::job::Key;
 use crate::ledger::transition::{self, Context, Orphan};
 use crate::ledger::{Answer, Command, LedgerError, Row, State};
@@ -86,6 +86,7 @@ pub(super) struct Batch<'a> {
     heard: Option<&'a DatabaseClock>,
     memory: &'a std::sync::Mutex<Memory>,
     commands: &'a [Command],
+    restored: Option<Millis>,
     answers: Vec<Option<Result<Answer, LedgerError>>>,
 }
 
@@ -96,10 +97,11 @@ impl<'a> Batch<'a> {
         heard: Option<&'a DatabaseClock>,
         memory: &'a std::sync::Mutex<Memory>,
         commands: &'a [Command],
+        restored: Option<Millis>,
     ) -> Self {
         let done = |command: &Command| command.key().is_none().then_some(Ok(Answer::Done));
         let answers = commands.iter().map(done).collect();
-        Self { client, clock, heard, memory, commands, answers }
+        Self { client, clock, heard, memory, commands, restored, answers }
     }
 
     /// Carries the commands out that are about a row; the others have been.
@@ -109,7 +111,7 @@ impl<'a> Batch<'a> {
             if slots.is_empty() {
                 break;
             }
-            let context = Context { now: self.clock.now(), epoch: None };
+            let context = Context { now: self.clock.now(), epoch: None, restored: self.restored };
             for (index, command) in self.commands.iter().enumerate() {
                 if self.answers[index].is_none()
                     && let Some(slot) = command.key().and_then(|key| slots.get_mut(key))
@@ -165,7 +167,7 @@ impl<'a> Batch<'a> {
         Ok(slots)
     }
 
-    fn hear(&self, now: crate::clock::Millis, asked: tokio::time::Instant) {
+    fn hear(&self, now: Millis, asked: tokio::time::Instant) {
         if let Some(clock) = self.heard {
             clock.hear(now, asked);
         }
@@ -235,6 +237,7 @@ fn guess(memory: &Memory, key: &Key, command: &Command) -> Option<Versioned> {
         | Command::Knows { .. }
         | Command::Pause { .. }
         | Command::Probe
+        | Command::Restored { .. }
         | Command::Adopt(_) => None,
     }
 }

@@ -14,8 +14,8 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use super::{BATCHES, STATEMENT};
 use crate::ledger::LedgerError;
 
-/// One connection per batch, and one for everything else.
-const CONNECTIONS: usize = BATCHES + 1;
+/// One connection per batch, one for the budget, and one for everything else.
+const CONNECTIONS: usize = BATCHES + 2;
 /// For a connection, its handshake included.
 const CONNECT: Duration = Duration::from_secs(5);
 

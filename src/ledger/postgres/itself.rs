@@ -9,11 +9,17 @@ use crate::clock::{Millis, as_millis};
 use crate::job::FingerprintKey;
 use crate::ledger::{Adoption, Command, Identity};
 
-/// Leaves a sign of life, and reads what all workers have recorded: ambiguous attempts and orphans.
-pub(super) async fn totals(
-    client: &Object,
-    now: Millis,
-) -> Result<(u64, u64), tokio_postgres::Error> {
+/// What all workers have recorded, and what holds for all.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Totals {
+    pub(super) ambiguous_attempts: u64,
+    pub(super) orphan_sessions: u64,
+    /// Until when the ledger may have forgotten what was done.
+    pub(super) restored: Option<Millis>,
+}
+
+/// Leaves a sign of life, and reads what all workers have recorded.
+pub(super) async fn totals(client: &Object, now: Millis) -> Result<Totals, tokio_postgres::Error> {
     let row = client
         .query_typed_one(
             "WITH alive AS (
@@ -21,12 +27,17 @@ pub(super) async fn totals(
                  ON CONFLICT (name) DO UPDATE SET number = greatest(m.number, excluded.number)
              )
              SELECT (SELECT count(*) FROM checkout_worker.ambiguous_attempt),
-                    (SELECT count(*) FROM checkout_worker.orphan)",
+                    (SELECT count(*) FROM checkout_worker.orphan),
+                    (SELECT number FROM checkout_worker.meta WHERE name = 'restored')",
             &[(&now, Type::INT8)],
         )
         .await?;
     let (ambiguous, orphans): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
-    Ok((ambiguous.cast_unsigned(), orphans.cast_unsigned()))
+    Ok(Totals {
+        ambiguous_attempts: ambiguous.cast_unsigned(),
+        orphan_sessions: orphans.cast_unsigned(),
+        restored: row.try_get(2)?,
+    })
 }
 
 /// Carries out what is about no job.
@@ -49,6 +60,7 @@ pub(super) async fn about_itself(
             .await
             .map(|_| ()),
         Command::Probe => set("probed", now).await,
+        Command::Restored { until } => set("restored", *until).await,
         // Who refuses does so for all: a job that nobody took before must not adopt it afterwards.
         Command::Adopt(Adoption::Adopted) => client
             .query_typed(
@@ -119,7 +131,7 @@ pub(super) async fn identity(client: &Object, now: Millis) -> Result<Identity, O
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect::<Result<_, tokio_postgres::Error>>()?;
-    let (ambiguous_attempts, orphan_sessions) = totals(client, now).await?;
+    let Totals { ambiguous_attempts, orphan_sessions, .. } = totals(client, now).await?;
     let (empty, refused) = newness(client, now).await?;
     Ok(Identity { key, empty, refused, ambiguous_attempts, orphan_sessions, pauses })
 }

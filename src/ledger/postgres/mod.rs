@@ -6,6 +6,7 @@
 //! stand in between, and no transaction is ever open across a call to Creem.
 
 mod batch;
+mod budget;
 mod connect;
 pub mod inspect;
 mod itself;
@@ -13,7 +14,7 @@ mod migrate;
 mod statements;
 mod time;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use deadpool_postgres::{Object, Pool};
@@ -25,12 +26,12 @@ use tokio::time::Instant;
 use tokio_postgres::types::{ToSql, Type};
 
 use super::group::Commit;
-use super::{Answer, Command, Identity, Ledger, LedgerError};
+use super::{Answer, Command, Identity, Ledger, LedgerError, Places};
 use crate::clock::{Millis, SharedClock};
 use batch::{Batch, Memory};
 pub use connect::{OpenError, Options};
 use connect::{pool, pool_error, unavailable};
-use itself::{about_itself, identity, newness, totals};
+use itself::{Totals, about_itself, identity, newness, totals};
 pub use time::DatabaseClock;
 
 /// Batches under way at once: while one waits for its commit, the next is on its way.
@@ -133,6 +134,7 @@ impl PostgresLedger {
             Time::Given(clock) => (clock, None),
         };
         let identity = identity(&client, clock.now()).await?;
+        let restored = totals(&client, clock.now()).await?.restored;
         drop(client);
         let (queue, work) = mpsc::unbounded_channel();
         let parts = Arc::new(Parts {
@@ -140,6 +142,7 @@ impl PostgresLedger {
             clock: clock.clone(),
             heard,
             memory: Mutex::default(),
+            restored: Mutex::new(restored),
             work: tokio::sync::Mutex::new(work),
             observe: Box::new(observe),
         });
@@ -179,6 +182,28 @@ impl Ledger for PostgresLedger {
             let client = taken(&pool).await?;
             let (new, refused) = within(STATEMENT, newness(&client, now)).await?;
             Ok(new || refused)
+        }
+        .boxed()
+    }
+
+    fn lease_places(
+        &self,
+        count: u32,
+        interval: Duration,
+    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
+        let pool = self.pool.clone();
+        async move {
+            let client = taken(&pool).await?;
+            within(STATEMENT, budget::lease(&client, count, interval)).await.map(Some)
+        }
+        .boxed()
+    }
+
+    fn quiet(&self, at_least: Duration) -> BoxFuture<'static, Result<Duration, LedgerError>> {
+        let pool = self.pool.clone();
+        async move {
+            let client = taken(&pool).await?;
+            within(STATEMENT, budget::quiet(&client, at_least)).await
         }
         .boxed()
     }
@@ -229,6 +254,8 @@ struct Parts {
     /// To be told the database's time, where that is the clock.
     heard: Option<Arc<DatabaseClock>>,
     memory: Mutex<Memory>,
+    /// Until when the ledger may have forgotten what was done.
+    restored: Mutex<Option<Millis>>,
     work: tokio::sync::Mutex<mpsc::UnboundedReceiver<Work>>,
     observe: Box<dyn Fn(Observation) + Send + Sync>,
 }
@@ -289,7 +316,8 @@ impl Parts {
             about_itself(client, command, self.clock.now()).await?;
         }
         let heard = self.heard.as_deref();
-        Batch::new(client, &*self.clock, heard, &self.memory, commands).run().await
+        let restored = *self.restored.lock().unwrap_or_else(PoisonError::into_inner);
+        Batch::new(client, &*self.clock, heard, &self.memory, commands, restored).run().await
     }
 
     /// Leaves a sign of life, and reads what all workers have recorded.
@@ -297,7 +325,8 @@ impl Parts {
         loop {
             if let Ok(client) = self.pool.get().await {
                 let totals = within(STATEMENT, totals(&client, self.clock.now())).await;
-                if let Ok((ambiguous_attempts, orphan_sessions)) = totals {
+                if let Ok(Totals { ambiguous_attempts, orphan_sessions, restored }) = totals {
+                    *self.restored.lock().unwrap_or_else(PoisonError::into_inner) = restored;
                     (self.observe)(Observation::Totals { ambiguous_attempts, orphan_sessions });
                 } else {
                     drop(Object::take(client));

@@ -115,7 +115,8 @@ impl SqliteLedger {
                 LedgerError::Unavailable(_) | LedgerError::DamagedRow(_) => io(&error),
             }
         })?;
-        let store = SqliteStore { connection, clock, epoch, alive: 0 };
+        let restored = meta_number(&connection, "restored").map_err(|error| io(&error))?;
+        let store = SqliteStore { connection, clock, epoch, alive: 0, restored };
         let group = Group::start(store, observe).map_err(|error| io(&error))?;
         Ok(Self { group, identity, _lock: lock })
     }
@@ -348,6 +349,8 @@ struct SqliteStore {
     clock: SharedClock,
     epoch: u64,
     alive: Millis,
+    /// As it was when the ledger was opened: the command that changes it is run without a worker.
+    restored: Option<Millis>,
 }
 
 impl Store for SqliteStore {
@@ -382,9 +385,10 @@ impl SqliteStore {
     }
 
     fn apply_all(&mut self, batch: &[Command]) -> rusqlite::Result<Committed> {
-        let context = Context { now: self.clock.now(), epoch: Some(self.epoch) };
+        let now = self.clock.now();
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let context = Context { now, epoch: Some(self.epoch), restored: self.restored };
         let (mut ambiguous, mut orphans) = (0_i64, 0_i64);
         let mut answers = Vec::with_capacity(batch.len());
         for command in batch {
@@ -427,6 +431,7 @@ fn apply(
         Command::Pause { from, to } => record_pause(connection, *from, *to)?,
         Command::Probe => set_meta_number(connection, "probed", context.now)?,
         Command::Adopt(adoption) => adopt(connection, *adoption, context.now)?,
+        Command::Restored { until } => set_meta_number(connection, "restored", *until)?,
         Command::Claim(_)
         | Command::Settle(_)
         | Command::Close(_)

@@ -192,6 +192,7 @@ pub(super) fn claimant(
         product_id: "prod_1".into(),
         lane: Lane::Interactive,
         campaign: None,
+        published_at: None,
         picked_up_at: now,
         redelivered: false,
         on_unknown,

@@ -60,4 +60,5 @@ on_every_ledger! {
     totals_and_pauses_survive_the_process,
     retention_removes_old_outcomes_but_nothing_that_may_hide_a_session,
     a_parked_copy_is_noted_for_its_own_outcome_only,
+    a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_forgotten,
 }

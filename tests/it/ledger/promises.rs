@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use creem_checkout_worker::clock::Clock as _;
 use creem_checkout_worker::job::{Ending, Key, Mode, Problem, Status};
 use creem_checkout_worker::ledger::*;
 
@@ -289,4 +290,38 @@ pub(super) async fn a_parked_copy_is_noted_for_its_own_outcome_only(backend: &Ba
         bench.ledger().execute(Command::Parked { key: key("a"), fence }).await.unwrap();
         assert_eq!(bench.row("a").await.parked, parked);
     }
+}
+
+pub(super) async fn a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_forgotten(
+    backend: &Backend,
+) {
+    let mut bench = Bench::new(backend, OnUnknown::Retry).await;
+    bench.end("known", link("ch_1")).await;
+    bench.later();
+    let until = bench.clock.now();
+    bench.ledger().execute(Command::Restored { until }).await.unwrap();
+    bench.reopen().await;
+    bench.later();
+    assert!(matches!(bench.claim("known").await, Claim::Settled(_)), "what it knows, it knows");
+    let old = Claimant { published_at: Some(until), ..bench.claimant("old", 1) };
+    let redelivered = Claimant { redelivered: true, ..bench.claimant("redelivered", 1) };
+    for claimant in [old.clone(), redelivered] {
+        let Claim::Settled(stored) = bench.claim_as(claimant).await else {
+            panic!("it may have a link")
+        };
+        let told = (stored.status, stored.code.as_deref());
+        assert_eq!(told, (Status::Unresolved, Some("ledger_restored")));
+    }
+    assert_eq!(bench.row("old").await.ambiguous, 1);
+    // Too late is no way round it.
+    let late = Claimant { published_at: Some(until), ..bench.claimant("late", 1) };
+    let request = CloseRequest { claimant: late, ending: expired() };
+    let closed = bench.ledger().close(request).await.unwrap();
+    assert!(matches!(closed, Claim::Settled(stored) if stored.status == Status::Unresolved));
+    let new = Claimant { published_at: Some(until + 1), ..bench.claimant("new", 1) };
+    assert!(matches!(bench.claim_as(new).await, Claim::Granted(_)));
+    // Sent again by somebody who knows of that, it is tried afresh.
+    bench.later();
+    let again = Claimant { published_at: Some(bench.clock.now()), ..bench.claimant("old", 1) };
+    assert!(matches!(bench.claim_as(again).await, Claim::Granted(_)));
 }

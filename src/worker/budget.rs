@@ -1,0 +1,77 @@
+//! The budget that workers of one ledger share: blocks of places from it for the pacer, and silence
+//! that Creem asked one worker for, told to all.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::Shared;
+use super::gate::Reason;
+use crate::ledger::{Ledger, LedgerError};
+use crate::pace::Pacer;
+
+/// What a block of places lasts at the ceiling: longer blocks mean fewer round trips, and a worker
+/// that stops takes up to one with it.
+const BLOCK: Duration = Duration::from_millis(200);
+/// Most places in a block.
+const MOST: usize = 64;
+/// How often every worker asks whether all are to be quiet.
+const LISTEN_EVERY: Duration = Duration::from_millis(400);
+
+/// Leases places as they are wanted; while the ledger is away, nobody gets any.
+pub(super) async fn lease(shared: Arc<Shared>, per_second: f64) {
+    let journey = &shared.worker.journey;
+    while let Err(error) = grant(&journey.pacer, &*journey.ledger, per_second).await {
+        journey.ledger_away(&error);
+        journey.gate.free_of(Reason::Ledger).await;
+        // Whoever waits still does, and asks again.
+        journey.pacer.grant([]);
+    }
+}
+
+/// Leases a block of places whenever somebody waits for one; ends only where there is no shared
+/// budget, or with the ledger's error.
+///
+/// # Errors
+/// See [`LedgerError`].
+pub async fn grant(pacer: &Pacer, ledger: &dyn Ledger, per_second: f64) -> Result<(), LedgerError> {
+    let interval = Pacer::shared_interval(per_second);
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a cast to an integer saturates, and bounds follow"
+    )]
+    let block = ((per_second * BLOCK.as_secs_f64()) as usize).clamp(1, MOST);
+    loop {
+        let wanted = pacer.wanted().await;
+        let count = u32::try_from(wanted.min(block)).unwrap_or(1);
+        let Some(places) = ledger.lease_places(count, interval).await? else { return Ok(()) };
+        pacer.hear(Instant::now() + places.quiet);
+        pacer.grant((0..places.count).map(|place| places.first + interval * place));
+    }
+}
+
+/// Tells all workers what Creem asked this one for, and hears what it asked others for.
+pub(super) async fn listen(shared: Arc<Shared>) {
+    let journey = &shared.worker.journey;
+    let mut told = journey.pacer.told();
+    loop {
+        let at_least = tokio::select! {
+            changed = told.changed() => {
+                if changed.is_err() {
+                    return;
+                }
+                let until = *told.borrow_and_update();
+                until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
+            }
+            () = tokio::time::sleep(LISTEN_EVERY) => Duration::ZERO,
+        };
+        // A ledger that is away is noticed by the jobs; the next question comes soon.
+        if let Ok(quiet) = journey.ledger.quiet(at_least).await
+            && !quiet.is_zero()
+        {
+            journey.pacer.hear(Instant::now() + quiet);
+        }
+    }
+}
