@@ -31,9 +31,12 @@ enum Kind {
 }
 
 /// Every key there is.
-const KEYS: [(&str, Kind); 38] = [
+const KEYS: [(&str, Kind); 41] = [
     ("amqp.url", Kind::Secret),
     ("amqp.heartbeat", Kind::Text),
+    ("amqp.ca_file", Kind::Text),
+    ("amqp.client_cert_file", Kind::Text),
+    ("amqp.client_key_file", Kind::Text),
     ("creem.api_key", Kind::Secret),
     ("creem.base_url", Kind::Text),
     ("creem.request_timeout", Kind::Text),

@@ -97,6 +97,12 @@ pub struct Amqp {
     pub url: SecretString,
     /// The AMQP heartbeat; see `rabbit::Options`.
     pub heartbeat: Span,
+    /// Further root certificates.
+    pub ca_file: Option<PathBuf>,
+    /// The worker's own certificate.
+    pub client_cert_file: Option<PathBuf>,
+    /// Its key.
+    pub client_key_file: Option<PathBuf>,
 }
 
 /// `[creem]`

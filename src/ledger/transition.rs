@@ -24,6 +24,12 @@ const LONGEST_WAIT: Millis = 40 * 60 * 1000;
 /// No lease lasts longer than this, in milliseconds; one that seems to was written under a clock
 /// that ran ahead, and is over. The longest is a `creem.request_timeout` of two minutes and 15 s.
 const LONGEST_LEASE: Millis = 5 * 60 * 1000;
+/// How long a restored ledger is doubted, in milliseconds: 30 days.
+const DOUBT_LASTS: Millis = 30 * 24 * 3_600_000;
+/// How far a producer's clock may run ahead, in milliseconds.
+const CLOCKS_DIFFER: Millis = 5 * 60_000;
+/// How long after a restore a redelivered job without a timestamp counts as older, in milliseconds.
+const UNTIMED: Millis = 24 * 3_600_000;
 /// When a row that a newer version wrote is looked at again, in milliseconds.
 const LEAVE_TO_NEWER: Millis = 30_000;
 
@@ -111,6 +117,10 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
         // The same claim again: its first commit happened, only the answer was lost.
         return Effect::claim(Claim::Granted(lease_of(row)));
     }
+    let row = match doubt(row, who, context) {
+        Doubted::Believed(row) => row,
+        Doubted::Lost(row) => return lost(row, who, context),
+    };
     let row = match arrive(row, who, context) {
         Arrival::Answered(claim) => return Effect::claim(claim),
         Arrival::Free(row) => row,
@@ -122,9 +132,6 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
         return Effect::claim(Claim::Waiting { until: row.not_before });
     }
     let mut row = match row.map(|row| take_over(row, context)) {
-        None if may_be_forgotten(who, context) => {
-            return forgotten(who, context);
-        }
         None => open(who, context),
         Some(row) => row,
     };
@@ -235,17 +242,49 @@ fn take_over(mut row: Row, context: Context) -> Row {
     row
 }
 
-/// Whether a job without a row may have had one in what a restored ledger has forgotten.
-fn may_be_forgotten(who: &Claimant, context: Context) -> bool {
-    let published = who.published_at.unwrap_or(who.picked_up_at);
-    context.restored.is_some_and(|until| who.redelivered || published <= until)
+/// What a restored ledger says of a job.
+enum Doubted {
+    /// It is believed; where the row may be older than what was told, that counts as an attempt
+    /// whose outcome nobody knows.
+    Believed(Option<Row>),
+    /// This copy may have been answered already, with a link that the ledger has forgotten.
+    Lost(Row),
 }
 
-/// Such a job may have a link, which nobody can say: a person must look.
-fn forgotten(who: &Claimant, context: Context) -> Effect {
-    let mut row = open(who, context);
-    row.fence = 1;
-    row.ambiguous = 1;
+/// A ledger that was restored may have forgotten a job, or what came of it.
+fn doubt(row: Option<Row>, who: &Claimant, context: Context) -> Doubted {
+    let Some(until) = context.restored.filter(|until| context.now <= until + DOUBT_LASTS) else {
+        return Doubted::Believed(row);
+    };
+    // What ended with a link did so before the backup was made, and stays so; what is unresolved says
+    // so already.
+    let told = |row: &Row| {
+        matches!(row.state, State::Ended(Status::Succeeded | Status::Unresolved))
+            || row.updated_at > until
+    };
+    if row.as_ref().is_some_and(told) {
+        return Doubted::Believed(row);
+    }
+    let old = match who.published_at {
+        Some(published) => published <= until + if who.redelivered { CLOCKS_DIFFER } else { 0 },
+        // Nobody can say how old it is; what was delivered before soon after the restore counts.
+        None if who.redelivered => context.now <= until + UNTIMED,
+        None => who.picked_up_at <= until,
+    };
+    match row {
+        row if old => {
+            let mut row = row.unwrap_or_else(|| open(who, context));
+            row.ambiguous += 1;
+            Doubted::Lost(row)
+        }
+        Some(row) => Doubted::Believed(Some(Row { ambiguous: row.ambiguous + 1, ..row })),
+        None => Doubted::Believed(None),
+    }
+}
+
+/// A person must look whether such a job has a link.
+fn lost(mut row: Row, who: &Claimant, context: Context) -> Effect {
+    row.fence += 1;
     let text = "the ledger was restored from a backup and may have forgotten this job's link";
     let ending = Ending::Unresolved(Problem::new("ledger_restored", text));
     end(row, &who.key, ending, who.on_unknown, context, |stored| {
@@ -377,14 +416,15 @@ fn orphan(request: &SettleRequest, reason: Option<&str>) -> Option<Orphan> {
 
 fn close(row: Option<Row>, request: &CloseRequest, context: Context) -> Effect {
     let who = &request.claimant;
+    let row = match doubt(row, who, context) {
+        Doubted::Believed(row) => row,
+        Doubted::Lost(row) => return lost(row, who, context),
+    };
     let row = match arrive(row, who, context) {
         Arrival::Answered(claim) => return Effect::claim(claim),
         Arrival::Free(row) => row,
     };
     let mut row = match row.map(|row| take_over(row, context)) {
-        None if may_be_forgotten(who, context) => {
-            return forgotten(who, context);
-        }
         None => open(who, context),
         Some(row) => row,
     };

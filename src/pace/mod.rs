@@ -156,6 +156,17 @@ impl Pacer {
         }
     }
 
+    /// Waits for the time of the call; if its place is lost by then, for another one.
+    pub async fn pass(&self, mut place: Place) {
+        loop {
+            place.come().await;
+            if !self.is_lost(&place) {
+                return;
+            }
+            place = self.admit().await;
+        }
+    }
+
     /// Whether a place is lost: its time is over, or Creem has asked for silence since.
     #[must_use]
     pub fn is_lost(&self, place: &Place) -> bool {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::types::ShortString;
 use lapin::uri::AMQPUri;
 use lapin::{Connection, ConnectionProperties};
@@ -25,6 +26,27 @@ pub struct Options {
     /// The AMQP heartbeat: a frame is sent every half of it, and a peer that is silent for twice of
     /// it is given up. A `?heartbeat=` wins.
     pub heartbeat: Duration,
+    /// For `amqps`.
+    pub tls: Tls,
+}
+
+/// What TLS needs beyond the system's root certificates.
+#[derive(Debug, Clone, Default)]
+pub struct Tls {
+    /// Further root certificates, PEM.
+    pub ca_pem: Option<String>,
+    /// The worker's own certificate and its key, PEM, for a broker that asks for one.
+    pub identity: Option<(Vec<u8>, SecretString)>,
+}
+
+impl Tls {
+    fn config(&self) -> OwnedTLSConfig {
+        let identity = self.identity.as_ref().map(|(pem, key)| OwnedIdentity::PKCS8 {
+            pem: pem.clone(),
+            key: key.expose_secret().as_bytes().to_vec(),
+        });
+        OwnedTLSConfig { identity, cert_chain: self.ca_pem.clone() }
+    }
 }
 
 /// Why there is no connection.
@@ -156,7 +178,7 @@ pub async fn connect(options: &Options, name: &str) -> Result<Connection, LinkEr
     let first = getrandom::u32().map_or(0, |random| random as usize) % uris.len().max(1);
     let mut last = LinkError::Url("it names no host".to_owned());
     for uri in uris.iter().cycle().skip(first).take(uris.len()) {
-        match connect_to(uri.clone(), name).await {
+        match connect_to(uri.clone(), name, &options.tls).await {
             Ok(connection) => return Ok(connection),
             Err(error) => last = error,
         }
@@ -164,12 +186,14 @@ pub async fn connect(options: &Options, name: &str) -> Result<Connection, LinkEr
     Err(last)
 }
 
-async fn connect_to(uri: AMQPUri, name: &str) -> Result<Connection, LinkError> {
+async fn connect_to(uri: AMQPUri, name: &str, tls: &Tls) -> Result<Connection, LinkError> {
     let host = format!("{}:{}", uri.authority.host, uri.authority.port);
     probe(&uri).await.map_err(|reason| LinkError::Unreachable { host: host.clone(), reason })?;
     let properties = ConnectionProperties::default().with_connection_name(name.into());
     let refused = |reason: String| LinkError::Refused { host: host.clone(), reason };
-    match tokio::time::timeout(HANDSHAKE, Connection::connect_uri(uri, properties)).await {
+    let runtime = lapin::runtime::default_runtime().map_err(|error| refused(error.to_string()))?;
+    let connect = Connection::connect_uri_with_config(uri, properties, tls.config(), runtime);
+    match tokio::time::timeout(HANDSHAKE, connect).await {
         Ok(Ok(connection)) => Ok(connection),
         Ok(Err(error)) => Err(refused(error.to_string())),
         Err(_) => {
@@ -214,7 +238,11 @@ mod tests {
     use super::*;
 
     fn parse(url: &str) -> Result<Vec<AMQPUri>, LinkError> {
-        uris(&Options { url: url.to_owned().into(), heartbeat: Duration::from_secs(10) })
+        uris(&Options {
+            url: url.to_owned().into(),
+            heartbeat: Duration::from_secs(10),
+            tls: Tls::default(),
+        })
     }
 
     #[test]

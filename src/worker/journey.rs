@@ -324,17 +324,8 @@ impl Journey {
 
     /// Waits for the time of the call. If the claim took so long that its place is lost, another one
     /// is waited for, as long as the lease can spare; says whether the call may be made.
-    async fn in_time(&self, mut place: Place) -> bool {
-        let again = async {
-            loop {
-                place.come().await;
-                if !self.pacer.is_lost(&place) {
-                    return;
-                }
-                place = self.pacer.admit().await;
-            }
-        };
-        tokio::time::timeout(SPARE, again).await.is_ok()
+    async fn in_time(&self, place: Place) -> bool {
+        tokio::time::timeout(SPARE, self.pacer.pass(place)).await.is_ok()
     }
 
     /// Turns an answer into what is written down.

@@ -227,6 +227,11 @@ impl Settler {
                 metrics::reply("unroutable");
                 self.park(case, "reply_unroutable", &reason, summary.attempts).await
             }
+            Sent::Full => {
+                metrics::reply("unroutable");
+                let text = "the reply queue refused it: it is full";
+                self.park(case, "reply_unroutable", text, summary.attempts).await
+            }
             Sent::SessionOver => summary,
         }
     }
@@ -298,7 +303,7 @@ impl Settler {
                 return Placed::SessionOver;
             }
         };
-        let mut tries = 0;
+        let (mut tries, mut missing) = (0, 0);
         loop {
             match self
                 .publish(&self.publisher, delivery, Class::Internal, message.clone(), u32::MAX)
@@ -306,14 +311,22 @@ impl Settler {
             {
                 Sent::Routed => return Placed::InQueue,
                 Sent::SessionOver => return Placed::SessionOver,
+                Sent::Full => {
+                    tracing::error!(what, "one of the worker's own queues is full");
+                    tries += 1;
+                    if !self.wait_before_retry(delivery, tries).await {
+                        return Placed::SessionOver;
+                    }
+                }
                 Sent::Nowhere(error) => {
+                    missing += 1;
                     tracing::error!(
                         error,
                         what,
                         "one of the worker's own queues does not take it; was it deleted?"
                     );
                     tries += 1;
-                    if self.heals && tries >= MISSING_TRIES {
+                    if self.heals && missing >= MISSING_TRIES {
                         delivery.session.cancel();
                         return Placed::SessionOver;
                     }
@@ -349,7 +362,7 @@ impl Settler {
                         metrics::reply("refused");
                     }
                     if refused >= FULL_TRIES {
-                        return Sent::Nowhere("the queue refused it: it is full".to_owned());
+                        return Sent::Full;
                     }
                     refused
                 }
@@ -405,6 +418,9 @@ enum Placed {
 /// What became of publishing.
 enum Sent {
     Routed,
+    /// No queue was there, or it cannot be published to.
     Nowhere(String),
+    /// A queue was there and refused it again and again.
+    Full,
     SessionOver,
 }

@@ -17,4 +17,5 @@ mod ledger;
 mod publisher;
 mod replicas;
 mod support;
+mod tls;
 mod worker;

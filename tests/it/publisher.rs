@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use creem_checkout_worker::job::reply;
 use creem_checkout_worker::rabbit::envelope::ReplyTo;
+use creem_checkout_worker::rabbit::link::Tls;
 use creem_checkout_worker::rabbit::publisher::{Class, Shape};
 use creem_checkout_worker::rabbit::{Envelope, Message, Options, Published, Publisher, Topology};
 use creem_checkout_worker::retry::Backoff;
@@ -37,6 +38,7 @@ async fn every_unroutable_publish_is_known_and_no_routed_one_is_accused() {
     let options = Options {
         url: world.environment()["AMQP_URL"].clone().into(),
         heartbeat: Duration::from_secs(10),
+        tls: Tls::default(),
     };
     let backoff = Backoff::try_new(Duration::from_millis(50), Duration::from_secs(1)).unwrap();
     let stop = CancellationToken::new();

@@ -194,7 +194,7 @@ async fn one_budget_holds_for_one_four_and_sixteen_workers() {
                 let (pacer, calls) = (pacer.clone(), calls.clone());
                 tasks.spawn(async move {
                     loop {
-                        pacer.admit().await.come().await;
+                        pacer.pass(pacer.admit().await).await;
                         let at = started.elapsed().as_micros();
                         calls.lock().unwrap().push(u64::try_from(at).unwrap());
                         tokio::time::sleep(Duration::from_millis(100)).await;

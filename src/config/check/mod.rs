@@ -14,6 +14,7 @@ use crate::job::{Lane, Mode, Rules};
 use crate::ledger::{OnUnknown, postgres};
 use crate::observe::logging::{self, Format};
 use crate::rabbit::envelope::ReplyRules;
+use crate::rabbit::link::Tls;
 use crate::rabbit::{self, Topology};
 use crate::retry::{Backoff, Policy};
 use crate::worker::LaneSize;
@@ -168,8 +169,11 @@ fn journey(settings: &Settings, backoff: Backoff) -> JourneyRules {
 }
 
 fn check_amqp(settings: &Settings, problems: &mut Vec<Problem>) -> rabbit::Options {
-    let options =
-        rabbit::Options { url: settings.amqp.url.clone(), heartbeat: settings.amqp.heartbeat.0 };
+    let options = rabbit::Options {
+        url: settings.amqp.url.clone(),
+        heartbeat: settings.amqp.heartbeat.0,
+        tls: amqp_tls(&settings.amqp, problems),
+    };
     if !(1..=300).contains(&options.heartbeat.as_secs()) {
         problems.push(Problem::new(
             "`amqp.heartbeat` is out of bounds",
@@ -193,6 +197,29 @@ fn check_amqp(settings: &Settings, problems: &mut Vec<Problem>) -> rabbit::Optio
         }
     }
     options
+}
+
+fn amqp_tls(amqp: &sections::Amqp, problems: &mut Vec<Problem>) -> Tls {
+    let mut read = |key: &str, path: Option<&Path>| -> Option<String> {
+        let bytes = pem(key, path?, problems)?;
+        let text = String::from_utf8(bytes).ok().filter(|text| text.contains("-----BEGIN "));
+        if text.is_none() {
+            let what = format!("`{key}` holds no PEM");
+            problems.push(Problem::new(what, "give a file that begins with -----BEGIN"));
+        }
+        text
+    };
+    let ca_pem = read("amqp.ca_file", amqp.ca_file.as_deref());
+    let certificate = read("amqp.client_cert_file", amqp.client_cert_file.as_deref());
+    let key = read("amqp.client_key_file", amqp.client_key_file.as_deref());
+    if amqp.client_cert_file.is_some() != amqp.client_key_file.is_some() {
+        problems.push(Problem::new(
+            "`amqp.client_cert_file` and `amqp.client_key_file` belong together",
+            "give both or none",
+        ));
+    }
+    let identity = certificate.zip(key).map(|(pem, key)| (pem.into_bytes(), key.into()));
+    Tls { ca_pem, identity }
 }
 
 fn is_local(host: &str) -> bool {
@@ -500,6 +527,8 @@ mod tests {
     #[test]
     fn a_broker_url_says_what_it_means() {
         for (pairs, expected) in [
+            (&[("CHECKOUT_WORKER__AMQP__CA_FILE", "/dev/null")], "holds no PEM"),
+            (&[("CHECKOUT_WORKER__AMQP__CLIENT_KEY_FILE", "/nothing")], "belong together"),
             (&[("AMQP_URL", "amqp://u:p@host,,/")], "a host is missing"),
             (&[("AMQP_URL", "amqp:///")], "a host is missing"),
             (&[("AMQP_URL", "amqp://u:p@host/?hearbeat=5")], "hearbeat"),

@@ -24,14 +24,18 @@ const REMEMBERED: usize = 16 * 1024;
 
 /// Rows of jobs that this worker has claimed, as it wrote them.
 #[derive(Debug, Default)]
-pub(super) struct Memory(HashMap<Key, (Row, i64)>);
+pub(super) struct Memory(HashMap<Key, Versioned>);
 
 impl Memory {
     fn keep(&mut self, key: &Key, row: Row, version: i64) {
+        let sum = row
+            .columns(&row.encode())
+            .checksum(key.mode.as_str(), key.request_id.as_str())
+            .to_vec();
         if row.state != State::Sending {
             self.0.remove(key);
         } else if self.0.len() < REMEMBERED || self.0.contains_key(key) {
-            self.0.insert(key.clone(), (row, version));
+            self.0.insert(key.clone(), Versioned { row: Some(row), version, sum });
         }
     }
 }
@@ -42,9 +46,11 @@ struct Slot {
     row: Option<Row>,
     /// The version that a write must find.
     version: i64,
+    /// And the checksum.
+    sum: Vec<u8>,
     guessed: bool,
     changed: bool,
-    ambiguous: Vec<u64>,
+    ambiguous: Vec<(u64, Millis)>,
     orphans: Vec<Orphan>,
     /// The commands that this round has answered, if its write succeeds.
     answers: Vec<(usize, Answer)>,
@@ -52,10 +58,11 @@ struct Slot {
 
 impl Slot {
     fn new(versioned: Versioned, guessed: bool) -> Self {
-        let Versioned { row, version } = versioned;
+        let Versioned { row, version, sum } = versioned;
         Self {
             row,
             version,
+            sum,
             guessed,
             changed: false,
             ambiguous: Vec::new(),
@@ -68,7 +75,8 @@ impl Slot {
         let fence = self.row.as_ref().map_or(0, |row| row.fence);
         let effect = transition::apply(self.row.clone(), command, context);
         if effect.ambiguous > 0 {
-            self.ambiguous.push(fence);
+            let created_at = effect.write.as_ref().map_or(0, |row| row.created_at);
+            self.ambiguous.push((fence, created_at));
         }
         self.orphans.extend(effect.orphan);
         if let Some(row) = effect.write {
@@ -189,8 +197,10 @@ impl<'a> Batch<'a> {
         let mut changes = Changes::default();
         for (key, slot) in &certain {
             if let Some(row) = slot.row.as_ref().filter(|_| slot.changed) {
-                changes.rows.push((key, slot.version, row));
-                changes.ambiguous.extend(slot.ambiguous.iter().map(|fence| (*key, *fence)));
+                changes.rows.push((key, (slot.version, &slot.sum), row));
+                changes.ambiguous.extend(
+                    slot.ambiguous.iter().map(|(fence, created_at)| (*key, *fence, *created_at)),
+                );
             }
             changes.orphans.extend(slot.orphans.iter().map(|orphan| (*key, orphan)));
         }
@@ -222,13 +232,13 @@ impl<'a> Batch<'a> {
 
 /// What a key's row is likely to be, where that can be guessed.
 fn guess(memory: &Memory, key: &Key, command: &Command) -> Option<Versioned> {
-    if let Some((row, version)) = memory.0.get(key) {
-        return Some(Versioned { row: Some(row.clone()), version: *version });
+    if let Some(known) = memory.0.get(key) {
+        return Some(known.clone());
     }
     match command {
         // A job that nobody took before has no row yet, as a rule.
         Command::Claim(request) if !request.claimant.redelivered => {
-            Some(Versioned { row: None, version: 0 })
+            Some(Versioned { row: None, version: 0, sum: Vec::new() })
         }
         Command::Claim(_)
         | Command::Settle(_)

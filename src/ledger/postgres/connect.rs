@@ -7,7 +7,7 @@ use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject as _;
 use secrecy::{ExposeSecret as _, SecretString};
-use tokio_postgres::config::{Host, SslMode};
+use tokio_postgres::config::{Host, SslMode, TargetSessionAttrs};
 use tokio_postgres::error::SqlState;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
@@ -16,8 +16,10 @@ use crate::ledger::LedgerError;
 
 /// One connection per batch, one for the budget, and one for everything else.
 const CONNECTIONS: usize = BATCHES + 2;
-/// For a connection, its handshake included.
-const CONNECT: Duration = Duration::from_secs(5);
+/// For a TCP connection to one address.
+const CONNECT: Duration = Duration::from_secs(3);
+/// For TLS, the login and the first question.
+const HANDSHAKE: Duration = Duration::from_secs(5);
 
 /// How to reach the database.
 #[derive(Debug, Clone)]
@@ -114,12 +116,17 @@ pub(super) fn pool(options: &Options) -> Result<Pool, OpenError> {
     config
         .application_name("checkout-worker")
         .connect_timeout(CONNECT)
+        // Of several hosts, the one that can be written, wherever a failover has put it.
+        .target_session_attrs(TargetSessionAttrs::ReadWrite)
         .tcp_user_timeout(STATEMENT)
         .keepalives_idle(Duration::from_secs(10));
     if config.get_ssl_mode() == SslMode::Prefer && !config.get_hosts().iter().all(is_local) {
         // "Prefer" would fall back to clear text, and with it the password and all jobs' ids.
         config.ssl_mode(SslMode::Require);
     }
+    let hosts = u32::try_from(config.get_hosts().len().max(1)).unwrap_or(1);
+    // A name may have two addresses.
+    let create = CONNECT * 2 * hosts + HANDSHAKE;
     let manager = Manager::from_config(
         config,
         tls(options.ca_pem.as_deref()).map_err(unusable)?,
@@ -128,7 +135,11 @@ pub(super) fn pool(options: &Options) -> Result<Pool, OpenError> {
     Pool::builder(manager)
         .max_size(CONNECTIONS)
         .runtime(Runtime::Tokio1)
-        .timeouts(Timeouts { wait: Some(STATEMENT), create: Some(CONNECT), recycle: Some(CONNECT) })
+        .timeouts(Timeouts {
+            wait: Some(STATEMENT),
+            create: Some(create),
+            recycle: Some(HANDSHAKE),
+        })
         .build()
         .map_err(|error| unusable(error.to_string()))
 }

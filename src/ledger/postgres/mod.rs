@@ -14,6 +14,8 @@ mod migrate;
 mod statements;
 mod time;
 
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -40,6 +42,10 @@ const BATCHES: usize = 4;
 const MOST: usize = 256;
 /// For a batch. Whatever takes longer is asked again, under the same token.
 const STATEMENT: Duration = Duration::from_secs(10);
+/// For opening, a migration of another replica's included.
+const OPEN: Duration = Duration::from_mins(2);
+/// Longest time that is allowed for between a lease of places and its answer.
+const LONGEST_LEAD: Duration = Duration::from_secs(1);
 /// How often a worker leaves a sign of life and reads the totals.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
 /// A ledger that was adopted less than this ago may still meet what another one knew, in
@@ -91,6 +97,8 @@ pub struct PostgresLedger {
     pool: Pool,
     identity: Identity,
     clock: SharedClock,
+    /// How long the last lease of places took, in microseconds.
+    lead: Arc<AtomicU64>,
     /// Ends with the ledger.
     _tasks: JoinSet<()>,
 }
@@ -107,6 +115,18 @@ impl PostgresLedger {
     /// # Errors
     /// See [`OpenError`].
     pub async fn open(
+        options: &Options,
+        time: Time,
+        observe: impl Fn(Observation) + Send + Sync + 'static,
+    ) -> Result<Self, OpenError> {
+        let opened = tokio::time::timeout(OPEN, Self::open_patiently(options, time, observe)).await;
+        opened.unwrap_or_else(|_| {
+            let took = humantime::format_duration(OPEN);
+            Err(OpenError::Unreachable(format!("it did not answer within {took}")))
+        })
+    }
+
+    async fn open_patiently(
         options: &Options,
         time: Time,
         observe: impl Fn(Observation) + Send + Sync + 'static,
@@ -151,7 +171,8 @@ impl PostgresLedger {
             tasks.spawn(parts.clone().serve());
         }
         tasks.spawn(parts.keep_house());
-        Ok(Self { queue, pool, identity, clock, _tasks: tasks })
+        let lead = Arc::default();
+        Ok(Self { queue, pool, identity, clock, lead, _tasks: tasks })
     }
 
     /// The clock that leases are measured on.
@@ -179,9 +200,11 @@ impl Ledger for PostgresLedger {
     fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>> {
         let (pool, now) = (self.pool.clone(), self.clock.now());
         async move {
-            let client = taken(&pool).await?;
-            let (new, refused) = within(STATEMENT, newness(&client, now)).await?;
-            Ok(new || refused)
+            ask(&pool, async |client| {
+                let (new, refused) = newness(client, now).await?;
+                Ok(new || refused)
+            })
+            .await
         }
         .boxed()
     }
@@ -191,28 +214,29 @@ impl Ledger for PostgresLedger {
         count: u32,
         interval: Duration,
     ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
-        let pool = self.pool.clone();
+        let (pool, lead) = (self.pool.clone(), self.lead.clone());
         async move {
-            let client = taken(&pool).await?;
-            within(STATEMENT, budget::lease(&client, count, interval)).await.map(Some)
+            let asked = Instant::now();
+            let last = Duration::from_micros(lead.load(Ordering::Relaxed));
+            let leased =
+                ask(&pool, async |client| budget::lease(client, count, interval, last).await).await;
+            let took = asked.elapsed().min(LONGEST_LEAD);
+            lead.store(u64::try_from(took.as_micros()).unwrap_or(0), Ordering::Relaxed);
+            leased.map(Some)
         }
         .boxed()
     }
 
     fn quiet(&self, at_least: Duration) -> BoxFuture<'static, Result<Duration, LedgerError>> {
         let pool = self.pool.clone();
-        async move {
-            let client = taken(&pool).await?;
-            within(STATEMENT, budget::quiet(&client, at_least)).await
-        }
-        .boxed()
+        async move { ask(&pool, async |client| budget::quiet(client, at_least).await).await }
+            .boxed()
     }
 
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
         let pool = self.pool.clone();
         async move {
-            let client = taken(&pool).await?;
-            let swept = async {
+            ask(&pool, async |client| {
                 let old: [(&(dyn ToSql + Sync), Type); 2] =
                     [(&before, Type::INT8), (&SWEEP, Type::INT8)];
                 let swept = client.query_typed(OLD, &old).await?.len();
@@ -223,28 +247,34 @@ impl Ledger for PostgresLedger {
                     )
                     .await?;
                 Ok(swept)
-            };
-            within(STATEMENT, swept).await
+            })
+            .await
         }
         .boxed()
     }
 }
 
-async fn taken(pool: &Pool) -> Result<Object, LedgerError> {
-    pool.get().await.map_err(|error| LedgerError::Unavailable(error.to_string()))
+/// Asks on a connection of the pool, within the time for a statement.
+async fn ask<T>(
+    pool: &Pool,
+    question: impl AsyncFnOnce(&Object) -> Result<T, tokio_postgres::Error>,
+) -> Result<T, LedgerError> {
+    let client = pool.get().await.map_err(|error| LedgerError::Unavailable(error.to_string()))?;
+    let error = match tokio::time::timeout(STATEMENT, question(&client)).await {
+        Ok(Ok(answer)) => return Ok(answer),
+        Ok(Err(error)) => unavailable(&error),
+        Err(_) => late(),
+    };
+    // Whatever is still under way on it must not meet the next question.
+    drop(Object::take(client));
+    Err(error)
 }
 
-async fn within<T>(
-    time: Duration,
-    work: impl Future<Output = Result<T, tokio_postgres::Error>>,
-) -> Result<T, LedgerError> {
-    match tokio::time::timeout(time, work).await {
-        Ok(result) => result.map_err(|error| unavailable(&error)),
-        Err(_) => Err(LedgerError::Unavailable(format!(
-            "the database did not answer within {}",
-            humantime::format_duration(time)
-        ))),
-    }
+fn late() -> LedgerError {
+    LedgerError::Unavailable(format!(
+        "the database did not answer within {}",
+        humantime::format_duration(STATEMENT)
+    ))
 }
 
 /// What the tasks share.
@@ -270,7 +300,12 @@ impl Parts {
             }
             let (commands, waiters): (Vec<_>, Vec<_>) =
                 work.into_iter().map(|Work::Apply(command, waiter)| (command, waiter)).unzip();
-            let answers = self.carry_out(&commands).await;
+            let carried = AssertUnwindSafe(self.carry_out(&commands)).catch_unwind().await;
+            let answers = carried.unwrap_or_else(|_panic| {
+                // The hook has logged it. Asked again, under its token, nothing counts twice.
+                let bug = || Err(LedgerError::Unavailable("a batch met a bug".to_owned()));
+                commands.iter().map(|_| bug()).collect()
+            });
             for (waiter, answer) in waiters.into_iter().zip(answers) {
                 // Whoever stopped waiting finds the result in the ledger when it asks again.
                 drop(waiter.send(answer));
@@ -297,10 +332,7 @@ impl Parts {
                 return answers;
             }
             Ok(Err(error)) => unavailable(&error),
-            Err(_) => LedgerError::Unavailable(format!(
-                "the database did not answer within {}",
-                humantime::format_duration(STATEMENT)
-            )),
+            Err(_) => late(),
         };
         // Whatever is still under way on it must not meet the next batch.
         drop(Object::take(client));
@@ -323,14 +355,11 @@ impl Parts {
     /// Leaves a sign of life, and reads what all workers have recorded.
     async fn keep_house(self: Arc<Self>) {
         loop {
-            if let Ok(client) = self.pool.get().await {
-                let totals = within(STATEMENT, totals(&client, self.clock.now())).await;
-                if let Ok(Totals { ambiguous_attempts, orphan_sessions, restored }) = totals {
-                    *self.restored.lock().unwrap_or_else(PoisonError::into_inner) = restored;
-                    (self.observe)(Observation::Totals { ambiguous_attempts, orphan_sessions });
-                } else {
-                    drop(Object::take(client));
-                }
+            let now = self.clock.now();
+            let totals = ask(&self.pool, async |client| totals(client, now).await).await;
+            if let Ok(Totals { ambiguous_attempts, orphan_sessions, restored }) = totals {
+                *self.restored.lock().unwrap_or_else(PoisonError::into_inner) = restored;
+                (self.observe)(Observation::Totals { ambiguous_attempts, orphan_sessions });
             }
             tokio::time::sleep(HOUSEKEEPING).await;
         }

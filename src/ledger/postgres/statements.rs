@@ -39,20 +39,22 @@ const READ: &str = concat!(
 const WRITE: &str = concat!(
     "WITH written AS (
          INSERT INTO checkout_worker.job AS j
-             (mode, request_id, state, version, updated_at, ended_at, ambiguous, body, sum)
+             (mode, request_id, state, version, updated_at, ended_at, ambiguous, body, sum, prior)
          SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::int8[], $6::int8[],
-                              $7::int4[], $8::bytea[], $9::bytea[])
+                              $7::int4[], $8::bytea[], $9::bytea[], $19::bytea[])
          ORDER BY 1, 2
          ON CONFLICT (mode, request_id) DO UPDATE SET
              state = excluded.state, version = excluded.version, updated_at = excluded.updated_at,
              ended_at = excluded.ended_at, ambiguous = excluded.ambiguous, body = excluded.body,
-             sum = excluded.sum
-         WHERE j.version = excluded.version - 1
+             sum = excluded.sum, prior = excluded.prior
+         WHERE j.version = excluded.version - 1 AND j.sum = excluded.prior
          RETURNING j.mode, j.request_id
      ), counted AS (
-         INSERT INTO checkout_worker.ambiguous_attempt (mode, request_id, fence, found_at)
-         SELECT a.mode, a.request_id, a.fence, $13
-         FROM unnest($10::text[], $11::text[], $12::int8[]) AS a (mode, request_id, fence)
+         INSERT INTO checkout_worker.ambiguous_attempt
+             (mode, request_id, fence, created_at, found_at)
+         SELECT a.mode, a.request_id, a.fence, a.created_at, $13
+         FROM unnest($10::text[], $11::text[], $12::int8[], $20::int8[])
+             AS a (mode, request_id, fence, created_at)
          JOIN written AS w ON w.mode = a.mode AND w.request_id = a.request_id
          ON CONFLICT DO NOTHING
      ), orphaned AS (
@@ -77,6 +79,8 @@ pub(super) struct Versioned {
     pub(super) row: Option<Row>,
     /// 0 where there is no row.
     pub(super) version: i64,
+    /// The checksum of the row, empty where there is none.
+    pub(super) sum: Vec<u8>,
 }
 
 /// What became of reading one key.
@@ -89,7 +93,7 @@ pub(super) async fn read(client: &Client, keys: &[&Key]) -> Result<(Millis, Vec<
     let rows =
         client.query_typed(READ, &[(&modes, Type::TEXT_ARRAY), (&ids, Type::TEXT_ARRAY)]).await?;
     let mut now = 0;
-    let absent = || Ok(Versioned { row: None, version: 0 });
+    let absent = || Ok(Versioned { row: None, version: 0, sum: Vec::new() });
     let mut found: Vec<Found> = keys.iter().map(|_| absent()).collect();
     for row in &rows {
         now = row.try_get(0)?;
@@ -120,18 +124,21 @@ fn decode(row: &tokio_postgres::Row, version: i64, key: &Key) -> Result<Found, E
         return Ok(Err(damaged("does not match its checksum")));
     }
     Ok(match Row::decode(&columns) {
-        Ok(row) => Ok(Versioned { row: Some(row), version }),
+        Ok(row) => Ok(Versioned { row: Some(row), version, sum: sum.to_vec() }),
         Err(what) => Err(damaged(&format!("has {what}"))),
     })
 }
 
+/// The version and the checksum of a row, as it was read.
+pub(super) type Read<'a> = (i64, &'a [u8]);
+
 /// What one statement writes.
 #[derive(Debug, Default)]
 pub(super) struct Changes<'a> {
-    /// Sorted by key, each key once; the version that was read, and the new row.
-    pub(super) rows: Vec<(&'a Key, i64, &'a Row)>,
-    /// Attempts that became ambiguous by a write above: key and fence.
-    pub(super) ambiguous: Vec<(&'a Key, u64)>,
+    /// Sorted by key, each key once; what was read of the old row, and the new row.
+    pub(super) rows: Vec<(&'a Key, Read<'a>, &'a Row)>,
+    /// Attempts that became ambiguous by a write above: key, fence, and when the row was made.
+    pub(super) ambiguous: Vec<(&'a Key, u64, i64)>,
     /// Sessions nobody was given.
     pub(super) orphans: Vec<(&'a Key, &'a Orphan)>,
 }
@@ -162,7 +169,7 @@ pub(super) async fn write(
         changes.rows.iter().map(|(_, _, row)| of(row)).collect()
     };
     let states: Vec<&str> = changes.rows.iter().map(|(_, _, row)| row.state.as_str()).collect();
-    let versions: Vec<i64> = changes.rows.iter().map(|(_, read, _)| read + 1).collect();
+    let versions: Vec<i64> = changes.rows.iter().map(|(_, (read, _), _)| read + 1).collect();
     let updated = column(|row| row.updated_at);
     let ended: Vec<Option<i64>> = changes.rows.iter().map(|(_, _, row)| row.ended_at).collect();
     let ambiguous: Vec<i32> =
@@ -177,8 +184,11 @@ pub(super) async fn write(
         })
         .collect();
     let sums: Vec<&[u8]> = sums.iter().map(<[u8; 8]>::as_slice).collect();
-    let lost = Arrays::of(changes.ambiguous.iter().map(|(key, _)| *key));
-    let fences: Vec<i64> = changes.ambiguous.iter().map(|(_, fence)| fence.cast_signed()).collect();
+    let priors: Vec<&[u8]> = changes.rows.iter().map(|(_, (_, sum), _)| *sum).collect();
+    let lost = Arrays::of(changes.ambiguous.iter().map(|(key, ..)| *key));
+    let fences: Vec<i64> =
+        changes.ambiguous.iter().map(|(_, fence, _)| fence.cast_signed()).collect();
+    let created: Vec<i64> = changes.ambiguous.iter().map(|(.., created_at)| *created_at).collect();
     let orphans = Arrays::of(changes.orphans.iter().map(|(key, _)| *key));
     let sessions: Vec<&str> =
         changes.orphans.iter().map(|(_, orphan)| orphan.checkout_id.as_str()).collect();
@@ -208,6 +218,8 @@ pub(super) async fn write(
                 (&sessions, Type::TEXT_ARRAY),
                 (&makers, Type::INT8_ARRAY),
                 (&reasons, Type::TEXT_ARRAY),
+                (&priors, Type::BYTEA_ARRAY),
+                (&created, Type::INT8_ARRAY),
             ],
         )
         .await?;

@@ -1,6 +1,7 @@
 -- Version 1 of the shared ledger. `job` has one row per (mode, request_id); what the columns mean is
--- said in src/ledger/row.rs. `version` is raised by every write, and every write compares it;
--- `sum` is a checksum over the row, verified on every read.
+-- said in src/ledger/row.rs. `version` is raised by every write, `sum` is a checksum over the row,
+-- verified on every read, and `prior` the one of the row before. Every write compares the first two:
+-- the version alone would not tell a row from its like that a failover has brought back.
 CREATE TABLE checkout_worker.job (
     mode        text COLLATE "C" NOT NULL,
     request_id  text COLLATE "C" NOT NULL,
@@ -11,6 +12,7 @@ CREATE TABLE checkout_worker.job (
     ambiguous   integer NOT NULL,
     body        bytea   NOT NULL,
     sum         bytea   NOT NULL,
+    prior       bytea   NOT NULL,
     PRIMARY KEY (mode, request_id)
 ) WITH (
     -- A row is written twice and then only read: room on its page keeps both versions together.
@@ -23,13 +25,14 @@ CREATE TABLE checkout_worker.job (
 CREATE INDEX job_ended ON checkout_worker.job (ended_at) WHERE ended_at IS NOT NULL;
 
 -- Attempts after which a session may exist that nobody was given, one row each, named by the fence
--- of their claim. Kept when their job's row is swept.
+-- of their claim and the time at which their row was made: fences begin anew when a row is swept.
 CREATE TABLE checkout_worker.ambiguous_attempt (
     mode        text COLLATE "C" NOT NULL,
     request_id  text COLLATE "C" NOT NULL,
     fence       bigint NOT NULL,
+    created_at  bigint NOT NULL,
     found_at    bigint NOT NULL,
-    PRIMARY KEY (mode, request_id, fence)
+    PRIMARY KEY (mode, request_id, fence, created_at)
 );
 
 -- Sessions that Creem is known to hold and that nobody was given.

@@ -298,6 +298,12 @@ pub(super) async fn a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_fo
     let mut bench = Bench::new(backend, OnUnknown::Retry).await;
     bench.end("known", link("ch_1")).await;
     bench.later();
+    // Rows as an old backup has them: since then, each may have been given a link.
+    let lease = bench.lease("waiting").await;
+    bench.settle("waiting", lease, Attempt::Counted, wait(START)).await;
+    bench.lease("sending").await;
+    bench.end("failed", failed()).await;
+    bench.end("resent", failed()).await;
     let until = bench.clock.now();
     bench.ledger().execute(Command::Restored { until }).await.unwrap();
     bench.reopen().await;
@@ -313,6 +319,23 @@ pub(super) async fn a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_fo
         assert_eq!(told, (Status::Unresolved, Some("ledger_restored")));
     }
     assert_eq!(bench.row("old").await.ambiguous, 1);
+    bench.clock.advance(Duration::from_secs(60));
+    for id in ["waiting", "sending", "failed"] {
+        let again =
+            Claimant { redelivered: true, published_at: Some(until - 1), ..bench.claimant(id, 1) };
+        let Claim::Settled(stored) = bench.claim_as(again).await else { panic!("{id}") };
+        assert_eq!(stored.status, Status::Unresolved, "{id}");
+    }
+    // Nor is the id free for another body: the one that failed may have been resent with success.
+    let other = Claimant { published_at: Some(bench.clock.now()), ..bench.claimant("resent", 9) };
+    assert!(matches!(bench.claim_as(other).await, Claim::Conflict(_)));
+    // Jobs of later days are not doubted, redelivered or not.
+    let fresh = Claimant {
+        redelivered: true,
+        published_at: Some(until + 3_600_000),
+        ..bench.claimant("fresh", 1)
+    };
+    assert!(matches!(bench.claim_as(fresh).await, Claim::Granted(_)));
     // Too late is no way round it.
     let late = Claimant { published_at: Some(until), ..bench.claimant("late", 1) };
     let request = CloseRequest { claimant: late, ending: expired() };

@@ -281,3 +281,66 @@ async fn two_sweeps_at_once_share_the_work() {
     assert_eq!(one.unwrap() + two.unwrap(), 40);
     assert!(bench.look("waiting").await.is_some());
 }
+
+#[tokio::test]
+async fn a_row_that_a_failover_brought_back_is_not_taken_for_its_like() {
+    let Some(bench) = bench("timelines").await else { return };
+    let other = bench.another().await;
+    bench.lease("a").await;
+    let client = connect(bench.url()).await;
+    client.batch_execute("CREATE TABLE kept AS SELECT * FROM checkout_worker.job").await.unwrap();
+    // The first worker goes on; what it writes is lost when the database fails over.
+    bench.clock.advance(Duration::from_secs(26));
+    let first = bench.lease("a").await;
+    client
+        .batch_execute(
+            "DELETE FROM checkout_worker.job; INSERT INTO checkout_worker.job SELECT * FROM kept",
+        )
+        .await
+        .unwrap();
+    // Another worker takes over: the same version, another row.
+    let taken = other.claim(Bench::request(bench.claimant("a", 1))).await.unwrap();
+    let Claim::Granted(second) = taken else { panic!("{taken:?}") };
+    assert_eq!((first.fence, second.fence), (2, 2));
+    assert_eq!(
+        bench.settle("a", first, Attempt::Counted, Next::End(link("ch_first"))).await,
+        Settle::Zombie
+    );
+    assert_eq!(bench.orphans("a").await[0].checkout_id, "ch_first");
+}
+
+#[tokio::test]
+async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
+    let Some(bench) = bench("places").await else { return };
+    let ledger = bench.ledger();
+    let interval = Duration::from_millis(50);
+    ledger.lease_places(1, interval).await.unwrap();
+    // Nobody has called for a while; the answer comes late.
+    let client = connect(bench.url()).await;
+    client.batch_execute("UPDATE checkout_worker.budget SET next_at = 0").await.unwrap();
+    client.batch_execute("BEGIN; LOCK TABLE checkout_worker.budget").await.unwrap();
+    let (slow, ()) = tokio::join!(ledger.lease_places(1, interval), async {
+        client.batch_execute("SELECT pg_sleep(0.3); COMMIT").await.unwrap();
+    });
+    slow.unwrap();
+    let places = ledger.lease_places(1, interval).await.unwrap().unwrap();
+    assert!(
+        places.first > tokio::time::Instant::now(),
+        "it allows for an answer as slow as the last"
+    );
+
+    // A clock that was set back by a day must not mean a day of silence.
+    client
+        .batch_execute(
+            "UPDATE checkout_worker.budget
+             SET next_at = next_at + 86400000000::int8, quiet_until = next_at + 86400000000::int8",
+        )
+        .await
+        .unwrap();
+    assert_eq!(ledger.quiet(Duration::ZERO).await.unwrap(), Duration::ZERO);
+    let places = ledger.lease_places(1, interval).await.unwrap().unwrap();
+    assert!(places.first < tokio::time::Instant::now() + Duration::from_secs(2));
+    assert_eq!(places.quiet, Duration::ZERO);
+    assert!(ledger.quiet(Duration::from_secs(3)).await.unwrap() > Duration::from_secs(2));
+    assert!(ledger.quiet(Duration::ZERO).await.unwrap() > Duration::from_secs(2));
+}

@@ -92,6 +92,33 @@ impl Private {
         skipped(test, url).map(|url| Self { directory, url })
     }
 
+    /// One that speaks TLS with that certificate and key, PEM.
+    pub(crate) async fn with_tls(test: &str, certificate: &str, key: &str) -> Option<Self> {
+        let server = Self::start(test).await?;
+        let client = server.administrator().await;
+        let directory: String = client.query_one("SHOW data_directory", &[]).await.unwrap().get(0);
+        // The server's user must own its key; it writes both itself.
+        for (name, text) in [("server.crt", certificate), ("server.key", key)] {
+            let write = format!(
+                "COPY (SELECT unnest(string_to_array($pem${text}$pem$, E'\\n'))) TO PROGRAM 'umask 077; cat > {directory}/{name}'"
+            );
+            client.batch_execute(&write).await.unwrap();
+        }
+        client.batch_execute("ALTER SYSTEM SET ssl = on").await.unwrap();
+        client.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+        super::eventually("it speaks TLS", || async {
+            let row = server.administrator().await.query_one("SHOW ssl", &[]).await.unwrap();
+            row.get::<_, &str>(0) == "on"
+        })
+        .await;
+        Some(server)
+    }
+
+    /// A connection in the clear.
+    pub(crate) async fn administrator(&self) -> tokio_postgres::Client {
+        connect(&format!("{}?sslmode=disable", self.url)).await
+    }
+
     /// `stop`, `kill`, `start`.
     pub(crate) async fn act(&self, verb: &'static str) {
         let at = self.directory.clone();

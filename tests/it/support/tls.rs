@@ -7,8 +7,9 @@ use std::sync::Arc;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use tokio_rustls::rustls::server::WebPkiClientVerifier;
+use tokio_rustls::rustls::{Error, RootCertStore, ServerConfig};
 
 pub(crate) struct Authority {
     issuer: CertifiedIssuer<'static, KeyPair>,
@@ -16,6 +17,10 @@ pub(crate) struct Authority {
 
 /// A certificate and its key.
 pub(crate) struct Identity {
+    /// PEM.
+    pub(crate) certificate: String,
+    /// PEM.
+    pub(crate) key: String,
     chain: Vec<CertificateDer<'static>>,
     secret: PrivateKeyDer<'static>,
 }
@@ -39,6 +44,8 @@ impl Authority {
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap();
         Identity {
+            certificate: certificate.pem(),
+            key: key.serialize_pem(),
             chain: vec![certificate.der().clone()],
             secret: PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
         }
@@ -47,10 +54,25 @@ impl Authority {
 
 /// Takes TLS connections and passes them on in the clear; its address.
 pub(crate) async fn relay(identity: &Identity, to: SocketAddr) -> SocketAddr {
-    let config = ServerConfig::builder()
-        .with_no_client_auth()
-        .with_single_cert(identity.chain.clone(), identity.secret.clone_key())
-        .unwrap();
+    let config = ServerConfig::builder().with_no_client_auth();
+    serve(config.with_single_cert(identity.chain.clone(), identity.secret.clone_key()), to).await
+}
+
+/// The same, for clients that have a certificate of that authority's only.
+pub(crate) async fn mutual_relay(
+    identity: &Identity,
+    clients: &Authority,
+    to: SocketAddr,
+) -> SocketAddr {
+    let mut roots = RootCertStore::empty();
+    roots.add(clients.issuer.der().clone()).unwrap();
+    let verifier = WebPkiClientVerifier::builder(Arc::new(roots)).build().unwrap();
+    let config = ServerConfig::builder().with_client_cert_verifier(verifier);
+    serve(config.with_single_cert(identity.chain.clone(), identity.secret.clone_key()), to).await
+}
+
+async fn serve(config: Result<ServerConfig, Error>, to: SocketAddr) -> SocketAddr {
+    let config = config.unwrap();
     let acceptor = TlsAcceptor::from(Arc::new(config));
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
