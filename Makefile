@@ -19,6 +19,7 @@ chaos:
 
 bench:
 	@scripts/broker install
+	@scripts/postgres install
 	$(CARGO) bench --locked --bench throughput
 
 lint:

@@ -2,8 +2,9 @@
 //!
 //! Prints jobs a second and the worker's CPU seconds per 1,000 jobs while it drains a backlog
 //! (simulated Creem at 0 ms), and the time from publish to reply at a steady 200 jobs a second.
-//! Every promise is on: SQLite with a sync per commit, quorum queues, confirms, metrics, JSON
-//! logs. Three rounds; quote the medians, and compare only runs of one machine.
+//! Every promise is on: a sync per commit, quorum queues, confirms, metrics, JSON logs. The embedded
+//! ledger and, where there is a PostgreSQL, the shared one, interleaved, three rounds each; quote the
+//! medians, and compare only runs of one machine.
 
 #![expect(
     clippy::unwrap_used,
@@ -45,41 +46,122 @@ struct Round {
     p99: Duration,
 }
 
+/// A ledger to be measured: its name and its URL, or the embedded one in the round's own directory.
+struct Subject {
+    name: &'static str,
+    url: Option<String>,
+}
+
 #[tokio::main]
 async fn main() {
     // `cargo test` runs this too, without `--bench`: then a few jobs show that it works.
     let real = std::env::args().any(|argument| argument == "--bench");
     let (rounds, backlog, paced) = if real { (3, 20_000, 2_000) } else { (1, 300, 50) };
     let Some(broker) = Private::start("bench").await else { return };
-    println!(
-        "drain of {backlog} jobs at 0 ms, then {paced} jobs at 200/s; SQLite FULL, quorum queues"
-    );
-    let mut all = Vec::new();
-    for number in 1..=rounds {
-        let round = run(&broker, number, backlog, paced).await;
-        println!(
-            "round {number}: {:.0} jobs/s, {:.3} CPU s per 1,000 jobs, peak {:.0} MiB, publish to reply p50 {:.1} ms p99 {:.1} ms",
-            round.jobs_per_second,
-            round.cpu_per_thousand,
-            round.peak_mib,
-            round.p50.as_secs_f64() * 1000.0,
-            round.p99.as_secs_f64() * 1000.0,
-        );
-        all.push(round);
+    let mut subjects = vec![Subject { name: "sqlite", url: None }];
+    let server = Server::start();
+    match &server {
+        Ok(server) => subjects.push(Subject { name: "postgres", url: Some(server.url.clone()) }),
+        Err(why) => println!("postgres is not measured: {why}"),
     }
-    all.sort_by(|left, right| left.jobs_per_second.total_cmp(&right.jobs_per_second));
-    let middle = &all[all.len() / 2];
-    println!(
-        "median: {:.0} jobs/s, {:.3} CPU s per 1,000 jobs",
-        middle.jobs_per_second, middle.cpu_per_thousand
-    );
+    println!("drain of {backlog} jobs at 0 ms, then {paced} jobs at 200/s; quorum queues");
+    let mut all: Vec<Vec<Round>> = subjects.iter().map(|_| Vec::new()).collect();
+    for number in 0..rounds {
+        // Interleaved, so that whatever else the machine does meets them alike.
+        for (at, subject) in subjects.iter().enumerate() {
+            let round =
+                run(&broker, subject, number * subjects.len() + at + 1, backlog, paced).await;
+            println!("{}, round {}: {round}", subject.name, number + 1);
+            all[at].push(round);
+        }
+    }
+    for (subject, rounds) in subjects.iter().zip(&all) {
+        println!(
+            "{}, median: {:.0} jobs/s, {:.3} CPU s per 1,000 jobs",
+            subject.name,
+            median(rounds.iter().map(|round| round.jobs_per_second)),
+            median(rounds.iter().map(|round| round.cpu_per_thousand))
+        );
+    }
+    if let [sqlite, postgres] = all.as_slice() {
+        let ratios: Vec<f64> = sqlite
+            .iter()
+            .zip(postgres)
+            .map(|(sqlite, postgres)| postgres.cpu_per_thousand / sqlite.cpu_per_thousand)
+            .collect();
+        println!(
+            "worker CPU per job, postgres to sqlite: median {:.2}, from {:.2} to {:.2}",
+            median(ratios.iter().copied()),
+            ratios.iter().copied().fold(f64::INFINITY, f64::min),
+            ratios.iter().copied().fold(0.0, f64::max)
+        );
+    }
     println!("bench: 1 passed, 0 failed");
 }
 
-async fn run(broker: &Private, number: usize, backlog: usize, paced: usize) -> Round {
+impl std::fmt::Display for Round {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{:.0} jobs/s, {:.3} CPU s per 1,000 jobs, peak {:.0} MiB, publish to reply p50 {:.1} ms p99 {:.1} ms",
+            self.jobs_per_second,
+            self.cpu_per_thousand,
+            self.peak_mib,
+            self.p50.as_secs_f64() * 1000.0,
+            self.p99.as_secs_f64() * 1000.0,
+        )
+    }
+}
+
+fn median(values: impl Iterator<Item = f64>) -> f64 {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// A private PostgreSQL, through scripts/postgres.
+struct Server {
+    url: String,
+}
+
+impl Server {
+    fn run(verb: &str) -> Result<String, String> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let output = std::process::Command::new(root.join("scripts/postgres"))
+            .args([verb, "target/test-postgres-bench"])
+            .current_dir(root)
+            .output()
+            .map_err(|error| error.to_string())?;
+        if output.status.success() {
+            Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+        } else {
+            Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
+        }
+    }
+
+    fn start() -> Result<Self, String> {
+        Self::run("start").map(|url| Self { url })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(Self::run("clean"));
+    }
+}
+
+async fn run(
+    broker: &Private,
+    subject: &Subject,
+    number: usize,
+    backlog: usize,
+    paced: usize,
+) -> Round {
     let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
     drop(std::fs::remove_dir_all(&directory));
     std::fs::create_dir_all(&directory).unwrap();
+    let embedded = format!("sqlite:{}", directory.join("ledger.db").display());
+    let ledger = subject.url.as_deref().unwrap_or(&embedded);
     let (simulator, serve) =
         Simulator::start(([127, 0, 0, 1], 0).into(), Options::default()).await.unwrap();
     let serving = tokio::spawn(serve);
@@ -88,12 +170,12 @@ async fn run(broker: &Private, number: usize, backlog: usize, paced: usize) -> R
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
 
     // A first start declares the queues; the backlog is published while no worker runs.
-    let mut child = worker(&broker.url, &simulator.url(), &directory);
+    let mut child = worker(&broker.url, &simulator.url(), ledger, &directory);
     let mut replies = replies(&connection).await;
     stop(&mut child).await;
     publish(&channel, number, 0..backlog, None).await;
 
-    let mut child = worker(&broker.url, &simulator.url(), &directory);
+    let mut child = worker(&broker.url, &simulator.url(), ledger, &directory);
     let first = replies.next().await.unwrap().unwrap();
     drop(first);
     let started = Instant::now();
@@ -121,7 +203,7 @@ async fn run(broker: &Private, number: usize, backlog: usize, paced: usize) -> R
     }
 }
 
-fn worker(amqp: &str, creem: &str, directory: &Path) -> Child {
+fn worker(amqp: &str, creem: &str, ledger: &str, directory: &Path) -> Child {
     let log = std::fs::File::create(directory.join("worker.log")).unwrap();
     Command::new(env!("CARGO_BIN_EXE_checkout-worker"))
         .arg("run")
@@ -129,7 +211,7 @@ fn worker(amqp: &str, creem: &str, directory: &Path) -> Child {
         .env("AMQP_URL", amqp)
         .env("CREEM_API_KEY", "creem_test_bench")
         .env("CREEM_BASE_URL", creem)
-        .env("LEDGER_URL", format!("sqlite:{}", directory.join("ledger.db").display()))
+        .env("LEDGER_URL", ledger)
         .env("CHECKOUT_WORKER__TOPOLOGY__PREFIX", PREFIX)
         .env("CHECKOUT_WORKER__HTTP__LISTEN", "127.0.0.1:0")
         .stdin(Stdio::null())
