@@ -17,9 +17,9 @@
 
 #[path = "../tests/it/support/amqp.rs"]
 mod amqp;
-#[path = "../tests/it/support/private_broker.rs"]
+#[path = "../tests/it/support/private.rs"]
 #[expect(dead_code, reason = "the tests use more of it")]
-mod private_broker;
+mod private;
 
 use std::path::Path;
 use std::process::Stdio;
@@ -33,7 +33,7 @@ use lapin::options::{
 };
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, Consumer};
-use private_broker::Private;
+use private::{BROKER, POSTGRES, Private};
 use tokio::process::{Child, Command};
 
 const PREFIX: &str = "bench";
@@ -57,13 +57,13 @@ async fn main() {
     // `cargo test` runs this too, without `--bench`: then a few jobs show that it works.
     let real = std::env::args().any(|argument| argument == "--bench");
     let (rounds, backlog, paced) = if real { (3, 20_000, 2_000) } else { (1, 300, 50) };
-    let Some(broker) = Private::start("bench").await else { return };
+    let Some(broker) = BROKER.start("bench").await else { return };
     let mut subjects = vec![Subject { name: "sqlite", url: None }];
-    let server = Server::start();
-    match &server {
-        Ok(server) => subjects.push(Subject { name: "postgres", url: Some(server.url.clone()) }),
-        Err(why) => println!("postgres is not measured: {why}"),
-    }
+    // Without one, what it says is the reason.
+    let server = POSTGRES.start("bench").await;
+    subjects.extend(
+        server.iter().map(|server| Subject { name: "postgres", url: Some(server.url.clone()) }),
+    );
     println!("drain of {backlog} jobs at 0 ms, then {paced} jobs at 200/s; quorum queues");
     let mut all: Vec<Vec<Round>> = subjects.iter().map(|_| Vec::new()).collect();
     for number in 0..rounds {
@@ -117,37 +117,6 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
-}
-
-/// A private PostgreSQL, through scripts/postgres.
-struct Server {
-    url: String,
-}
-
-impl Server {
-    fn run(verb: &str) -> Result<String, String> {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let output = std::process::Command::new(root.join("scripts/postgres"))
-            .args([verb, "target/test-postgres-bench"])
-            .current_dir(root)
-            .output()
-            .map_err(|error| error.to_string())?;
-        if output.status.success() {
-            Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-        } else {
-            Err(String::from_utf8_lossy(&output.stderr).trim().to_owned())
-        }
-    }
-
-    fn start() -> Result<Self, String> {
-        Self::run("start").map(|url| Self { url })
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(Self::run("clean"));
-    }
 }
 
 async fn run(

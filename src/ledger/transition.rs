@@ -119,7 +119,7 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
     }
     let row = match doubt(row, who, context) {
         Doubted::Believed(row) => row,
-        Doubted::Lost(row) => return lost(row, who, context),
+        Doubted::Lost(row, code, text) => return lost((row, code, text), who, context),
     };
     let row = match arrive(row, who, context) {
         Arrival::Answered(claim) => return Effect::claim(claim),
@@ -247,12 +247,19 @@ enum Doubted {
     /// It is believed; where the row may be older than what was told, that counts as an attempt
     /// whose outcome nobody knows.
     Believed(Option<Row>),
-    /// This copy may have been answered already, with a link that the ledger has forgotten.
-    Lost(Row),
+    /// This copy may have been answered already, with a link that this ledger does not know; the
+    /// `error.code` and the reason.
+    Lost(Row, &'static str, &'static str),
 }
 
-/// A ledger that was restored may have forgotten a job, or what came of it.
+/// A ledger that was restored may have forgotten a job, or what came of it; one that is new may have
+/// taken the place of one that knew.
 fn doubt(row: Option<Row>, who: &Claimant, context: Context) -> Doubted {
+    if row.is_none() && who.elsewhere {
+        let text =
+            "the job comes from a delay queue of another ledger, which may know a link for it";
+        return Doubted::Lost(doubted(open(who, context)), "other_ledger", text);
+    }
     let Some(until) = context.restored.filter(|until| context.now <= until + DOUBT_LASTS) else {
         return Doubted::Believed(row);
     };
@@ -273,20 +280,25 @@ fn doubt(row: Option<Row>, who: &Claimant, context: Context) -> Doubted {
     };
     match row {
         row if old => {
-            let mut row = row.unwrap_or_else(|| open(who, context));
-            row.ambiguous += 1;
-            Doubted::Lost(row)
+            let text =
+                "the ledger was restored from a backup and may have forgotten this job's link";
+            let row = row.unwrap_or_else(|| open(who, context));
+            Doubted::Lost(doubted(row), "ledger_restored", text)
         }
-        Some(row) => Doubted::Believed(Some(Row { ambiguous: row.ambiguous + 1, ..row })),
+        Some(row) => Doubted::Believed(Some(doubted(row))),
         None => Doubted::Believed(None),
     }
 }
 
+/// A session may exist that no row tells of.
+fn doubted(row: Row) -> Row {
+    Row { ambiguous: row.ambiguous + 1, ..row }
+}
+
 /// A person must look whether such a job has a link.
-fn lost(mut row: Row, who: &Claimant, context: Context) -> Effect {
+fn lost((mut row, code, text): (Row, &str, &str), who: &Claimant, context: Context) -> Effect {
     row.fence += 1;
-    let text = "the ledger was restored from a backup and may have forgotten this job's link";
-    let ending = Ending::Unresolved(Problem::new("ledger_restored", text));
+    let ending = Ending::Unresolved(Problem::new(code, text));
     end(row, &who.key, ending, who.on_unknown, context, |stored| {
         Answer::Claim(Claim::Settled(stored))
     })
@@ -418,7 +430,7 @@ fn close(row: Option<Row>, request: &CloseRequest, context: Context) -> Effect {
     let who = &request.claimant;
     let row = match doubt(row, who, context) {
         Doubted::Believed(row) => row,
-        Doubted::Lost(row) => return lost(row, who, context),
+        Doubted::Lost(row, code, text) => return lost((row, code, text), who, context),
     };
     let row = match arrive(row, who, context) {
         Arrival::Answered(claim) => return Effect::claim(claim),

@@ -235,7 +235,7 @@ async fn create_to_the_end(
     headers: HeaderMap,
     body: Bytes,
 ) -> Response<Body> {
-    let parsed: Option<Value> = serde_json::from_slice(&body).ok();
+    let parsed = rules::parse(&body);
     let request_id =
         parsed.as_ref().and_then(|request| request.get("request_id")).and_then(Value::as_str);
     let (latency, fault) = locked(&simulator.script).draw(request_id.unwrap_or_default());

@@ -3,8 +3,11 @@
 //! The wording is that of NestJS's class-validator, which Creem's published messages match; the
 //! one for `success_url` is from Creem's own error page.
 
+use std::collections::BTreeMap;
+
 use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 /// A JSON response.
@@ -55,6 +58,29 @@ const KNOWN: [&str; 11] = [
     "success_url",
     "metadata",
 ];
+
+/// Reads a body as JavaScript does: a number that no float can hold becomes infinite, which is null
+/// when it is written again.
+pub(super) fn parse(body: &[u8]) -> Option<Value> {
+    fn lenient(raw: &RawValue) -> Option<Value> {
+        let text = raw.get();
+        match text.as_bytes().first()? {
+            b'{' => {
+                let members: BTreeMap<String, &RawValue> = serde_json::from_str(text).ok()?;
+                let read = |(name, value): (String, &RawValue)| Some((name, lenient(value)?));
+                members.into_iter().map(read).collect::<Option<Map<_, _>>>().map(Value::Object)
+            }
+            b'[' => {
+                let items: Vec<&RawValue> = serde_json::from_str(text).ok()?;
+                items.into_iter().map(lenient).collect::<Option<Vec<_>>>().map(Value::Array)
+            }
+            b'"' => serde_json::from_str(text).ok(),
+            // What is well-formed and yet not read is such a number.
+            _ => Some(serde_json::from_str(text).unwrap_or(Value::Null)),
+        }
+    }
+    lenient(serde_json::from_slice(body).ok()?)
+}
 
 /// Checks a create's body; all that is wrong at once, as Creem does.
 pub(super) fn validate(request: Value) -> Result<Value, Vec<String>> {

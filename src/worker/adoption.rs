@@ -57,7 +57,7 @@ impl Shared {
         if *adoption == Some(Adoption::Refused) {
             return false;
         }
-        if fresh && self.worker.intake.was_taken_before(delivery) {
+        if fresh && delivery.redelivered {
             match self.is_a_sign(delivery).await {
                 Ok(false) => return true,
                 Ok(true) => {}

@@ -41,6 +41,8 @@ pub struct Ask {
     pub picked_up_at: Millis,
     /// Whether the broker delivered this copy before.
     pub redelivered: bool,
+    /// Whether another ledger may know of it: it comes from that one's delay queue, and ours is new.
+    pub elsewhere: bool,
     /// Cancelled when the delivery cannot be acked any more.
     pub session: CancellationToken,
     /// Until when the delivery may be held while nothing is sent for it; see [`LONGEST_HOLD`].

@@ -25,9 +25,6 @@ pub enum Reason {
 }
 
 impl Reason {
-    /// Every reason.
-    pub const ALL: [Self; 4] = [Self::Ledger, Self::Key, Self::Publishing, Self::Broker];
-
     /// The label.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -91,10 +88,10 @@ impl Gate {
         *self.held.borrow() & reason.bit() != 0
     }
 
-    /// The reasons that hold the gate.
+    /// Whether no reason holds the gate.
     #[must_use]
-    pub fn reasons(&self) -> Vec<Reason> {
-        Reason::ALL.into_iter().filter(|reason| self.is_closed_by(*reason)).collect()
+    pub fn is_open(&self) -> bool {
+        *self.held.borrow() == 0
     }
 
     /// Waits until no reason holds the gate.

@@ -44,8 +44,16 @@ pub enum Unfit {
 
 impl Intake {
     /// Reads a delivery.
+    ///
+    /// `fresh` says that the ledger is new: then another one's mark on a job counts.
     #[must_use]
-    pub fn read(&self, delivery: &Delivery, now: Millis, permits: &Arc<Semaphore>) -> Read {
+    pub fn read(
+        &self,
+        delivery: &Delivery,
+        now: Millis,
+        permits: &Arc<Semaphore>,
+        fresh: bool,
+    ) -> Read {
         let (envelope, broken) =
             Envelope::read(&delivery.properties, &delivery.body, &self.secret, delivery.lane);
         let parsed = match broken {
@@ -81,6 +89,7 @@ impl Intake {
                 picked_up_at: envelope.hop.map_or(now, |hop| hop.first_picked_up_at).min(now),
                 redelivered: delivery.redelivered
                     || envelope.hop.is_some_and(|hop| hop.redelivered),
+                elsewhere: fresh && envelope.foreign_hop,
                 session: delivery.session.clone(),
                 hold_until: Instant::now() + LONGEST_HOLD,
                 lease: Mutex::default(),
@@ -88,15 +97,6 @@ impl Intake {
             })
         });
         Read { envelope, job }
-    }
-
-    /// Whether a worker took this delivery before: the broker says so, or it carries the mark of a
-    /// delay queue that some other ledger's key has signed.
-    #[must_use]
-    pub fn was_taken_before(&self, delivery: &Delivery) -> bool {
-        let read =
-            || Envelope::read(&delivery.properties, &delivery.body, &self.secret, delivery.lane).0;
-        delivery.redelivered || read().foreign_hop
     }
 
     /// The ledger's key of the job, where its id can be read.

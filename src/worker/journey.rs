@@ -203,8 +203,7 @@ impl Journey {
             }
         };
         // The gate may have closed while the pacer was waited for.
-        let closed = !self.gate.reasons().is_empty();
-        if closed && matches!(admission, Admission::Admitted(_)) {
+        if !self.gate.is_open() && matches!(admission, Admission::Admitted(_)) {
             return Admission::LookAgain;
         }
         admission
@@ -262,6 +261,7 @@ impl Journey {
             published_at: ask.timestamp,
             picked_up_at: ask.picked_up_at,
             redelivered: ask.redelivered,
+            elsewhere: ask.elsewhere,
             on_unknown: self.rules.on_unknown,
         }
     }

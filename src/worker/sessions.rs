@@ -256,7 +256,12 @@ impl LaneLoop {
                 && let Some(permit) = permit.take()
             {
                 let shared = self.shared.clone();
-                self.shared.jobs.spawn(shared.handle(delivery, self.permits.clone(), permit));
+                self.shared.jobs.spawn(shared.handle(
+                    delivery,
+                    self.permits.clone(),
+                    permit,
+                    self.fresh,
+                ));
             }
         }
         intake.cancel(waiting).await;

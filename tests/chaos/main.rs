@@ -19,8 +19,9 @@
 #[path = "../it/support/amqp.rs"]
 mod amqp;
 mod oracle;
-#[path = "../it/support/private_broker.rs"]
-mod private_broker;
+#[path = "../it/support/private.rs"]
+#[expect(dead_code, reason = "the tests use more of it")]
+mod private;
 
 use std::path::Path;
 use std::process::Stdio;
@@ -39,7 +40,7 @@ use lapin::options::{
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel};
 use oracle::{Books, Message};
-use private_broker::Private;
+use private::{BROKER, Private};
 use tokio::process::{Child, Command};
 use tokio::sync::Mutex;
 
@@ -112,7 +113,7 @@ async fn main() {
         return;
     }
     let plan = Plan::from_arguments();
-    let Some(broker) = Private::start("chaos").await else {
+    let Some(broker) = BROKER.start("chaos").await else {
         println!("0 passed, 0 failed, 1 skipped");
         return;
     };

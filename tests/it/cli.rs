@@ -1,7 +1,7 @@
 //! The commands, as a user meets them.
 
 use std::collections::BTreeMap;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::process::{Command, Output, Stdio};
 
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
@@ -20,7 +20,10 @@ fn run(arguments: &[&str], environment: &BTreeMap<String, String>, input: &str) 
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
+    // A program that refuses a line need not read to its end.
+    if let Err(error) = child.stdin.take().unwrap().write_all(input.as_bytes()) {
+        assert_eq!(error.kind(), ErrorKind::BrokenPipe, "{error}");
+    }
     child.wait_with_output().unwrap()
 }
 
@@ -194,4 +197,20 @@ async fn after_a_restore_a_job_that_may_be_forgotten_is_unresolved_and_a_new_one
     assert!(code == 1 && error.contains("in use by another worker"), "{error}");
     worker.signal("TERM");
     assert_eq!(worker.ended().await, 0);
+}
+
+#[tokio::test]
+async fn a_line_that_never_ends_is_refused_and_what_was_sent_before_is_told() {
+    let Some(world) = World::new("long_line").await else { return };
+    let _worker = world.worker().await;
+    let lines = format!("{}\n{}", body("first"), "x".repeat(4 * 1024 * 1024));
+    let (code, _, error) = command(&["enqueue", "-"], world.environment(), &lines).await;
+    assert_eq!(code, 1);
+    assert!(error.contains("line 2 is larger than 65536 bytes"), "{error}");
+    assert!(error.contains("stopped after 1 job had been enqueued"), "{error}");
+    let flags =
+        ["--request-id", "a", "--product-id", "p", "--metadata", "k=1", "--metadata", "k=2"];
+    let flags: Vec<&str> = std::iter::once("enqueue").chain(flags).collect();
+    let (code, _, error) = command(&flags, world.environment(), "").await;
+    assert!(code == 2 && error.contains("twice"), "{error}");
 }

@@ -253,3 +253,12 @@ async fn a_private_authority_is_trusted_only_where_it_is_configured() {
     let nothing = Options { ca_pem: Some(b"no certificate".to_vec()), ..options("https://[::1]") };
     assert!(Client::new(&nothing).unwrap_err().to_string().contains("creem.ca_file"));
 }
+
+#[tokio::test]
+async fn a_host_that_does_not_know_creems_paths_accepts_no_key() {
+    let simulator = simulator().await;
+    let elsewhere = client(&format!("{}/somewhere", simulator.url()));
+    let KeyCheck::Unknown(reason) = elsewhere.check_key().await else { panic!("it is not Creem") };
+    assert!(reason.contains("creem.base_url"), "{reason}");
+    assert_eq!(client(&simulator.url()).check_key().await, KeyCheck::Accepted);
+}

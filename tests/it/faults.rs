@@ -8,7 +8,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use tokio::io::AsyncWriteExt as _;
 
 use crate::support::broker::ctl;
-use crate::support::private_broker::Private;
+use crate::support::private::BROKER;
 use crate::support::relay::Relay;
 use crate::support::{World, body, eventually, header, next, persistent, soon};
 
@@ -224,14 +224,9 @@ async fn a_reply_exchange_that_is_gone_pauses_intake_and_fails_no_job() {
     let gone = ExchangeDeleteOptions::default();
     world.channel.exchange_delete(exchange.as_str().into(), gone).await.unwrap();
     world.job("a").await;
-    soon("it is noticed", async {
-        loop {
-            let (status, text) = worker.get("/readyz").await;
-            if status == 503 && text.contains("publishing breaks its channel") {
-                return;
-            }
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
+    eventually("it is noticed", || async {
+        let (status, text) = worker.get("/readyz").await;
+        status == 503 && text.contains("publishing breaks its channel")
     })
     .await;
     let channel = world.connection.create_channel().await.unwrap();
@@ -270,10 +265,19 @@ async fn a_lost_ledger_is_noticed_by_a_job_that_comes_from_its_delay_queue() {
     // As another ledger's worker would have signed it.
     let mark = "1;1795370400000;0;00112233445566778899aabbccddeeff";
     world.publish(body("a"), header("checkout-hop", mark)).await;
-    let mut worker = world.worker_unready(&[]);
-    assert_eq!(worker.ended().await, 1);
-    assert!(worker.log().join("\n").contains("--accept-empty-ledger"));
+    let worker = world.worker_unready(&[]);
+    let (mut replies, mut dead) = (world.replies().await, world.dead().await);
+    let reply = next(&mut replies).await;
+    assert_eq!(
+        (reply.status(), reply.text("/error/code")),
+        ("unresolved".into(), "other_ledger".into())
+    );
+    assert_eq!(next(&mut dead).await.body, body("a").into_bytes());
     assert_eq!(world.posts(), 0);
+    // A producer could have written it; so it costs its own job only.
+    world.job("b").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    assert_eq!(worker.get("/readyz").await.0, 200);
 }
 
 #[tokio::test]
@@ -379,7 +383,7 @@ async fn a_full_reply_queue_parks_the_job_after_a_while_and_keeps_its_outcome() 
 
 #[tokio::test]
 async fn a_broker_that_restarts_dies_or_raises_an_alarm_costs_no_job() {
-    let Some(broker) = Private::start("restart").await else { return };
+    let Some(broker) = BROKER.start("restart").await else { return };
     let mut world = World::on(broker.url.clone(), "restart").await;
     world.set("retry.first", "100ms").set("amqp.heartbeat", "2s");
     let worker = world.worker().await;
@@ -414,13 +418,12 @@ async fn a_broker_that_restarts_dies_or_raises_an_alarm_costs_no_job() {
 
 #[tokio::test]
 async fn a_memory_alarm_at_the_broker_pauses_intake_and_nothing_is_lost() {
-    let Some(broker) = Private::start("alarm").await else { return };
+    let Some(broker) = BROKER.start("alarm").await else { return };
     let world = World::on(broker.url.clone(), "alarm").await;
     let mut first = world.worker().await;
     first.signal("TERM");
     first.ended().await;
     world.job("a").await;
-    let mut replies = world.replies().await;
 
     // A broker blocks a connection when it next publishes; the reply to the job makes it.
     ctl(&broker, &["set_vm_memory_high_watermark", "absolute", "1MB"]).await;
@@ -437,8 +440,25 @@ async fn a_memory_alarm_at_the_broker_pauses_intake_and_nothing_is_lost() {
     })
     .await;
     assert_eq!(world.posts(), 1);
+
+    // A new connection is not told of the alarm until it publishes; it must not count as a good one.
+    ctl(&broker, &["close_all_connections", "test"]).await;
+    let of_replies = |event: &serde_json::Value, text: &str| {
+        event["message"] == text && event["connection"].as_str().unwrap().ends_with(" publish")
+    };
+    let tried = |event: &serde_json::Value| {
+        of_replies(event, "the publishing connection is down")
+            && event["error"].as_str().unwrap().contains("still takes no messages")
+    };
+    soon("it tries", worker.event(tried)).await;
+    let events = worker.log();
+    let events = events.iter().filter_map(|line| serde_json::from_str(line).ok());
+    let ups = events.filter(|event| of_replies(event, "the publishing connection is up")).count();
+    assert_eq!(ups, 1, "before the alarm");
+    assert_eq!(worker.get("/readyz").await.0, 503);
     ctl(&broker, &["set_vm_memory_high_watermark", "absolute", "768MiB"]).await;
-    soon("it is free", worker.logged("the broker takes messages again")).await;
+    let world = world.reconnect(&broker.url).await;
+    let mut replies = world.replies().await;
     assert_eq!(next(&mut replies).await.text("/request_id"), "a");
     world.job("b").await;
     while next(&mut replies).await.text("/request_id") != "b" {}
@@ -620,4 +640,47 @@ async fn a_deadline_far_away_and_odd_properties_do_no_harm() {
     world.publish(body("a"), odd).await;
     let reply = next(&mut replies).await;
     assert_eq!((reply.status(), reply.correlation_id().len()), ("succeeded".into(), 255));
+}
+
+#[tokio::test]
+async fn a_full_dead_queue_holds_what_is_to_be_parked_and_nothing_else() {
+    let Some(broker) = BROKER.start("full_dead").await else { return };
+    let world = World::on(broker.url.clone(), "full_dead").await;
+    let worker = world.worker().await;
+    let pattern = format!("^{}$", world.queue("dead").replace('.', "\\."));
+    let policy = r#"{"max-length": 1}"#;
+    ctl(&broker, &["set_policy", "full", &pattern, policy, "--apply-to", "queues"]).await;
+    let mut replies = world.replies().await;
+    let unanswerable = || persistent().with_reply_to(world.queue("jobs").into());
+    // A quorum queue tells its publishers that it is full once it is: one more fits than the policy
+    // says, and as many as are on their way.
+    for id in ["parked_0", "parked_1"] {
+        world.publish(body(id), unanswerable()).await;
+        let parked = |event: &serde_json::Value| {
+            event["message"] == "job" && event["job.key"] == format!("test/{id}")
+        };
+        soon("it is parked", worker.event(parked)).await;
+    }
+    world.publish(body("parked_2"), unanswerable()).await;
+    let full = |event: &serde_json::Value| {
+        event["message"].as_str().is_some_and(|text| text.contains("own queues is full"))
+    };
+    soon("it is noticed", worker.event(full)).await;
+    // Longer than a queue that is missing would be waited for.
+    eventually("it is tried again and again", || async {
+        let seen = worker.log().iter().filter(|line| line.contains("own queues is full")).count();
+        seen > 5
+    })
+    .await;
+    world.job("good").await;
+    assert_eq!(next(&mut replies).await.text("/request_id"), "good");
+    let log = worker.log().join("\n");
+    assert_eq!(log.matches("\"consuming\"").count(), 1, "the session goes on: {log}");
+
+    // Somebody makes room. (To lift the policy is not enough: RabbitMQ 3.10.8 goes on refusing.)
+    let mut dead = world.dead().await;
+    let mut parked = HashSet::new();
+    while parked.len() < 3 {
+        parked.insert(next(&mut dead).await.body);
+    }
 }

@@ -100,6 +100,7 @@ impl Bench {
             timestamp: None,
             picked_up_at: START,
             redelivered: false,
+            elsewhere: false,
             session: CancellationToken::new(),
             hold_until: Instant::now() + LONGEST_HOLD,
             lease: std::sync::Mutex::default(),

@@ -15,13 +15,14 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::ledger::key;
-use crate::support::private_postgres::{self, Private, connect};
+use crate::support::postgres::{connect, database, shared};
+use crate::support::private::POSTGRES;
 use crate::support::{World, eventually, next, soon};
 
 /// A world whose workers share a database of its own.
 async fn world(test: &str) -> Option<(World, String)> {
-    let server = private_postgres::shared(test).await?;
-    let url = private_postgres::database(&server).await;
+    let server = shared(test).await?;
+    let url = database(&server).await;
     Some((on(test, &url).await?, url))
 }
 
@@ -119,31 +120,31 @@ async fn a_worker_that_was_frozen_beyond_its_lease_hands_nothing_out() {
 
 #[tokio::test]
 async fn a_database_that_restarts_or_comes_late_costs_no_job() {
-    let Some(database) = Private::start("restarts").await else { return };
-    let Some(world) = on("restarts", &database.url).await else { return };
-    database.act("stop").await;
+    let Some(server) = POSTGRES.start("restarts").await else { return };
+    let Some(world) = on("restarts", &server.url).await else { return };
+    server.act("stop").await;
     let worker = world.worker_unready(&[]);
     soon("it waits", worker.logged("the ledger is not there; trying again")).await;
     let (status, text) = worker.get("/readyz").await;
     assert!(status == 503 && text.contains("ledger"), "{text}");
-    database.act("start").await;
+    server.act("start").await;
     soon("it serves", worker.logged("consuming")).await;
     let mut replies = world.replies().await;
     world.job("a").await;
     assert_eq!(next(&mut replies).await.status(), "succeeded");
 
     for verb in ["stop", "kill"] {
-        database.act(verb).await;
+        server.act(verb).await;
         world.job(verb).await;
         soon("intake pauses", worker.logged("intake is paused")).await;
         eventually("it is not ready", || async { worker.get("/readyz").await.0 == 503 }).await;
         assert_eq!(worker.get("/livez").await.0, 200);
         let posts = world.posts();
-        database.act("start").await;
+        server.act("start").await;
         let reply = next(&mut replies).await;
         assert_eq!((reply.status(), reply.text("/request_id")), ("succeeded".into(), verb.into()));
         assert_eq!(world.posts(), posts + 1, "nothing is asked while nothing can be written");
-        assert_eq!(look(&database.url, verb).await.0.attempts, 1, "a pause eats no attempt");
+        assert_eq!(look(&server.url, verb).await.0.attempts, 1, "a pause eats no attempt");
         eventually("it is ready", || async { worker.get("/readyz").await.0 == 200 }).await;
     }
 }
@@ -177,9 +178,9 @@ fn most_in_a_second(calls: &[u64]) -> usize {
 
 #[tokio::test]
 async fn one_budget_holds_for_one_four_and_sixteen_workers() {
-    let Some(server) = private_postgres::shared("one_budget").await else { return };
+    let Some(server) = shared("one_budget").await else { return };
     for count in [1, 4, 16] {
-        let url = private_postgres::database(&server).await;
+        let url = database(&server).await;
         let options = Options { url: url.into(), ca_pem: None };
         let ledgers = (0..count).map(|_| PostgresLedger::open(&options, Time::Database, |_| {}));
         let ledgers: Vec<_> =
@@ -197,6 +198,7 @@ async fn one_budget_holds_for_one_four_and_sixteen_workers() {
                         pacer.pass(pacer.admit().await).await;
                         let at = started.elapsed().as_micros();
                         calls.lock().unwrap().push(u64::try_from(at).unwrap());
+                        // The call itself.
                         tokio::time::sleep(Duration::from_millis(100)).await;
                     }
                 });

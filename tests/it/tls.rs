@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use lapin::uri::AMQPUri;
 
-use crate::support::private_postgres;
+use crate::support::postgres::{administrator, with_tls};
 use crate::support::tls::{self, Authority};
 use crate::support::{World, eventually, next, soon};
 
@@ -98,9 +98,7 @@ async fn a_broker_that_asks_for_a_certificate_gets_the_workers() {
 async fn the_database_is_trusted_by_a_configured_authority_only() {
     let authority = Authority::new();
     let own = authority.issue("127.0.0.1");
-    let Some(database) =
-        private_postgres::Private::with_tls("tls", &own.certificate, &own.key).await
-    else {
+    let Some(database) = with_tls("tls", &own.certificate, &own.key).await else {
         return;
     };
     let Some(mut world) = World::new("pg_tls").await else { return };
@@ -123,7 +121,7 @@ async fn the_database_is_trusted_by_a_configured_authority_only() {
     world.job("a").await;
     assert_eq!(next(&mut replies).await.status(), "succeeded");
     // It asks for nothing less than TLS.
-    let client = database.administrator().await;
+    let client = administrator(&database).await;
     let row = client
         .query_one(
             "SELECT bool_and(s.ssl) FROM pg_stat_ssl AS s JOIN pg_stat_activity AS a USING (pid)

@@ -595,3 +595,17 @@ async fn malformed_direct_addresses_cost_only_their_own_jobs() {
     }
     assert_eq!((world.posts(), worker.get("/readyz").await.0), (12, 200));
 }
+
+#[tokio::test]
+async fn numbers_in_metadata_reach_creem_as_they_were_written() {
+    let Some(world) = World::new("numbers").await else { return };
+    let _worker = world.worker().await;
+    let mut replies = world.replies().await;
+    let digits = "7".repeat(4000);
+    let metadata = format!(r#"{{"a":1e400,"b":1.50,"c":-0,"d":{digits},"e":[1E-9]}}"#);
+    let job = format!(r#"{{"request_id":"n","product_id":"prod_1","metadata":{metadata}}}"#);
+    world.publish(&job, persistent()).await;
+    let reply = next(&mut replies).await;
+    assert_eq!(reply.status(), "succeeded", "{}", String::from_utf8_lossy(&reply.body));
+    assert!(world.simulator.log().posts()[0].body.contains(&metadata));
+}

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use tokio_postgres::{Client, Error};
 
-use super::statements::{self, Changes, Versioned};
+use super::statements::{self, Change, Changes, Versioned};
 use super::time::DatabaseClock;
 use crate::clock::{Clock, Millis};
 use crate::job::Key;
@@ -27,15 +27,11 @@ const REMEMBERED: usize = 16 * 1024;
 pub(super) struct Memory(HashMap<Key, Versioned>);
 
 impl Memory {
-    fn keep(&mut self, key: &Key, row: Row, version: i64) {
-        let sum = row
-            .columns(&row.encode())
-            .checksum(key.mode.as_str(), key.request_id.as_str())
-            .to_vec();
+    fn keep(&mut self, key: &Key, row: Row, version: i64, sum: [u8; 8]) {
         if row.state != State::Sending {
             self.0.remove(key);
         } else if self.0.len() < REMEMBERED || self.0.contains_key(key) {
-            self.0.insert(key.clone(), Versioned { row: Some(row), version, sum });
+            self.0.insert(key.clone(), Versioned { row: Some(row), version, sum: sum.to_vec() });
         }
     }
 }
@@ -197,13 +193,15 @@ impl<'a> Batch<'a> {
         let mut changes = Changes::default();
         for (key, slot) in &certain {
             if let Some(row) = slot.row.as_ref().filter(|_| slot.changed) {
-                changes.rows.push((key, (slot.version, &slot.sum), row));
+                changes.rows.push(Change::new(key, slot.version, &slot.sum, row));
                 changes.ambiguous.extend(
                     slot.ambiguous.iter().map(|(fence, created_at)| (*key, *fence, *created_at)),
                 );
             }
             changes.orphans.extend(slot.orphans.iter().map(|orphan| (*key, orphan)));
         }
+        let sums: Vec<[u8; 8]> = changes.rows.iter().map(Change::sum).collect();
+        let mut sums = sums.into_iter();
         let mut written = HashSet::new();
         if !changes.rows.is_empty() || !changes.orphans.is_empty() {
             let asked = tokio::time::Instant::now();
@@ -215,12 +213,14 @@ impl<'a> Batch<'a> {
         for (key, slot) in certain {
             let name = (key.mode.as_str().to_owned(), key.request_id.as_str().to_owned());
             let is_written = written.contains(&name);
+            // In the order of the changes.
+            let sum = if slot.changed { sums.next() } else { None };
             if slot.changed && !is_written {
                 memory.0.remove(key);
                 continue;
             }
-            if let Some(row) = slot.row.filter(|_| slot.changed) {
-                memory.keep(key, row, slot.version + 1);
+            if let Some((row, sum)) = slot.row.zip(sum) {
+                memory.keep(key, row, slot.version + 1, sum);
             }
             for (index, answer) in slot.answers {
                 self.answers[index] = Some(Ok(answer));

@@ -3,8 +3,8 @@
 use deadpool_postgres::Pool;
 use tokio_postgres::types::Type;
 
-use super::connect::{OpenError, Options, describe, pool, pool_error, unavailable};
-use super::statements;
+use super::connect::{OpenError, Options, pool, pool_error};
+use super::{ask, statements};
 use crate::job::{Key, Mode, RequestId};
 use crate::ledger::{KnownOrphan, LedgerError, Report, Row};
 
@@ -43,9 +43,8 @@ impl Inspector {
     /// # Errors
     /// See [`LedgerError`].
     pub async fn row(&self, key: &Key) -> Result<Option<Row>, LedgerError> {
-        let client = self.client().await?;
         let (_, mut found) =
-            statements::read(&client, &[key]).await.map_err(|error| unavailable(&error))?;
+            ask(&self.pool, async |client| statements::read(client, &[key]).await).await?;
         found.pop().map_or(Ok(None), |found| found.map(|versioned| versioned.row))
     }
 
@@ -56,9 +55,8 @@ impl Inspector {
     pub async fn orphans(&self, key: &Key) -> Result<Vec<KnownOrphan>, LedgerError> {
         const ORPHANS: &str = "SELECT checkout_id, reason, found_at FROM checkout_worker.orphan
              WHERE mode = $1 AND request_id = $2 ORDER BY found_at, checkout_id";
-        let client = self.client().await?;
-        let query = async {
-            let (mode, id) = (key.mode.as_str(), key.request_id.as_str());
+        let (mode, id) = (key.mode.as_str(), key.request_id.as_str());
+        ask(&self.pool, async |client| {
             let rows =
                 client.query_typed(ORPHANS, &[(&mode, Type::TEXT), (&id, Type::TEXT)]).await?;
             rows.iter()
@@ -69,9 +67,9 @@ impl Inspector {
                         found_at: row.try_get(2)?,
                     })
                 })
-                .collect::<Result<Vec<_>, _>>()
-        };
-        query.await.map_err(|error: tokio_postgres::Error| unavailable(&error))
+                .collect()
+        })
+        .await
     }
 
     /// Reads and verifies every row, page by page in the order of the keys.
@@ -79,16 +77,15 @@ impl Inspector {
     /// # Errors
     /// See [`LedgerError`].
     pub async fn report(&self) -> Result<Report, LedgerError> {
-        let client = self.client().await?;
         let mut report = Report::default();
         let mut last = (String::new(), String::new());
         loop {
-            let page = keys_after(&client, &last).await.map_err(|error| unavailable(&error))?;
+            let page = ask(&self.pool, async |client| keys_after(client, &last).await).await?;
             let Some(end) = page.last().cloned() else { break };
             let keys: Vec<Key> = page.iter().filter_map(|key| job_key(key, &mut report)).collect();
             let keys: Vec<&Key> = keys.iter().collect();
             let (_, found) =
-                statements::read(&client, &keys).await.map_err(|error| unavailable(&error))?;
+                ask(&self.pool, async |client| statements::read(client, &keys).await).await?;
             for found in found {
                 // A row that was swept in between is none.
                 if let Some(row) = found.map(|versioned| versioned.row).transpose() {
@@ -97,19 +94,15 @@ impl Inspector {
             }
             last = end;
         }
-        let totals = client
-            .query_typed_one("SELECT count(*) FROM checkout_worker.orphan", &[])
-            .await
-            .and_then(|row| row.try_get::<_, i64>(0));
-        match totals {
+        let orphans = ask(&self.pool, async |client| {
+            let count = "SELECT count(*) FROM checkout_worker.orphan";
+            client.query_typed_one(count, &[]).await?.try_get::<_, i64>(0)
+        });
+        match orphans.await {
             Ok(orphans) => report.orphan_sessions = orphans.cast_unsigned(),
-            Err(error) => report.damage.push(format!("orphan sessions: {}", describe(&error))),
+            Err(error) => report.damage.push(format!("orphan sessions: {error}")),
         }
         Ok(report)
-    }
-
-    async fn client(&self) -> Result<deadpool_postgres::Object, LedgerError> {
-        self.pool.get().await.map_err(|error| LedgerError::Unavailable(error.to_string()))
     }
 }
 

@@ -129,14 +129,35 @@ fn decode(row: &tokio_postgres::Row, version: i64, key: &Key) -> Result<Found, E
     })
 }
 
-/// The version and the checksum of a row, as it was read.
-pub(super) type Read<'a> = (i64, &'a [u8]);
+/// A row to be written over the one that was read.
+#[derive(Debug)]
+pub(super) struct Change<'a> {
+    key: &'a Key,
+    read: (i64, &'a [u8]),
+    row: &'a Row,
+    body: Vec<u8>,
+    sum: [u8; 8],
+}
+
+impl<'a> Change<'a> {
+    /// `version` and `prior` are what was read: the version and the checksum.
+    pub(super) fn new(key: &'a Key, version: i64, prior: &'a [u8], row: &'a Row) -> Self {
+        let body = row.encode();
+        let sum = row.columns(&body).checksum(key.mode.as_str(), key.request_id.as_str());
+        Self { key, read: (version, prior), row, body, sum }
+    }
+
+    /// The new row's checksum.
+    pub(super) const fn sum(&self) -> [u8; 8] {
+        self.sum
+    }
+}
 
 /// What one statement writes.
 #[derive(Debug, Default)]
 pub(super) struct Changes<'a> {
-    /// Sorted by key, each key once; what was read of the old row, and the new row.
-    pub(super) rows: Vec<(&'a Key, Read<'a>, &'a Row)>,
+    /// Sorted by key, each key once.
+    pub(super) rows: Vec<Change<'a>>,
     /// Attempts that became ambiguous by a write above: key, fence, and when the row was made.
     pub(super) ambiguous: Vec<(&'a Key, u64, i64)>,
     /// Sessions nobody was given.
@@ -164,27 +185,17 @@ pub(super) async fn write(
     changes: &Changes<'_>,
     now: Millis,
 ) -> Result<(Millis, Vec<(String, String)>), Error> {
-    let keys = Arrays::of(changes.rows.iter().map(|(key, ..)| *key));
-    let column = |of: fn(&Row) -> i64| -> Vec<i64> {
-        changes.rows.iter().map(|(_, _, row)| of(row)).collect()
-    };
-    let states: Vec<&str> = changes.rows.iter().map(|(_, _, row)| row.state.as_str()).collect();
-    let versions: Vec<i64> = changes.rows.iter().map(|(_, (read, _), _)| read + 1).collect();
-    let updated = column(|row| row.updated_at);
-    let ended: Vec<Option<i64>> = changes.rows.iter().map(|(_, _, row)| row.ended_at).collect();
+    let rows = &changes.rows;
+    let keys = Arrays::of(rows.iter().map(|change| change.key));
+    let states: Vec<&str> = rows.iter().map(|change| change.row.state.as_str()).collect();
+    let versions: Vec<i64> = rows.iter().map(|change| change.read.0 + 1).collect();
+    let updated: Vec<i64> = rows.iter().map(|change| change.row.updated_at).collect();
+    let ended: Vec<Option<i64>> = rows.iter().map(|change| change.row.ended_at).collect();
     let ambiguous: Vec<i32> =
-        changes.rows.iter().map(|(_, _, row)| row.ambiguous.cast_signed()).collect();
-    let bodies: Vec<Vec<u8>> = changes.rows.iter().map(|(_, _, row)| row.encode()).collect();
-    let sums: Vec<[u8; 8]> = changes
-        .rows
-        .iter()
-        .zip(&bodies)
-        .map(|((key, _, row), body)| {
-            row.columns(body).checksum(key.mode.as_str(), key.request_id.as_str())
-        })
-        .collect();
-    let sums: Vec<&[u8]> = sums.iter().map(<[u8; 8]>::as_slice).collect();
-    let priors: Vec<&[u8]> = changes.rows.iter().map(|(_, (_, sum), _)| *sum).collect();
+        rows.iter().map(|change| change.row.ambiguous.cast_signed()).collect();
+    let bodies: Vec<&[u8]> = rows.iter().map(|change| change.body.as_slice()).collect();
+    let sums: Vec<&[u8]> = rows.iter().map(|change| change.sum.as_slice()).collect();
+    let priors: Vec<&[u8]> = rows.iter().map(|change| change.read.1).collect();
     let lost = Arrays::of(changes.ambiguous.iter().map(|(key, ..)| *key));
     let fences: Vec<i64> =
         changes.ambiguous.iter().map(|(_, fence, _)| fence.cast_signed()).collect();
@@ -196,7 +207,7 @@ pub(super) async fn write(
         changes.orphans.iter().map(|(_, orphan)| orphan.fence.cast_signed()).collect();
     let reasons: Vec<&str> =
         changes.orphans.iter().map(|(_, orphan)| orphan.reason.as_str()).collect();
-    let rows = client
+    let answers = client
         .query_typed(
             WRITE,
             &[
@@ -224,8 +235,8 @@ pub(super) async fn write(
         )
         .await?;
     let mut time = 0;
-    let mut written = Vec::with_capacity(rows.len());
-    for row in &rows {
+    let mut written = Vec::with_capacity(answers.len());
+    for row in &answers {
         time = row.try_get(0)?;
         if let (Some(mode), Some(id)) = (row.try_get(1)?, row.try_get(2)?) {
             written.push((mode, id));

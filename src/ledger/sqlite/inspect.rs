@@ -4,10 +4,8 @@ use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags};
 
-use super::{
-    APPLICATION, OpenError, VERSION, foreign_database, load, own_damage, read, recognise,
-    unavailable,
-};
+use super::open::{APPLICATION, OpenError, VERSION, foreign_database, recognise};
+use super::{load, own_damage, read, unavailable};
 use crate::job::{Key, Mode, RequestId};
 use crate::ledger::{KnownOrphan, LedgerError, Report, Row};
 

@@ -5,77 +5,29 @@
 //! lock and works beside a running worker.
 
 pub mod inspect;
+mod open;
 
-use std::fs::{File, OpenOptions, TryLockError};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::path::Path;
 
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, TransactionBehavior, params};
 
 use crate::clock::{Millis, SharedClock};
-use crate::job::{FingerprintKey, Key};
+use crate::job::Key;
 use crate::ledger::group::{Commit, Committed, Group, Store};
 use crate::ledger::row::{Columns, Row};
 use crate::ledger::transition::{self, Context, Effect};
 use crate::ledger::{Adoption, Answer, Command, Identity, Ledger, LedgerError};
+pub use open::OpenError;
+use open::{begin, lock, prepare, recognise, refuse_network};
 
-const SCHEMA: &str = include_str!("../schema/sqlite.sql");
-/// `user_version` of the schema above.
-const VERSION: i64 = 1;
-/// `application_id`: "crCW", so that another program's database is not taken for a ledger.
-const APPLICATION: i64 = 0x6372_4357;
 /// How often the time of the last commit is noted, for the account of the time in which the
 /// worker was down.
 const ALIVE_EVERY: Millis = 1_000;
 /// Rows per sweep: short enough that no job notices.
 const SWEEP: i64 = 500;
-
-/// Why a ledger file was not opened. Each says what to do.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Another process has it.
-    #[error(
-        "{0} is in use by another worker (its lock file is held): an embedded ledger serves one `run` at a time; stop the other one first, or share a postgres:// ledger"
-    )]
-    Locked(PathBuf),
-    /// It is not a ledger.
-    #[error(
-        "{0} is not a checkout-worker ledger ({1}): it was left untouched; set ledger.url to another path, or restore the ledger from a backup"
-    )]
-    Foreign(PathBuf, String),
-    /// A newer program wrote it.
-    #[error(
-        "{0} was written by a newer version of this program (schema {1}, this one knows {VERSION}): it was left untouched; run the newer version"
-    )]
-    Newer(PathBuf, i64),
-    /// It has no content.
-    #[error(
-        "{0} exists but is empty (0 bytes): a ledger that lost its content would make second links; restore it from a backup, or delete it and start once with --accept-empty-ledger"
-    )]
-    Empty(PathBuf),
-    /// It is not there.
-    #[error("there is no ledger at {0}: check ledger.url, or start the worker once")]
-    Missing(PathBuf),
-    /// On a file system without dependable locks.
-    #[error(
-        "{0} lies on a network file system ({1}), whose locks cannot be trusted: put the ledger on a local disk, or use a postgres:// ledger"
-    )]
-    Network(PathBuf, String),
-    /// A commit would not be durable.
-    #[error(
-        "{0} cannot be used: the database refuses journal_mode=WAL with synchronous=FULL (it has {1}), without which a crash could make a second link; put the ledger on a local disk with an ordinary file system"
-    )]
-    NotDurable(PathBuf, String),
-    /// What it holds is not what was written.
-    #[error("the ledger {0} is damaged: {1}; keep the file, restore the ledger from a backup")]
-    Damaged(PathBuf, String),
-    /// The system said no.
-    #[error(
-        "the ledger {0} cannot be opened: {1}; check that the directory exists, is writable for this user and has space"
-    )]
-    Io(PathBuf, String),
-}
 
 /// An open embedded ledger.
 #[derive(Debug)]
@@ -139,182 +91,6 @@ impl Ledger for SqliteLedger {
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
         self.group.sweep(before)
     }
-}
-
-/// Refuses what cannot be a ledger before anything is written beside it.
-fn recognise(path: &Path) -> Result<(), OpenError> {
-    let Ok(file) = path.metadata() else { return Ok(()) };
-    let foreign = |what: &str| OpenError::Foreign(path.to_owned(), what.to_owned());
-    if !file.is_file() {
-        return Err(foreign("it is not a regular file"));
-    }
-    if file.len() == 0 {
-        return Err(OpenError::Empty(path.to_owned()));
-    }
-    let mut start = [0; 16];
-    let read =
-        File::open(path).and_then(|mut file| std::io::Read::read_exact(&mut file, &mut start));
-    match read {
-        Ok(()) if start == *b"SQLite format 3\0" => Ok(()),
-        Ok(()) => Err(foreign("it is no SQLite database")),
-        Err(error) => Err(OpenError::Io(path.to_owned(), error.to_string())),
-    }
-}
-
-fn lock(path: &Path) -> Result<File, OpenError> {
-    // By whichever name it is called, there is one lock.
-    let whole = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let mut name = whole.into_os_string();
-    name.push(".lock");
-    let io = |error: std::io::Error| OpenError::Io(path.to_owned(), error.to_string());
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(PathBuf::from(name))
-        .map_err(io)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(OpenError::Locked(path.to_owned())),
-        Err(TryLockError::Error(error)) => Err(io(error)),
-    }
-}
-
-/// Refuses network file systems, as far as `/proc/mounts` knows them.
-fn refuse_network(path: &Path) -> Result<(), OpenError> {
-    let Ok(mounts) = std::fs::read_to_string("/proc/mounts") else { return Ok(()) };
-    let parent = path.parent().unwrap_or(path);
-    let whole = std::fs::canonicalize(parent)
-        .unwrap_or_else(|_| std::env::current_dir().unwrap_or_default().join(parent));
-    let kind = mounts
-        .lines()
-        .filter_map(|line| {
-            let mut words = line.split(' ');
-            let (point, kind) = (words.nth(1)?, words.next()?);
-            whole.starts_with(point).then_some((point.len(), kind))
-        })
-        .max_by_key(|(length, _)| *length)
-        .map(|(_, kind)| kind);
-    match kind {
-        Some(kind)
-            if ["nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "fuse.sshfs"].contains(&kind) =>
-        {
-            Err(OpenError::Network(path.to_owned(), kind.to_owned()))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Recognises the file before it changes anything, then sets it up.
-fn prepare(connection: &mut Connection, path: &Path) -> Result<(), OpenError> {
-    let foreign = |error: rusqlite::Error| OpenError::Foreign(path.to_owned(), error.to_string());
-    let io = |error: rusqlite::Error| OpenError::Io(path.to_owned(), error.to_string());
-    let number = |connection: &Connection, name: &str| {
-        connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0))
-    };
-    let application = number(connection, "application_id").map_err(foreign)?;
-    let version = number(connection, "user_version").map_err(foreign)?;
-    let tables: i64 = connection
-        .query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
-        .map_err(foreign)?;
-    match (application, tables) {
-        (APPLICATION, _) if version > VERSION => {
-            return Err(OpenError::Newer(path.to_owned(), version));
-        }
-        (APPLICATION, _) | (0, 0) => {}
-        _ => {
-            return Err(foreign_database(connection, path));
-        }
-    }
-    settings(connection).map_err(io)?;
-    durable(connection, path)?;
-    if tables == 0 {
-        create(connection).map_err(io)?;
-        sync_directory(path).map_err(|error| OpenError::Io(path.to_owned(), error.to_string()))?;
-    }
-    Ok(())
-}
-
-fn foreign_database(connection: &Connection, path: &Path) -> OpenError {
-    let tables = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0));
-    let what = match tables {
-        Ok(0) => "an empty database; if it is a copy of a ledger, its -wal file was left behind",
-        Ok(1_i64..) => "another program's database",
-        Ok(_) | Err(_) => "a database that cannot be read",
-    };
-    OpenError::Foreign(path.to_owned(), what.to_owned())
-}
-
-fn settings(connection: &Connection) -> rusqlite::Result<()> {
-    connection.busy_timeout(std::time::Duration::from_secs(5))?;
-    connection.pragma_update_and_check(None, "journal_mode", "WAL", |_| Ok(()))?;
-    connection.pragma_update(None, "synchronous", "FULL")?;
-    connection.pragma_update(None, "cache_size", -16_384)
-}
-
-/// Makes sure that a commit is on the disk when it returns.
-fn durable(connection: &Connection, path: &Path) -> Result<(), OpenError> {
-    let io = |error: rusqlite::Error| OpenError::Io(path.to_owned(), error.to_string());
-    let mode: String =
-        connection.pragma_query_value(None, "journal_mode", |row| row.get(0)).map_err(io)?;
-    let synchronous: i64 =
-        connection.pragma_query_value(None, "synchronous", |row| row.get(0)).map_err(io)?;
-    if mode == "wal" && synchronous == 2 {
-        return Ok(());
-    }
-    Err(OpenError::NotDurable(path.to_owned(), format!("{mode}, {synchronous}")))
-}
-
-fn create(connection: &mut Connection) -> rusqlite::Result<()> {
-    let mut key = [0_u8; 32];
-    getrandom::fill(&mut key)
-        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?;
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    transaction.execute_batch(SCHEMA)?;
-    transaction.execute("INSERT INTO meta VALUES ('key', ?1)", params![key.as_slice()])?;
-    transaction.pragma_update(None, "application_id", APPLICATION)?;
-    transaction.pragma_update(None, "user_version", VERSION)?;
-    transaction.commit()
-}
-
-/// A new file is durable only when its directory entry is.
-fn sync_directory(path: &Path) -> std::io::Result<()> {
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    File::open(parent.unwrap_or_else(|| Path::new(".")))?.sync_all()
-}
-
-/// Begins a new epoch, which voids every lease of earlier ones, and reads what the ledger
-/// knows of itself.
-fn begin(connection: &mut Connection, now: Millis) -> rusqlite::Result<(Identity, u64)> {
-    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let epoch = meta_number(&transaction, "epoch")?.unwrap_or(0) + 1;
-    set_meta_number(&transaction, "epoch", epoch)?;
-    if let Some(alive) = meta_number(&transaction, "alive")? {
-        record_pause(&transaction, alive, now)?;
-    }
-    let key: Vec<u8> =
-        transaction.query_row("SELECT value FROM meta WHERE name = 'key'", [], |row| row.get(0))?;
-    let key: [u8; 32] = key.try_into().map_err(|key: Vec<u8>| {
-        rusqlite::Error::FromSqlConversionFailure(
-            key.len(),
-            rusqlite::types::Type::Blob,
-            "its secret is not 32 bytes long".into(),
-        )
-    })?;
-    let unsigned = |number: Option<i64>| u64::try_from(number.unwrap_or(0)).unwrap_or(0);
-    let identity = Identity {
-        key: FingerprintKey::new(key),
-        empty: meta_number(&transaction, "adopted")?.is_none(),
-        refused: meta_number(&transaction, "refused")?.is_some(),
-        ambiguous_attempts: unsigned(meta_number(&transaction, "ambiguous_attempts")?),
-        orphan_sessions: unsigned(meta_number(&transaction, "orphan_sessions")?),
-        pauses: transaction
-            .prepare("SELECT started, ended FROM pause ORDER BY started")?
-            .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
-            .collect::<Result<_, _>>()?,
-    };
-    transaction.commit()?;
-    Ok((identity, u64::try_from(epoch).unwrap_or(0)))
 }
 
 fn meta_number(connection: &Connection, name: &str) -> rusqlite::Result<Option<i64>> {

@@ -14,7 +14,7 @@ use creem_checkout_worker::ledger::*;
 use tempfile::TempDir;
 
 use super::key;
-use crate::support::private_postgres;
+use crate::support::postgres::database;
 
 pub(super) const START: i64 = 1_795_370_400_000;
 
@@ -29,7 +29,7 @@ impl Backend {
     async fn place(&self) -> Place {
         match self {
             Self::Sqlite => Place::File(TempDir::new().unwrap()),
-            Self::Postgres(server) => Place::Database(private_postgres::database(server).await),
+            Self::Postgres(server) => Place::Database(database(server).await),
         }
     }
 }
@@ -195,6 +195,7 @@ pub(super) fn claimant(
         published_at: None,
         picked_up_at: now,
         redelivered: false,
+        elsewhere: false,
         on_unknown,
     }
 }

@@ -32,7 +32,7 @@ macro_rules! on_every_ledger {
         mod postgres {
             $(#[tokio::test]
             async fn $promise() {
-                let server = crate::support::private_postgres::shared(stringify!($promise)).await;
+                let server = crate::support::postgres::shared(stringify!($promise)).await;
                 let Some(server) = server else { return };
                 super::promises::$promise(&super::bench::Backend::Postgres(server)).await;
             })*
@@ -61,4 +61,6 @@ on_every_ledger! {
     retention_removes_old_outcomes_but_nothing_that_may_hide_a_session,
     a_parked_copy_is_noted_for_its_own_outcome_only,
     a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_forgotten,
+    an_id_that_is_used_again_after_retention_counts_its_attempts_anew,
+    a_job_of_another_ledgers_delay_queue_is_unresolved_unless_it_is_known,
 }

@@ -292,6 +292,34 @@ pub(super) async fn a_parked_copy_is_noted_for_its_own_outcome_only(backend: &Ba
     }
 }
 
+pub(super) async fn an_id_that_is_used_again_after_retention_counts_its_attempts_anew(
+    backend: &Backend,
+) {
+    let mut bench = Bench::new(backend, OnUnknown::Retry).await;
+    for round in 1..=2 {
+        let lease = bench.lease("a").await;
+        bench.settle("a", lease, unknown(), wait(START)).await;
+        bench.end("a", link("ch_1")).await;
+        bench.clock.advance(Duration::from_secs(3600));
+        assert_eq!(bench.ledger().sweep(bench.clock.now()).await.unwrap(), 1);
+        bench.reopen().await;
+        assert_eq!(bench.ledger().identity().ambiguous_attempts, round);
+    }
+}
+
+pub(super) async fn a_job_of_another_ledgers_delay_queue_is_unresolved_unless_it_is_known(
+    backend: &Backend,
+) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let elsewhere = |id| Claimant { elsewhere: true, ..bench.claimant(id, 1) };
+    let Claim::Settled(stored) = bench.claim_as(elsewhere("a")).await else { panic!("no link") };
+    let told = (stored.status, stored.code.as_deref());
+    assert_eq!(told, (Status::Unresolved, Some("other_ledger")));
+    let stored = bench.end("b", link("ch_1")).await;
+    bench.later();
+    assert_eq!(bench.claim_as(elsewhere("b")).await, Claim::Settled(stored));
+}
+
 pub(super) async fn a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_forgotten(
     backend: &Backend,
 ) {

@@ -12,7 +12,7 @@ use futures::future::join_all;
 use super::bench::{Backend, Bench, START};
 use super::key;
 use super::promises::{link, rejected, wait};
-use crate::support::private_postgres::{self, connect, shared};
+use crate::support::postgres::{connect, database, shared};
 
 async fn bench(test: &str) -> Option<Bench> {
     let server = shared(test).await?;
@@ -103,7 +103,7 @@ async fn a_workers_memory_of_a_row_is_never_believed_over_the_database() {
 #[tokio::test]
 async fn replicas_that_start_together_make_one_ledger() {
     let Some(server) = shared("together").await else { return };
-    let url = private_postgres::database(&server).await;
+    let url = database(&server).await;
     let opened = join_all((0..8).map(|_| open(&url))).await;
     let keys: Vec<[u8; 32]> =
         opened.into_iter().map(|ledger| ledger.unwrap().identity().key.mac(&[b"x"])).collect();
@@ -234,7 +234,7 @@ async fn a_commit_is_durable_even_where_the_session_has_that_switched_off() {
 #[tokio::test]
 async fn the_databases_clock_is_everybodys_clock() {
     let Some(server) = shared("clock").await else { return };
-    let url = private_postgres::database(&server).await;
+    let url = database(&server).await;
     let ledger = open(&url).await.unwrap();
     let client = connect(&url).await;
     let row = client

@@ -1,4 +1,5 @@
-//! The broker as tests, chaos and benchmarks reach it: patient, but not for ever.
+//! The broker as tests, chaos and benchmarks reach it: patient, but not for ever. A broker sends no
+//! signal when it comes or when a queue does, so it is asked again and again.
 
 use std::time::Duration;
 

@@ -9,8 +9,7 @@ use testcontainers::runners::AsyncRunner as _;
 use testcontainers::{ContainerAsync, GenericImage};
 use tokio::sync::OnceCell;
 
-use super::clean_up_after;
-use super::private_broker::{Private, root, run, script, skipped};
+use super::private::{BROKER, Private};
 
 /// The image that scripts/rabbitmq-image makes.
 const IMAGE: (&str, &str) = ("checkout-worker/rabbitmq", "4.3");
@@ -26,18 +25,10 @@ pub(crate) async fn shared(test: &str) -> Option<String> {
             if std::env::var("TEST_BROKER").as_deref() == Ok("container") {
                 return in_container().await;
             }
-            let name = format!("test-broker-it-{}", std::process::id());
-            let directory = root().join("target").join(name);
-            tokio::task::spawn_blocking(move || {
-                let url = run("start", &directory)?;
-                clean_up_after(&script(), &directory);
-                Ok(url)
-            })
-            .await
-            .unwrap()
+            super::start_shared(BROKER).await
         })
         .await;
-    skipped(test, url.clone())
+    BROKER.skipped(test, url.clone())
 }
 
 async fn in_container() -> Result<String, String> {
@@ -63,7 +54,7 @@ pub(crate) async fn container() -> Result<ContainerAsync<GenericImage>, String> 
 
 /// Asks the administrator's tool of a private broker.
 pub(crate) async fn ctl(broker: &Private, arguments: &[&str]) {
-    let mut command = Command::new(script());
+    let mut command = Command::new(BROKER.script());
     command.arg("ctl").arg(&broker.directory).args(arguments);
     let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

@@ -4,8 +4,8 @@
 #[expect(dead_code, reason = "chaos and benchmarks use more of it")]
 pub(crate) mod amqp;
 pub(crate) mod broker;
-pub(crate) mod private_broker;
-pub(crate) mod private_postgres;
+pub(crate) mod postgres;
+pub(crate) mod private;
 pub(crate) mod process;
 pub(crate) mod raw;
 pub(crate) mod relay;
@@ -49,20 +49,26 @@ pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut ask: im
     .await;
 }
 
-/// Leaves somebody behind who removes a server when this process is gone: a test binary has no last
-/// moment of its own.
-pub(crate) fn clean_up_after(script: &std::path::Path, directory: &std::path::Path) {
+/// Starts a server for all tests of this process, and leaves somebody behind who removes it when the
+/// process is gone: a test binary has no last moment of its own.
+pub(crate) async fn start_shared(service: private::Service) -> Result<String, String> {
     use std::process::{Command, Stdio};
 
-    let wait = r#"while kill -0 "$1" 2>/dev/null; do sleep 1; done; "$2" clean "$3""#;
-    let spawned = Command::new("setsid")
-        .args(["bash", "-c", wait, "clean-up", &std::process::id().to_string()])
-        .args([script.as_os_str(), directory.as_os_str()])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn();
-    assert!(spawned.is_ok(), "nobody to clean up after the tests: {spawned:?}");
+    let directory = service.directory(&format!("it-{}", std::process::id()));
+    let start = move || {
+        let url = service.run("start", &directory)?;
+        let wait = r#"while kill -0 "$1" 2>/dev/null; do sleep 1; done; "$2" clean "$3""#;
+        let spawned = Command::new("setsid")
+            .args(["bash", "-c", wait, "clean-up", &std::process::id().to_string()])
+            .args([service.script().as_os_str(), directory.as_os_str()])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn();
+        assert!(spawned.is_ok(), "nobody to clean up after the tests: {spawned:?}");
+        Ok(url)
+    };
+    tokio::task::spawn_blocking(start).await.unwrap()
 }
 
 pub(crate) struct World {
