@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test chaos bench lint clean
+.PHONY: demo test chaos simulate bench lint clean
 
 demo:
 	@scripts/demo
@@ -16,6 +16,11 @@ SEED ?= 1
 chaos:
 	@scripts/broker install
 	$(CARGO) test --locked --test chaos -- --jobs 10000 --kills 20 --restarts 2 --seed $(SEED)
+
+# Up to 64 workers under one API budget, in virtual time. `make simulate SEEDS=1000`.
+SEEDS ?= 100
+simulate:
+	$(CARGO) test --locked --test budget -- --seeds $(SEEDS)
 
 bench:
 	@scripts/broker install

@@ -22,6 +22,7 @@
 //! The state machine itself is [`transition`]: pure, one for all back-ends. A back-end only
 //! loads rows, applies commands in order, and makes the result durable before it answers.
 
+pub mod budget;
 pub mod group;
 pub mod postgres;
 pub mod report;
@@ -31,13 +32,12 @@ pub mod transition;
 
 use std::time::Duration;
 
-use futures::FutureExt as _;
 use futures::future::BoxFuture;
-use tokio::time::Instant;
 
 use crate::clock::Millis;
 use crate::job::{Ending, Fingerprint, FingerprintKey, Key, Lane, Status};
 
+pub use budget::{Budget, Places};
 pub use report::{KnownOrphan, Report};
 pub use row::{Row, State};
 
@@ -342,21 +342,8 @@ pub struct Identity {
     pub pauses: Vec<(Millis, Millis)>,
 }
 
-/// Places of the shared budget: points in time at which one call each may be made.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Places {
-    /// When the first one is, as this worker's clock has it.
-    pub first: Instant,
-    /// How many there are.
-    pub count: u32,
-    /// How far apart they are.
-    pub interval: Duration,
-    /// For how long all workers are quiet.
-    pub quiet: Duration,
-}
-
 /// A store of jobs' states. See the module's text for what it promises.
-pub trait Ledger: std::fmt::Debug + Send + Sync + 'static {
+pub trait Ledger: Budget + std::fmt::Debug + 'static {
     /// Carries a command out and answers once the result is durable.
     ///
     /// # Errors
@@ -369,28 +356,6 @@ pub trait Ledger: std::fmt::Debug + Send + Sync + 'static {
     /// # Errors
     /// See [`LedgerError`].
     fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>>;
-
-    /// Takes `count` places, `interval` apart, from the budget that all workers of this ledger share.
-    /// `None` where there is no such budget, because there is only one worker.
-    ///
-    /// # Errors
-    /// See [`LedgerError`].
-    fn lease_places(
-        &self,
-        _count: u32,
-        _interval: Duration,
-    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
-        std::future::ready(Ok(None)).boxed()
-    }
-
-    /// Makes sure that all workers of this ledger are quiet for at least that long, and tells for how
-    /// long they are.
-    ///
-    /// # Errors
-    /// See [`LedgerError`].
-    fn quiet(&self, _at_least: Duration) -> BoxFuture<'static, Result<Duration, LedgerError>> {
-        std::future::ready(Ok(Duration::ZERO)).boxed()
-    }
 
     /// What the ledger knew of itself when it was opened.
     fn identity(&self) -> &Identity;

@@ -8,7 +8,8 @@ use tokio::time::Instant;
 
 use super::Shared;
 use super::gate::Reason;
-use crate::ledger::{Ledger, LedgerError};
+use crate::job::Mode;
+use crate::ledger::{Budget, LedgerError};
 use crate::pace::Pacer;
 
 /// What a block of places lasts at the ceiling: longer blocks mean fewer round trips, and a worker
@@ -22,7 +23,9 @@ const LISTEN_EVERY: Duration = Duration::from_millis(400);
 /// Leases places as they are wanted; while the ledger is away, nobody gets any.
 pub(super) async fn lease(shared: Arc<Shared>, per_second: f64) {
     let journey = &shared.worker.journey;
-    while let Err(error) = grant(&journey.pacer, &*journey.ledger, per_second).await {
+    while let Err(error) =
+        grant(&journey.pacer, &*journey.ledger, shared.worker.intake.mode, per_second).await
+    {
         journey.ledger_away(&error);
         journey.gate.free_of(Reason::Ledger).await;
         // Whoever waits still does, and asks again.
@@ -35,7 +38,12 @@ pub(super) async fn lease(shared: Arc<Shared>, per_second: f64) {
 ///
 /// # Errors
 /// See [`LedgerError`].
-pub async fn grant(pacer: &Pacer, ledger: &dyn Ledger, per_second: f64) -> Result<(), LedgerError> {
+pub async fn grant(
+    pacer: &Pacer,
+    budget: &(impl Budget + ?Sized),
+    mode: Mode,
+    per_second: f64,
+) -> Result<(), LedgerError> {
     let interval = Pacer::shared_interval(per_second);
     #[expect(
         clippy::cast_possible_truncation,
@@ -46,16 +54,22 @@ pub async fn grant(pacer: &Pacer, ledger: &dyn Ledger, per_second: f64) -> Resul
     loop {
         let wanted = pacer.wanted().await;
         let count = u32::try_from(wanted.min(block)).unwrap_or(1);
-        let Some(places) = ledger.lease_places(count, interval).await? else { return Ok(()) };
+        let Some(places) = budget.lease_places(mode, count, interval).await? else { return Ok(()) };
         pacer.hear(Instant::now() + places.quiet);
         pacer.grant((0..places.count).map(|place| places.first + interval * place));
     }
 }
 
 /// Tells all workers what Creem asked this one for, and hears what it asked others for.
-pub(super) async fn listen(shared: Arc<Shared>) {
+pub(super) async fn share_silence(shared: Arc<Shared>) {
     let journey = &shared.worker.journey;
-    let mut told = journey.pacer.told();
+    listen(&journey.pacer, &*journey.ledger, shared.worker.intake.mode).await;
+}
+
+/// Tells and hears of silence for as long as there is a pacer. A ledger that is away is no error here:
+/// the jobs notice that, and the next question comes soon.
+pub async fn listen(pacer: &Pacer, budget: &(impl Budget + ?Sized), mode: Mode) {
+    let mut told = pacer.told();
     loop {
         let at_least = tokio::select! {
             changed = told.changed() => {
@@ -67,11 +81,10 @@ pub(super) async fn listen(shared: Arc<Shared>) {
             }
             () = tokio::time::sleep(LISTEN_EVERY) => Duration::ZERO,
         };
-        // A ledger that is away is noticed by the jobs; the next question comes soon.
-        if let Ok(quiet) = journey.ledger.quiet(at_least).await
+        if let Ok(quiet) = budget.quiet(mode, at_least).await
             && !quiet.is_zero()
         {
-            journey.pacer.hear(Instant::now() + quiet);
+            pacer.hear(Instant::now() + quiet);
         }
     }
 }

@@ -35,7 +35,7 @@ pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     tasks.spawn(sweep(shared.clone()));
     tasks.spawn(gauges(shared.clone()));
     if !shared.worker.plan.exclusive {
-        tasks.spawn(budget::listen(shared.clone()));
+        tasks.spawn(budget::share_silence(shared.clone()));
     }
     if let Some(per_second) = shared.worker.shared_budget {
         tasks.spawn(budget::lease(shared.clone(), per_second));

@@ -12,7 +12,7 @@ use creem_checkout_worker::job::{
 };
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
 use creem_checkout_worker::ledger::{
-    Answer, Command, Identity, Ledger, LedgerError, OnUnknown, State,
+    Answer, Budget, Command, Identity, Ledger, LedgerError, OnUnknown, State,
 };
 use creem_checkout_worker::pace::Pacer;
 use creem_checkout_worker::retry::{Backoff, Pauses, Policy};
@@ -151,6 +151,8 @@ struct Buggy {
     armed: AtomicBool,
     after: bool,
 }
+
+impl Budget for Buggy {}
 
 impl Ledger for Buggy {
     fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {

@@ -5,6 +5,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use creem_checkout_worker::job::Mode;
 use creem_checkout_worker::ledger::postgres::inspect::Inspector;
 use creem_checkout_worker::ledger::postgres::{Options, PostgresLedger, Time};
 use creem_checkout_worker::ledger::{KnownOrphan, Row};
@@ -203,7 +204,7 @@ async fn one_budget_holds_for_one_four_and_sixteen_workers() {
                     }
                 });
             }
-            tasks.spawn(async move { grant(&pacer, &*ledger, 200.0).await.unwrap() });
+            tasks.spawn(async move { grant(&pacer, &*ledger, Mode::Test, 200.0).await.unwrap() });
         }
         drop(tokio::time::timeout(Duration::from_secs(4), tasks.join_next()).await);
         tasks.shutdown().await;

@@ -1,4 +1,4 @@
-//! The budget that all workers share: one row, from which each takes small blocks of places.
+//! The budgets that all workers share, one row for each of Creem's worlds, from which each takes small blocks of places.
 
 use std::time::Duration;
 
@@ -6,7 +6,12 @@ use tokio::time::Instant;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Error};
 
+use crate::job::Mode;
 use crate::ledger::Places;
+use crate::ledger::budget::Reckoning;
+
+/// A value with its type.
+type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
 /// How far ahead places and silence can lie: the longest `Retry-After`, and what other workers have
 /// taken. What lies further ahead was written under a clock that has since been set back.
@@ -34,14 +39,13 @@ macro_rules! believed {
     };
 }
 
-/// Takes a block of `$2`: how many microseconds from now its first place is, and for how many all are
-/// quiet. The first place is not before the answer can be there, in `$3`.
+/// Takes a block of `$2`: when its first place is, what the clock shows, and for how long all are quiet. The first place is not before the answer can be there, in `$3`.
 const LEASE: &str = concat!(
-    "INSERT INTO checkout_worker.budget AS b (name, next_at, quiet_until)
-     VALUES ('creem', ",
+    "INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until)
+     VALUES ($4, ",
     now!(),
     " + $2::int8 + $3::int8, 0)
-     ON CONFLICT (name) DO UPDATE SET
+     ON CONFLICT (mode) DO UPDATE SET
          next_at = greatest(",
     believed!("next_at"),
     ", ",
@@ -52,20 +56,24 @@ const LEASE: &str = concat!(
          quiet_until = ",
     believed!("quiet_until"),
     "
-     RETURNING b.next_at - $2::int8 - ",
+     RETURNING b.next_at - $2::int8, ",
     now!(),
     ", greatest(b.quiet_until - ",
     now!(),
     ", $1::int8 * 0)"
 );
 
+/// The clock alone, asked a few times: the fastest answer tells it best.
+const CLOCK: &str = concat!("SELECT ", now!());
+const CLOCK_QUESTIONS: usize = 5;
+
 /// Makes sure of silence for `$2`.
 const QUIET: &str = concat!(
-    "INSERT INTO checkout_worker.budget AS b (name, next_at, quiet_until)
-     VALUES ('creem', 0, ",
+    "INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until)
+     VALUES ($3, 0, ",
     now!(),
     " + $2::int8)
-     ON CONFLICT (name) DO UPDATE SET quiet_until = greatest(",
+     ON CONFLICT (mode) DO UPDATE SET quiet_until = greatest(",
     believed!("quiet_until"),
     ", excluded.quiet_until)
      RETURNING greatest(b.quiet_until - ",
@@ -79,44 +87,53 @@ const HOW_QUIET: &str = concat!(
     believed!("quiet_until"),
     " - ",
     now!(),
-    ", 0) FROM checkout_worker.budget AS b WHERE name = 'creem'"
+    ", 0) FROM checkout_worker.budget AS b WHERE mode = $2"
 );
 
-/// Takes places; `lead` is how long the last answer took.
+/// Takes places, so many and so far apart; `lead` is how long the last answer took.
 pub(super) async fn lease(
     client: &Client,
-    count: u32,
-    interval: Duration,
+    mode: Mode,
+    (count, interval): (u32, Duration),
     lead: Duration,
+    reckoning: &Reckoning,
 ) -> Result<Places, Error> {
     let block = micros(interval * count);
     let horizon = micros(HORIZON.max(interval * count * 4));
     let lead = micros(lead);
-    let arguments: [(&(dyn ToSql + Sync), Type); 3] =
-        [(&horizon, Type::INT8), (&block, Type::INT8), (&lead, Type::INT8)];
+    let mode = mode.as_str();
+    let arguments: [Parameter<'_>; 4] =
+        [(&horizon, Type::INT8), (&block, Type::INT8), (&lead, Type::INT8), (&mode, Type::TEXT)];
+    if reckoning.should_try() {
+        for _ in 0..CLOCK_QUESTIONS {
+            let asked = Instant::now();
+            let now = client.query_typed_one(CLOCK, &[]).await?.try_get(0)?;
+            reckoning.hear(now, asked);
+        }
+    }
     let asked = Instant::now();
     let row = client.query_typed_one(LEASE, &arguments).await?;
-    let (offset, quiet): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
-    // The database's "now" was somewhere between question and answer.
-    let middle = asked + asked.elapsed() / 2;
-    let offset = offset.clamp(-micros(Duration::from_secs(1)), horizon);
-    let first = if offset < 0 {
-        middle.checked_sub(duration(-offset)).unwrap_or(middle)
-    } else {
-        middle + duration(offset)
-    };
+    let (first, now, quiet): (i64, i64, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    reckoning.hear(now, asked);
+    // A row from before the horizon, or a clock that jumped, must not lead far away.
+    let first = first.clamp(now - micros(Duration::from_secs(1)), now + horizon);
+    let first = reckoning.instant(first).unwrap_or(asked);
     Ok(Places { first, count, interval, quiet: duration(quiet) })
 }
 
 /// Makes sure that all are quiet for `at_least`, if that is anything; for how long they are.
-pub(super) async fn quiet(client: &Client, at_least: Duration) -> Result<Duration, Error> {
-    let (horizon, at_least) = (micros(HORIZON), micros(at_least));
-    let arguments: [(&(dyn ToSql + Sync), Type); 2] =
-        [(&horizon, Type::INT8), (&at_least, Type::INT8)];
+pub(super) async fn quiet(
+    client: &Client,
+    mode: Mode,
+    at_least: Duration,
+) -> Result<Duration, Error> {
+    let (horizon, at_least, mode) = (micros(HORIZON), micros(at_least), mode.as_str());
+    let (horizon, mode): (Parameter<'_>, Parameter<'_>) =
+        ((&horizon, Type::INT8), (&mode, Type::TEXT));
     let row = if at_least == 0 {
-        client.query_typed_opt(HOW_QUIET, &arguments[..1]).await?
+        client.query_typed_opt(HOW_QUIET, &[horizon, mode]).await?
     } else {
-        Some(client.query_typed_one(QUIET, &arguments).await?)
+        Some(client.query_typed_one(QUIET, &[horizon, (&at_least, Type::INT8), mode]).await?)
     };
     let quiet: i64 = row.map_or(Ok(0), |row| row.try_get(0))?;
     Ok(duration(quiet))

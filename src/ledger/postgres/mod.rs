@@ -27,9 +27,11 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_postgres::types::{ToSql, Type};
 
+use super::budget::Reckoning;
 use super::group::Commit;
-use super::{Answer, Command, Identity, Ledger, LedgerError, Places};
+use super::{Answer, Budget, Command, Identity, Ledger, LedgerError, Places};
 use crate::clock::{Millis, SharedClock};
+use crate::job::Mode;
 use batch::{Batch, Memory};
 pub use connect::{OpenError, Options};
 use connect::{pool, pool_error, unavailable};
@@ -99,6 +101,7 @@ pub struct PostgresLedger {
     clock: SharedClock,
     /// How long the last lease of places took, in microseconds.
     lead: Arc<AtomicU64>,
+    reckoning: Arc<Reckoning>,
     /// Ends with the ledger.
     _tasks: JoinSet<()>,
 }
@@ -171,14 +174,49 @@ impl PostgresLedger {
             tasks.spawn(parts.clone().serve());
         }
         tasks.spawn(parts.keep_house());
-        let lead = Arc::default();
-        Ok(Self { queue, pool, identity, clock, lead, _tasks: tasks })
+        let (lead, reckoning) = (Arc::default(), Arc::default());
+        Ok(Self { queue, pool, identity, clock, lead, reckoning, _tasks: tasks })
     }
 
     /// The clock that leases are measured on.
     #[must_use]
     pub fn clock(&self) -> SharedClock {
         self.clock.clone()
+    }
+}
+
+impl Budget for PostgresLedger {
+    fn lease_places(
+        &self,
+        mode: Mode,
+        count: u32,
+        interval: Duration,
+    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
+        let (pool, lead) = (self.pool.clone(), self.lead.clone());
+        let reckoning = self.reckoning.clone();
+        async move {
+            let asked = Instant::now();
+            let last = Duration::from_micros(lead.load(Ordering::Relaxed));
+            let block = (count, interval);
+            let leased = ask(&pool, async |client| {
+                budget::lease(client, mode, block, last, &reckoning).await
+            })
+            .await;
+            let took = asked.elapsed().min(LONGEST_LEAD);
+            lead.store(u64::try_from(took.as_micros()).unwrap_or(0), Ordering::Relaxed);
+            leased.map(Some)
+        }
+        .boxed()
+    }
+
+    fn quiet(
+        &self,
+        mode: Mode,
+        at_least: Duration,
+    ) -> BoxFuture<'static, Result<Duration, LedgerError>> {
+        let pool = self.pool.clone();
+        async move { ask(&pool, async |client| budget::quiet(client, mode, at_least).await).await }
+            .boxed()
     }
 }
 
@@ -207,30 +245,6 @@ impl Ledger for PostgresLedger {
             .await
         }
         .boxed()
-    }
-
-    fn lease_places(
-        &self,
-        count: u32,
-        interval: Duration,
-    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
-        let (pool, lead) = (self.pool.clone(), self.lead.clone());
-        async move {
-            let asked = Instant::now();
-            let last = Duration::from_micros(lead.load(Ordering::Relaxed));
-            let leased =
-                ask(&pool, async |client| budget::lease(client, count, interval, last).await).await;
-            let took = asked.elapsed().min(LONGEST_LEAD);
-            lead.store(u64::try_from(took.as_micros()).unwrap_or(0), Ordering::Relaxed);
-            leased.map(Some)
-        }
-        .boxed()
-    }
-
-    fn quiet(&self, at_least: Duration) -> BoxFuture<'static, Result<Duration, LedgerError>> {
-        let pool = self.pool.clone();
-        async move { ask(&pool, async |client| budget::quiet(client, at_least).await).await }
-            .boxed()
     }
 
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {

@@ -64,7 +64,7 @@ CREATE TABLE checkout_worker.meta (
 -- How fast Creem may be asked by all workers together, in microseconds of the database's clock: when
 -- the next place is, and until when all are quiet.
 CREATE TABLE checkout_worker.budget (
-    name        text PRIMARY KEY,
+    mode        text PRIMARY KEY,
     next_at     bigint NOT NULL,
     quiet_until bigint NOT NULL
 );

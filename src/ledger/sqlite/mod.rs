@@ -19,7 +19,7 @@ use crate::job::Key;
 use crate::ledger::group::{Commit, Committed, Group, Store};
 use crate::ledger::row::{Columns, Row};
 use crate::ledger::transition::{self, Context, Effect};
-use crate::ledger::{Adoption, Answer, Command, Identity, Ledger, LedgerError};
+use crate::ledger::{Adoption, Answer, Budget, Command, Identity, Ledger, LedgerError};
 pub use open::OpenError;
 use open::{begin, lock, prepare, recognise, refuse_network};
 
@@ -73,6 +73,8 @@ impl SqliteLedger {
         Ok(Self { group, identity, _lock: lock })
     }
 }
+
+impl Budget for SqliteLedger {}
 
 impl Ledger for SqliteLedger {
     fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use creem_checkout_worker::job::Status;
+use creem_checkout_worker::job::{Mode, Status};
 use creem_checkout_worker::ledger::postgres::{OpenError, Options, PostgresLedger, Time};
 use creem_checkout_worker::ledger::*;
 use futures::future::join_all;
@@ -314,16 +314,16 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
     let Some(bench) = bench("places").await else { return };
     let ledger = bench.ledger();
     let interval = Duration::from_millis(50);
-    ledger.lease_places(1, interval).await.unwrap();
+    ledger.lease_places(Mode::Test, 1, interval).await.unwrap();
     // Nobody has called for a while; the answer comes late.
     let client = connect(bench.url()).await;
     client.batch_execute("UPDATE checkout_worker.budget SET next_at = 0").await.unwrap();
     client.batch_execute("BEGIN; LOCK TABLE checkout_worker.budget").await.unwrap();
-    let (slow, ()) = tokio::join!(ledger.lease_places(1, interval), async {
+    let (slow, ()) = tokio::join!(ledger.lease_places(Mode::Test, 1, interval), async {
         client.batch_execute("SELECT pg_sleep(0.3); COMMIT").await.unwrap();
     });
     slow.unwrap();
-    let places = ledger.lease_places(1, interval).await.unwrap().unwrap();
+    let places = ledger.lease_places(Mode::Test, 1, interval).await.unwrap().unwrap();
     assert!(
         places.first > tokio::time::Instant::now(),
         "it allows for an answer as slow as the last"
@@ -337,10 +337,18 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
         )
         .await
         .unwrap();
-    assert_eq!(ledger.quiet(Duration::ZERO).await.unwrap(), Duration::ZERO);
-    let places = ledger.lease_places(1, interval).await.unwrap().unwrap();
+    assert_eq!(ledger.quiet(Mode::Test, Duration::ZERO).await.unwrap(), Duration::ZERO);
+    let places = ledger.lease_places(Mode::Test, 1, interval).await.unwrap().unwrap();
     assert!(places.first < tokio::time::Instant::now() + Duration::from_secs(2));
     assert_eq!(places.quiet, Duration::ZERO);
-    assert!(ledger.quiet(Duration::from_secs(3)).await.unwrap() > Duration::from_secs(2));
-    assert!(ledger.quiet(Duration::ZERO).await.unwrap() > Duration::from_secs(2));
+    assert!(
+        ledger.quiet(Mode::Test, Duration::from_secs(3)).await.unwrap() > Duration::from_secs(2)
+    );
+    assert!(ledger.quiet(Mode::Test, Duration::ZERO).await.unwrap() > Duration::from_secs(2));
+
+    // Creem's other world has a budget of its own.
+    assert_eq!(ledger.quiet(Mode::Live, Duration::ZERO).await.unwrap(), Duration::ZERO);
+    ledger.lease_places(Mode::Test, 1000, interval).await.unwrap();
+    let places = ledger.lease_places(Mode::Live, 1, interval).await.unwrap().unwrap();
+    assert!(places.first < tokio::time::Instant::now() + Duration::from_secs(2));
 }

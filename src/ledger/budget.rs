@@ -1,0 +1,218 @@
+//! The budget that all workers of a shared ledger keep together. Creem's two worlds have one each.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use tokio::time::Instant;
+
+use super::LedgerError;
+use crate::job::Mode;
+
+/// Places of the shared budget: points in time at which one call each may be made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Places {
+    /// When the first one is, as this worker's clock has it.
+    pub first: Instant,
+    /// How many there are.
+    pub count: u32,
+    /// How far apart they are.
+    pub interval: Duration,
+    /// For how long all workers are quiet.
+    pub quiet: Duration,
+}
+
+/// What workers share besides jobs. What is here by default is for a ledger with one worker, which has
+/// nobody to share with.
+pub trait Budget: Send + Sync {
+    /// Takes `count` places, `interval` apart, from the budget of that world. `None` where there is no
+    /// shared budget.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn lease_places(
+        &self,
+        _mode: Mode,
+        _count: u32,
+        _interval: Duration,
+    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
+        std::future::ready(Ok(None)).boxed()
+    }
+
+    /// Makes sure that all workers are quiet towards that world for at least that long, and tells for
+    /// how long they are.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn quiet(
+        &self,
+        _mode: Mode,
+        _at_least: Duration,
+    ) -> BoxFuture<'static, Result<Duration, LedgerError>> {
+        std::future::ready(Ok(Duration::ZERO)).boxed()
+    }
+}
+
+/// A reading that is surer than this needs no better one.
+const SURE: Duration = Duration::from_millis(4);
+/// How long an answer is good enough that no better one could be had: the way to that clock is long.
+const SETTLED: Duration = Duration::from_mins(1);
+/// How much less sure a reading becomes, per time that passes: two good clocks drift apart by less.
+const DRIFT_PER_MILLION: u32 = 100;
+
+/// Tells the points in time on the clock that keeps the budget by this worker's own.
+///
+/// What an answer says of that clock is wrong by up to half of its round trip, and workers that are
+/// wrong in opposite ways would call in the same second. So the answer that came fastest is kept until
+/// a better one comes, or until drift may have made it worse than the next.
+#[derive(Debug, Default)]
+pub struct Reckoning {
+    best: Mutex<Best>,
+}
+
+#[derive(Debug, Default)]
+struct Best {
+    reading: Option<Reading>,
+    /// When it was last tried to get a surer one.
+    tried: Option<Instant>,
+}
+
+/// One answer: that clock showed `heard` microseconds at `at`, give or take `error`.
+#[derive(Debug, Clone, Copy)]
+struct Reading {
+    heard: i64,
+    at: Instant,
+    error: Duration,
+}
+
+impl Reading {
+    /// When that clock shows `micros`.
+    fn instant(&self, micros: i64) -> Instant {
+        let distance = micros.saturating_sub(self.heard);
+        let duration = Duration::from_micros(distance.unsigned_abs());
+        if distance < 0 {
+            self.at.checked_sub(duration).unwrap_or(self.at)
+        } else {
+            self.at + duration
+        }
+    }
+
+    fn error_at(&self, now: Instant) -> Duration {
+        self.error + now.saturating_duration_since(self.at) * DRIFT_PER_MILLION / 1_000_000
+    }
+}
+
+impl Reckoning {
+    /// Takes note of what that clock showed in the answer to a question of `asked`.
+    pub fn hear(&self, heard: i64, asked: Instant) {
+        let (now, error) = (Instant::now(), asked.elapsed() / 2);
+        let new = Reading { heard, at: asked + error, error };
+        let mut best = self.best();
+        if let Some(reading) = best.reading {
+            let error = reading.error_at(now);
+            let (one, other) = (reading.instant(heard), new.at);
+            let apart = one.max(other).duration_since(one.min(other));
+            if apart > error + new.error {
+                // Further than both can be wrong: that clock was set, or is another one.
+                best.tried = None;
+            } else if error < new.error {
+                return;
+            }
+        }
+        best.reading = Some(new);
+    }
+
+    /// Whether that clock should be asked a few times in a row, before anything depends on what is
+    /// known of it. Says so once in a while only.
+    #[must_use]
+    pub fn should_try(&self) -> bool {
+        let mut best = self.best();
+        let now = Instant::now();
+        let sure = best.reading.is_some_and(|reading| reading.error_at(now) <= SURE);
+        let settled = best.tried.is_some_and(|tried| now.duration_since(tried) < SETTLED);
+        if !sure && !settled {
+            best.tried = Some(now);
+        }
+        !sure && !settled
+    }
+
+    /// When that clock shows so many microseconds; `None` before it was ever heard.
+    #[must_use]
+    pub fn instant(&self, micros: i64) -> Option<Instant> {
+        self.best().reading.map(|reading| reading.instant(micros))
+    }
+
+    fn best(&self) -> MutexGuard<'_, Best> {
+        self.best.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::time::advance;
+
+    const MILLI: Duration = Duration::from_millis(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn the_fastest_answer_is_believed_until_another_may_be_better() {
+        let started = Instant::now();
+        let reckoning = Reckoning::default();
+        assert_eq!(reckoning.instant(0), None);
+        advance(MILLI * 2).await;
+        // The clock showed 1 ms in the middle.
+        reckoning.hear(1_000, started);
+        assert_eq!(reckoning.instant(0), Some(started));
+
+        // 100 ms there and 2 ms back: its middle is wrong by 49 ms.
+        let asked = Instant::now();
+        advance(MILLI * 102).await;
+        reckoning.hear(102_000, asked);
+        assert_eq!(reckoning.instant(0), Some(started));
+
+        // After an hour the two clocks may have drifted by 360 ms.
+        advance(Duration::from_secs(3_600)).await;
+        let asked = Instant::now();
+        advance(MILLI * 10).await;
+        let middle = asked + MILLI * 5;
+        reckoning.hear(7_000, asked);
+        assert_eq!(reckoning.instant(7_000), Some(middle));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_clock_that_was_set_is_believed_at_once() {
+        let started = Instant::now();
+        let reckoning = Reckoning::default();
+        advance(MILLI).await;
+        reckoning.hear(5_000_000, started);
+        advance(MILLI).await;
+        let asked = Instant::now();
+        advance(MILLI * 20).await;
+        reckoning.hear(1_000_000, asked);
+        assert_eq!(reckoning.instant(1_000_000), Some(asked + MILLI * 10));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_surer_reading_is_asked_for_once_in_a_while_and_after_the_clock_was_set() {
+        let reckoning = Reckoning::default();
+        assert!(reckoning.should_try());
+        assert!(!reckoning.should_try(), "it was tried just now");
+        let answer = async |clock: i64, took: u32| {
+            let asked = Instant::now();
+            advance(MILLI * took).await;
+            reckoning.hear(clock, asked);
+        };
+        answer(0, 100).await;
+        advance(SETTLED).await;
+        assert!(reckoning.should_try(), "it is still not sure");
+        answer(60_100_000, 2).await;
+        advance(SETTLED).await;
+        // Drift alone: 1 ms + 6 ms.
+        assert!(reckoning.should_try());
+        answer(120_000_000, 2).await;
+        assert!(!reckoning.should_try(), "it is sure");
+        answer(0, 50).await;
+        assert!(reckoning.should_try(), "the clock was set");
+    }
+}

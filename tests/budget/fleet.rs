@@ -1,0 +1,273 @@
+//! One simulated fleet.
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use creem_checkout_worker::job::Mode;
+use creem_checkout_worker::ledger::budget::Reckoning;
+use creem_checkout_worker::ledger::{Budget, LedgerError, Places};
+use creem_checkout_worker::pace::Pacer;
+use creem_checkout_worker::worker::budget::{grant, listen};
+use fastrand::Rng;
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// Jobs that each worker has in the works, as by default.
+const IN_THE_WORKS: usize = 64;
+/// How long Creem takes for an answer.
+const ANSWER_MS: Range<u32> = 50..400;
+/// What Creem asks for, once.
+const SILENCE: Duration = Duration::from_secs(3);
+
+pub(crate) struct Fleet {
+    pub(crate) seed: u64,
+    pub(crate) per_second: f64,
+    pub(crate) workers: usize,
+    pub(crate) duration: Duration,
+}
+
+/// What came of it.
+pub(crate) struct Ran {
+    pub(crate) most_in_a_second: usize,
+    /// Share of the budget that was used while nobody was silent.
+    pub(crate) used: f64,
+    /// Jain's index of the shares of the workers that were there all the time: 1 means equal.
+    pub(crate) fairness: f64,
+    pub(crate) shares: Vec<usize>,
+    /// Calls in the silence, from a second after it was asked for.
+    pub(crate) in_silence: usize,
+}
+
+/// The database's row.
+struct Row {
+    /// When its clock showed nothing.
+    started: Instant,
+    next: Instant,
+    quiet_until: Instant,
+}
+
+/// A worker's way to it.
+struct Seat {
+    row: Arc<Mutex<Row>>,
+    random: Arc<Mutex<Rng>>,
+    lead: Arc<Mutex<Duration>>,
+    reckoning: Arc<Reckoning>,
+}
+
+impl Seat {
+    /// Asks the clock a few times, where the program would.
+    fn clock_questions(&self) -> impl Future<Output = ()> + use<> {
+        let asks = if self.reckoning.should_try() { 5 } else { 0 };
+        let ways: Vec<_> = (0..asks).map(|_| (self.way(), self.way())).collect();
+        let (row, reckoning) = (self.row.clone(), self.reckoning.clone());
+        async move {
+            for (there, back) in ways {
+                let asked = Instant::now();
+                tokio::time::sleep(there).await;
+                let now = micros(row.lock().unwrap().started.elapsed());
+                tokio::time::sleep(back).await;
+                reckoning.hear(now, asked);
+            }
+        }
+    }
+
+    fn way(&self) -> Duration {
+        way(&mut self.random.lock().unwrap())
+    }
+}
+
+/// One way over the network: mostly short, now and then very long.
+fn way(random: &mut Rng) -> Duration {
+    let micros =
+        if random.u8(..) == 0 { random.u64(20_000..120_000) } else { random.u64(200..3_000) };
+    Duration::from_micros(micros)
+}
+
+fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap()
+}
+
+impl Budget for Seat {
+    fn lease_places(
+        &self,
+        _mode: Mode,
+        count: u32,
+        interval: Duration,
+    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
+        let (there, back) = (self.way(), self.way());
+        let (row, lead) = (self.row.clone(), self.lead.clone());
+        let reckoning = self.reckoning.clone();
+        let clock = self.clock_questions();
+        async move {
+            clock.await;
+            let asked = Instant::now();
+            let expected = *lead.lock().unwrap();
+            tokio::time::sleep(there).await;
+            let (first, now, quiet) = {
+                let mut row = row.lock().unwrap();
+                let now = Instant::now();
+                let first = row.next.max(row.quiet_until).max(now + expected);
+                row.next = first + interval * count;
+                let shown = |at: Instant| micros(at - row.started);
+                (shown(first), shown(now), row.quiet_until.saturating_duration_since(now))
+            };
+            tokio::time::sleep(back).await;
+            *lead.lock().unwrap() = asked.elapsed();
+            reckoning.hear(now, asked);
+            let first = reckoning.instant(first).unwrap();
+            Ok(Some(Places { first, count, interval, quiet }))
+        }
+        .boxed()
+    }
+
+    fn quiet(
+        &self,
+        _mode: Mode,
+        at_least: Duration,
+    ) -> BoxFuture<'static, Result<Duration, LedgerError>> {
+        let (there, back, row) = (self.way(), self.way(), self.row.clone());
+        async move {
+            tokio::time::sleep(there).await;
+            let quiet = {
+                let mut row = row.lock().unwrap();
+                let now = Instant::now();
+                if !at_least.is_zero() {
+                    row.quiet_until = row.quiet_until.max(now + at_least);
+                }
+                row.quiet_until.saturating_duration_since(now)
+            };
+            tokio::time::sleep(back).await;
+            Ok(quiet)
+        }
+        .boxed()
+    }
+}
+
+/// What was called: when, and by whom.
+type Calls = Arc<Mutex<Vec<(Duration, usize)>>>;
+
+impl Fleet {
+    /// Calls a second that the workers could make if nobody held them.
+    #[expect(clippy::cast_precision_loss, reason = "a few thousand")]
+    pub(crate) fn capacity(&self) -> f64 {
+        let answer = f64::from(ANSWER_MS.start + ANSWER_MS.end) / 2.0 / 1_000.0;
+        (self.workers * IN_THE_WORKS) as f64 / answer
+    }
+
+    pub(crate) fn run(&self) -> Ran {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(self.simulate())
+    }
+
+    async fn simulate(&self) -> Ran {
+        let started = Instant::now();
+        let row = Arc::new(Mutex::new(Row { started, next: started, quiet_until: started }));
+        let calls: Calls = Arc::default();
+        let mut random = Rng::with_seed(self.seed);
+        let mut workers = Vec::new();
+        for number in 0..self.workers {
+            workers.push(self.worker(number, &row, &calls, started, random.fork()));
+        }
+        // One more that dies with places in its hand, and one that takes its place.
+        let half = self.duration / 2;
+        let (_, dying) = self.worker(self.workers, &row, &calls, started, random.fork());
+        let dies = half.mul_f64(0.5 + random.f64() / 2.0);
+        tokio::time::sleep(dies).await;
+        drop(dying);
+        tokio::time::sleep_until(started + half).await;
+        // Creem asks one of them for silence.
+        workers[random.usize(0..self.workers)].0.quiet(SILENCE);
+        let told = started.elapsed();
+        tokio::time::sleep(SILENCE).await;
+        let newcomer = self.worker(self.workers + 1, &row, &calls, started, random.fork());
+        tokio::time::sleep_until(started + self.duration).await;
+        drop((workers, newcomer));
+        let calls = std::mem::take(&mut *calls.lock().unwrap());
+        self.judge(&calls, told)
+    }
+
+    /// A worker with as many jobs as it takes at once; its tasks end when the set is dropped.
+    fn worker(
+        &self,
+        number: usize,
+        row: &Arc<Mutex<Row>>,
+        calls: &Calls,
+        started: Instant,
+        random: Rng,
+    ) -> (Arc<Pacer>, JoinSet<()>) {
+        let pacer = Arc::new(Pacer::shared());
+        let random = Arc::new(Mutex::new(random));
+        let mut tasks = JoinSet::new();
+        let seat = || Seat {
+            row: row.clone(),
+            random: random.clone(),
+            lead: Arc::default(),
+            reckoning: Arc::default(),
+        };
+        let (leasing, listening) = (seat(), seat());
+        let (for_grants, for_silence) = (pacer.clone(), pacer.clone());
+        let per_second = self.per_second;
+        tasks.spawn(async move {
+            grant(&for_grants, &leasing, Mode::Test, per_second).await.unwrap();
+        });
+        tasks.spawn(async move { listen(&for_silence, &listening, Mode::Test).await });
+        for _ in 0..IN_THE_WORKS {
+            let (pacer, calls, random) = (pacer.clone(), calls.clone(), random.clone());
+            tasks.spawn(async move {
+                loop {
+                    pacer.pass(pacer.admit().await).await;
+                    calls.lock().unwrap().push((started.elapsed(), number));
+                    let answer = random.lock().unwrap().u32(ANSWER_MS);
+                    tokio::time::sleep(Duration::from_millis(answer.into())).await;
+                }
+            });
+        }
+        (pacer, tasks)
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "a few thousand")]
+    fn judge(&self, calls: &[(Duration, usize)], told: Duration) -> Ran {
+        let times: Vec<Duration> = calls.iter().map(|call| call.0).collect();
+        let mut shares = vec![0_usize; self.workers];
+        for (_, worker) in calls {
+            if let Some(share) = shares.get_mut(*worker) {
+                *share += 1;
+            }
+        }
+        let (sum, squares) = shares
+            .iter()
+            .map(|share| *share as f64)
+            .fold((0.0, 0.0), |(sum, squares), share| (sum + share, squares + share * share));
+        let second = Duration::from_secs(1);
+        // Until the silence is over, and a second that it takes to begin again.
+        let busy = self.duration.saturating_sub(SILENCE).as_secs_f64();
+        let silence = told + second..told + SILENCE;
+        Ran {
+            most_in_a_second: most_in_a_second(&times),
+            used: calls.len() as f64 / (busy * self.per_second),
+            fairness: sum * sum / (self.workers as f64 * squares),
+            shares,
+            in_silence: times.iter().filter(|time| silence.contains(*time)).count(),
+        }
+    }
+}
+
+/// The most calls that any second holds; the calls are in order.
+fn most_in_a_second(times: &[Duration]) -> usize {
+    let mut first = 0;
+    let mut most = 0;
+    for (at, time) in times.iter().enumerate() {
+        while time.saturating_sub(times[first]) >= Duration::from_secs(1) {
+            first += 1;
+        }
+        most = most.max(at - first + 1);
+    }
+    most
+}
