@@ -11,7 +11,7 @@ WORKDIR /src
 COPY Cargo.toml Cargo.lock ./
 RUN --mount=type=cache,target=/usr/local/cargo/registry,sharing=locked \
     mkdir -p src/bin tests/it tests/budget tests/chaos benches && \
-    for file in src/lib.rs src/main.rs src/bin/creem-simulator.rs tests/it/main.rs tests/budget/main.rs tests/chaos/main.rs benches/throughput.rs; do \
+    for file in src/lib.rs src/main.rs src/bin/creem-simulator.rs tests/it/main.rs tests/budget/main.rs tests/chaos/main.rs benches/throughput.rs benches/replicas.rs; do \
         echo 'fn main() {}' >"$file"; \
     done && \
     cargo build --locked --release --bin checkout-worker

@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test chaos simulate bench lint clean
+.PHONY: demo test chaos chaos-fleet simulate bench lint clean
 
 demo:
 	@scripts/demo
@@ -15,7 +15,14 @@ test:
 SEED ?= 1
 chaos:
 	@scripts/broker install
-	$(CARGO) test --locked --test chaos -- --jobs 10000 --kills 20 --restarts 2 --seed $(SEED)
+	$(CARGO) test --locked --test chaos -- --workers 0 --jobs 10000 --kills 20 --restarts 2 --seed $(SEED)
+
+# Four workers, one PostgreSQL, three brokers: a kill -9 every two seconds, ten freezes beyond the lease, a restart and a
+# kill -9 of the database, and the death of the broker that leads. `make chaos-fleet SEED=7`.
+chaos-fleet:
+	@scripts/broker install
+	@scripts/postgres install
+	$(CARGO) test --locked --test chaos -- --workers 4 --jobs 20000 --freezes 10 --restarts 3 --seed $(SEED)
 
 # Up to 64 workers under one API budget, in virtual time. `make simulate SEEDS=1000`.
 SEEDS ?= 100
@@ -25,7 +32,7 @@ simulate:
 bench:
 	@scripts/broker install
 	@scripts/postgres install
-	$(CARGO) bench --locked --bench throughput
+	$(CARGO) bench --locked --bench throughput --bench replicas
 
 lint:
 	$(CARGO) fmt --check

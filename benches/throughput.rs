@@ -15,28 +15,21 @@
     reason = "a benchmark program"
 )]
 
-#[path = "../tests/it/support/amqp.rs"]
-mod amqp;
-#[path = "../tests/it/support/private.rs"]
-#[expect(dead_code, reason = "the tests use more of it")]
-mod private;
+mod support;
 
-use std::path::Path;
-use std::process::Stdio;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use amqp::{connect, declared};
 use creem_checkout_worker::simulator::{Options, Simulator};
 use futures::StreamExt as _;
-use lapin::options::{
-    BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, QueuePurgeOptions,
+use lapin::options::{ConfirmSelectOptions, QueuePurgeOptions};
+use lapin::{Channel, Consumer};
+use support::amqp::connect;
+use support::private::{BROKER, POSTGRES, Private};
+use support::{
+    PREFIX, Setting, cpu_seconds, directory, median, peak_mib, publish, replies, stop, worker,
 };
-use lapin::types::FieldTable;
-use lapin::{BasicProperties, Channel, Connection, Consumer};
-use private::{BROKER, POSTGRES, Private};
-use tokio::process::{Child, Command};
-
-const PREFIX: &str = "bench";
 
 struct Round {
     jobs_per_second: f64,
@@ -46,10 +39,19 @@ struct Round {
     p99: Duration,
 }
 
-/// A ledger to be measured: its name and its URL, or the embedded one in the round's own directory.
+/// A ledger to be measured.
 struct Subject {
     name: &'static str,
+    /// Its URL, or the embedded one in the round's own directory.
     url: Option<String>,
+    /// Makes the worker's own syncs slow.
+    preload: Option<PathBuf>,
+}
+
+impl Subject {
+    fn new(name: &'static str, url: Option<&str>) -> Self {
+        Self { name, url: url.map(str::to_owned), preload: None }
+    }
 }
 
 #[tokio::main]
@@ -58,21 +60,49 @@ async fn main() {
     let real = std::env::args().any(|argument| argument == "--bench");
     let (rounds, backlog, paced) = if real { (3, 20_000, 2_000) } else { (1, 300, 50) };
     let Some(broker) = BROKER.start("bench").await else { return };
-    let mut subjects = vec![Subject { name: "sqlite", url: None }];
-    // Without one, what it says is the reason.
-    let server = POSTGRES.start("bench").await;
-    subjects.extend(
-        server.iter().map(|server| Subject { name: "postgres", url: Some(server.url.clone()) }),
-    );
     println!("drain of {backlog} jobs at 0 ms, then {paced} jobs at 200/s; quorum queues");
+    // Without a server, what it says is the reason.
+    let server = POSTGRES.start("bench").await;
+    let server = server.as_ref().map(|server| server.url.as_str());
+    let mut subjects = vec![Subject::new("sqlite", None)];
+    subjects.extend(server.map(|url| Subject::new("postgres", Some(url))));
+    measure(&broker, &subjects, rounds, backlog, paced).await;
+    if real {
+        slow_disks(&broker, rounds, paced).await;
+    }
+    println!("bench: 1 passed, 0 failed");
+}
+
+/// The same on disks whose syncs take 3 ms, which is what many in production take.
+async fn slow_disks(broker: &Private, rounds: usize, paced: usize) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/slow-sync");
+    let made = std::process::Command::new(script).output().unwrap();
+    let Some(server) = POSTGRES.start("bench-slow").await else { return };
+    if !made.status.success() || server.ask("slow", &[]).await.is_err() {
+        println!("no slow disks: {}", String::from_utf8_lossy(&made.stderr));
+        return;
+    }
+    let preload = PathBuf::from(String::from_utf8(made.stdout).unwrap().trim());
+    println!("on disks of 3 ms per sync:");
+    let sqlite = Subject { name: "sqlite, slow disk", preload: Some(preload), url: None };
+    let postgres = Subject::new("postgres, slow disk", Some(&server.url));
+    measure(broker, &[sqlite, postgres], rounds, 10_000, paced).await;
+}
+
+/// Measures the subjects, interleaved, so that whatever else the machine does meets them alike.
+async fn measure(
+    broker: &Private,
+    subjects: &[Subject],
+    rounds: usize,
+    backlog: usize,
+    paced: usize,
+) {
     let mut all: Vec<Vec<Round>> = subjects.iter().map(|_| Vec::new()).collect();
-    for number in 0..rounds {
-        // Interleaved, so that whatever else the machine does meets them alike.
-        for (at, subject) in subjects.iter().enumerate() {
-            let round =
-                run(&broker, subject, number * subjects.len() + at + 1, backlog, paced).await;
-            println!("{}, round {}: {round}", subject.name, number + 1);
-            all[at].push(round);
+    for number in 1..=rounds {
+        for (subject, rounds) in subjects.iter().zip(&mut all) {
+            let round = run(broker, subject, backlog, paced).await;
+            println!("{}, round {number}: {round}", subject.name);
+            rounds.push(round);
         }
     }
     for (subject, rounds) in subjects.iter().zip(&all) {
@@ -83,20 +113,21 @@ async fn main() {
             median(rounds.iter().map(|round| round.cpu_per_thousand))
         );
     }
-    if let [sqlite, postgres] = all.as_slice() {
-        let ratios: Vec<f64> = sqlite
+    if let [first, second] = all.as_slice() {
+        let ratios: Vec<f64> = first
             .iter()
-            .zip(postgres)
-            .map(|(sqlite, postgres)| postgres.cpu_per_thousand / sqlite.cpu_per_thousand)
+            .zip(second)
+            .map(|(first, second)| second.cpu_per_thousand / first.cpu_per_thousand)
             .collect();
         println!(
-            "worker CPU per job, postgres to sqlite: median {:.2}, from {:.2} to {:.2}",
+            "worker CPU per job, {} to {}: median {:.2}, from {:.2} to {:.2}",
+            subjects[1].name,
+            subjects[0].name,
             median(ratios.iter().copied()),
             ratios.iter().copied().fold(f64::INFINITY, f64::min),
             ratios.iter().copied().fold(0.0, f64::max)
         );
     }
-    println!("bench: 1 passed, 0 failed");
 }
 
 impl std::fmt::Display for Round {
@@ -113,38 +144,33 @@ impl std::fmt::Display for Round {
     }
 }
 
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-async fn run(
-    broker: &Private,
-    subject: &Subject,
-    number: usize,
-    backlog: usize,
-    paced: usize,
-) -> Round {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
-    drop(std::fs::remove_dir_all(&directory));
-    std::fs::create_dir_all(&directory).unwrap();
-    let embedded = format!("sqlite:{}", directory.join("ledger.db").display());
-    let ledger = subject.url.as_deref().unwrap_or(&embedded);
+async fn run(broker: &Private, subject: &Subject, backlog: usize, paced: usize) -> Round {
+    /// No two rounds have the same jobs.
+    static ROUNDS: AtomicUsize = AtomicUsize::new(0);
+    let number = ROUNDS.fetch_add(1, Ordering::Relaxed);
+    let directory = directory("bench");
     let (simulator, serve) =
         Simulator::start(([127, 0, 0, 1], 0).into(), Options::default()).await.unwrap();
     let serving = tokio::spawn(serve);
+    let embedded = format!("sqlite:{}", directory.join("ledger.db").display());
+    let setting = Setting {
+        amqp: broker.url.clone(),
+        creem: simulator.url(),
+        ledger: subject.url.clone().unwrap_or(embedded),
+        directory,
+        preload: subject.preload.clone(),
+    };
     let connection = connect(&broker.url).await;
     let channel = connection.create_channel().await.unwrap();
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
 
     // A first start declares the queues; the backlog is published while no worker runs.
-    let mut child = worker(&broker.url, &simulator.url(), ledger, &directory);
+    let mut child = worker(&setting, "worker");
     let mut replies = replies(&connection).await;
     stop(&mut child).await;
     publish(&channel, number, 0..backlog, None).await;
 
-    let mut child = worker(&broker.url, &simulator.url(), ledger, &directory);
+    let mut child = worker(&setting, "worker");
     let first = replies.next().await.unwrap().unwrap();
     drop(first);
     let started = Instant::now();
@@ -169,78 +195,6 @@ async fn run(
         peak_mib,
         p50: times[times.len() / 2],
         p99: times[times.len() * 99 / 100],
-    }
-}
-
-fn worker(amqp: &str, creem: &str, ledger: &str, directory: &Path) -> Child {
-    let log = std::fs::File::create(directory.join("worker.log")).unwrap();
-    Command::new(env!("CARGO_BIN_EXE_checkout-worker"))
-        .arg("run")
-        .env_clear()
-        .env("AMQP_URL", amqp)
-        .env("CREEM_API_KEY", "creem_test_bench")
-        .env("CREEM_BASE_URL", creem)
-        .env("LEDGER_URL", ledger)
-        .env("CHECKOUT_WORKER__TOPOLOGY__PREFIX", PREFIX)
-        .env("CHECKOUT_WORKER__HTTP__LISTEN", "127.0.0.1:0")
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(log)
-        .kill_on_drop(true)
-        .spawn()
-        .unwrap()
-}
-
-async fn stop(child: &mut Child) {
-    let pid = child.id().unwrap().to_string();
-    std::process::Command::new("kill").args(["-TERM", &pid]).status().unwrap();
-    child.wait().await.unwrap();
-}
-
-/// Consumes the reply queue, once the worker has declared it.
-async fn replies(connection: &Connection) -> Consumer {
-    declared(connection, PREFIX).await;
-    let channel = connection.create_channel().await.unwrap();
-    let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-    let name = format!("{PREFIX}.replies");
-    channel
-        .basic_consume(name.as_str().into(), "".into(), options, FieldTable::default())
-        .await
-        .unwrap()
-}
-
-async fn publish(
-    channel: &Channel,
-    round: usize,
-    jobs: std::ops::Range<usize>,
-    at: Option<Instant>,
-) {
-    let mut confirms = Vec::new();
-    for job in jobs {
-        let body = format!(
-            r#"{{"request_id":"r{round}-{job}","product_id":"prod_1","units":2,"customer":{{"email":"buyer{job}@example.com"}},"success_url":"https://shop.example/thanks","metadata":{{"order":{job},"note":"a benchmark's job of about three hundred bytes"}}}}"#
-        );
-        let sent = at.map_or_else(String::new, |at| at.elapsed().as_nanos().to_string());
-        let properties = BasicProperties::default()
-            .with_delivery_mode(2)
-            .with_correlation_id(sent.as_str().into());
-        let queue = format!("{PREFIX}.jobs");
-        let options = BasicPublishOptions::default();
-        confirms.push(
-            channel
-                .basic_publish(
-                    "".into(),
-                    queue.as_str().into(),
-                    options,
-                    body.as_bytes(),
-                    properties,
-                )
-                .await
-                .unwrap(),
-        );
-    }
-    for confirm in confirms {
-        assert!(confirm.await.unwrap().is_ack());
     }
 }
 
@@ -275,21 +229,4 @@ async fn paced_latency(
 
 async fn publish_one(channel: &Channel, round: usize, job: usize, origin: Instant) {
     publish(channel, round, job..job + 1, Some(origin)).await;
-}
-
-/// User and system time of a process so far.
-fn cpu_seconds(child: &Child) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id().unwrap())).unwrap();
-    let after = stat.rsplit_once(')').unwrap().1;
-    let fields: Vec<&str> = after.split_whitespace().collect();
-    let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
-    // Linux reports these in units of 1/100 s to every program.
-    ticks / 100.0
-}
-
-fn peak_mib(child: &Child) -> f64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", child.id().unwrap())).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
-    let kib: f64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-    kib / 1024.0
 }

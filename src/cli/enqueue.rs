@@ -26,6 +26,8 @@ use crate::retry::Backoff;
 
 /// How often a publish may be lost with its channel before that is taken for the broker's answer.
 const MOST_LOST: u32 = 20;
+/// How often a job is refused, half a second apart, before the queue is taken to be full.
+const MOST_REFUSED: u32 = 10;
 /// Publishes in flight at once.
 const WINDOW: usize = 256;
 
@@ -294,7 +296,7 @@ fn silence(answered: usize, expected: Option<usize>) -> Failure {
 }
 
 async fn publish(publisher: &Publisher, message: Message) -> anyhow::Result<()> {
-    let mut lost = 0;
+    let (mut lost, mut refused) = (0, 0);
     loop {
         match publisher.publish(Class::Internal, message.clone()).await {
             Ok(Published::Routed) => return Ok(()),
@@ -303,7 +305,14 @@ async fn publish(publisher: &Publisher, message: Message) -> anyhow::Result<()> 
                     "no queue took it ({reason}): start the worker once, it declares the queues"
                 ));
             }
-            Ok(Published::Refused) => return Err(anyhow!("the queue refused it: it is full")),
+            Ok(Published::Refused) if refused >= MOST_REFUSED => {
+                return Err(anyhow!("the queue refused it: it is full, or no node leads it"));
+            }
+            // A cluster may just be electing the queue's next leader.
+            Ok(Published::Refused) => {
+                refused += 1;
+                tokio::time::sleep(Duration::from_millis(500)).await;
+            }
             // The broker may have it: sent again, it is a copy, and copies are answered alike.
             Err(error) if lost >= MOST_LOST => {
                 return Err(anyhow!("{error}; check this user's permissions and --reply-to"));

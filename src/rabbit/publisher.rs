@@ -31,6 +31,8 @@ use crate::retry::{Backoff, backoff};
 
 /// How long the broker may take for the confirms of a batch.
 const CONFIRM: Duration = Duration::from_secs(30);
+/// How long it may take to open a channel: a node that is losing its neighbours may never answer.
+const OPEN: Duration = Duration::from_secs(10);
 /// A connection that lived so long was a good one.
 const GOOD: Duration = Duration::from_secs(30);
 
@@ -41,7 +43,7 @@ pub enum Published {
     Routed,
     /// No queue was there to take it.
     Returned(String),
-    /// A queue refused it: it is full, or its node is in trouble.
+    /// A queue refused it: it is full, or no node leads it at the moment.
     Refused,
 }
 
@@ -129,6 +131,20 @@ impl Told {
         }
     }
 }
+
+/// Why a channel's task is over.
+enum Ended {
+    /// It broke.
+    Broke(LinkError),
+    /// A queue refused something, and it is to be replaced. RabbitMQ 3.10.8 goes on refusing, as long as the
+    /// channel lives and the node is away, on a channel that first met a queue while that queue's leader had
+    /// just died; another one publishes to the new leader.
+    Refused,
+}
+
+/// A channel that is younger than that is not replaced when it is refused: a queue that is full refuses
+/// on the next one, too.
+const YOUNG: Duration = Duration::from_secs(1);
 
 struct Order {
     message: Message,
@@ -261,13 +277,17 @@ async fn generation(
                 None => return LinkError::Broken("the connection ended".to_owned()),
             },
             ended = channels.join_next() => match ended {
-                Some(Ok((class, error))) if connection.status().connected() => {
+                Some(Ok((class, Ended::Refused))) if connection.status().connected() => {
+                    open(&connection, class, orders, told, shape.batch, &mut channels).await
+                }
+                Some(Ok((class, Ended::Broke(error)))) if connection.status().connected() => {
                     // One publish can take its channel down, but not its neighbours for long.
                     tracing::warn!(%error, "a publishing channel was closed; opening another");
                     told.broke(&error);
                     open(&connection, class, orders, told, shape.batch, &mut channels).await
                 }
-                Some(Ok((_, error))) => return error,
+                Some(Ok((_, Ended::Broke(error)))) => return error,
+                Some(Ok((_, Ended::Refused))) => return LinkError::Broken("the connection ended".to_owned()),
                 Some(Err(error)) => return LinkError::Broken(format!("a channel's task died: {error}")),
                 None => return LinkError::Broken("no channel is left".to_owned()),
             },
@@ -289,7 +309,7 @@ async fn open(
     orders: &[Orders; 2],
     told: &Arc<Told>,
     batch: usize,
-    channels: &mut JoinSet<(usize, LinkError)>,
+    channels: &mut JoinSet<(usize, Ended)>,
 ) -> Result<(), LinkError> {
     let channel = confirming(connection).await?;
     let (orders, told) = (orders[class].clone(), told.clone());
@@ -304,7 +324,7 @@ async fn confirming(connection: &Connection) -> Result<Channel, LinkError> {
         Ok::<_, lapin::Error>(channel)
     };
     let late = || LinkError::Broken("the broker did not open a channel in time".to_owned());
-    Ok(tokio::time::timeout(CONFIRM, opened).await.map_err(|_| late())??)
+    Ok(tokio::time::timeout(OPEN, opened).await.map_err(|_| late())??)
 }
 
 /// Publishes a message that no queue takes, and waits for any answer: a broker under an alarm gives
@@ -325,11 +345,12 @@ async fn probe(connection: &Connection) -> Result<(), LinkError> {
         Ok(())
     };
     let late = || LinkError::Broken("the broker still takes no messages".to_owned());
-    tokio::time::timeout(CONFIRM, asked).await.map_err(|_| late())?
+    tokio::time::timeout(OPEN, asked).await.map_err(|_| late())?
 }
 
-/// Publishes batch after batch on one channel, until it breaks.
-async fn serve(channel: &Channel, orders: &Orders, told: &Told, most: usize) -> LinkError {
+/// Publishes batch after batch on one channel, until it breaks or is refused.
+async fn serve(channel: &Channel, orders: &Orders, told: &Told, most: usize) -> Ended {
+    let opened = Instant::now();
     loop {
         let mut batch = Vec::new();
         {
@@ -342,16 +363,23 @@ async fn serve(channel: &Channel, orders: &Orders, told: &Told, most: usize) -> 
         // Whoever gave up waiting will publish again when the job is delivered again.
         batch.retain(|order: &Order| !order.done.is_closed());
         let any = !batch.is_empty();
-        if let Err(error) = publish_batch(channel, batch).await {
-            return error;
-        }
+        let refused = match publish_batch(channel, batch).await {
+            Ok(refused) => refused,
+            Err(error) => return Ended::Broke(error),
+        };
         if any {
             told.confirmed();
+        }
+        if refused && opened.elapsed() >= YOUNG {
+            // Nothing is under way on it; whether it closes in good order does not matter.
+            drop(channel.close(200, short("replaced").unwrap_or_default()).await);
+            return Ended::Refused;
         }
     }
 }
 
-async fn publish_batch(channel: &Channel, batch: Vec<Order>) -> Result<(), LinkError> {
+/// Whether any of it was refused.
+async fn publish_batch(channel: &Channel, batch: Vec<Order>) -> Result<bool, LinkError> {
     let outcome = tokio::time::timeout(CONFIRM, send_and_confirm(channel, &batch)).await;
     let outcome = outcome.unwrap_or_else(|_| {
         Err(LinkError::Broken("the broker did not confirm in time".to_owned()))
@@ -365,10 +393,11 @@ async fn publish_batch(channel: &Channel, batch: Vec<Order>) -> Result<(), LinkE
             return Err(error);
         }
     };
+    let refused = results.contains(&Published::Refused);
     for (order, result) in batch.into_iter().zip(results) {
         give(order, Ok(result));
     }
-    Ok(())
+    Ok(refused)
 }
 
 /// Sends a whole batch, waits for all of its confirms, and only then reads the returns.

@@ -2,7 +2,7 @@
 //! that this one does not know.
 
 use super::{Fatal, Shared};
-use crate::ledger::{Adoption, Command, LedgerError};
+use crate::ledger::{Adoption, Command, Identity, LedgerError};
 use crate::rabbit::Delivery;
 
 /// How often the ledger is asked to remember a refusal.
@@ -10,16 +10,15 @@ const TRIES: usize = 3;
 
 impl Shared {
     /// Holds a refusal that an earlier process has made, before a single job is taken: each one
-    /// taken and given back would count against its delivery limit.
+    /// taken and given back would count against its delivery limit. What an operator has said of a new
+    /// ledger holds for every worker, and from then on.
     pub(super) async fn begin_with_the_ledger(&self) {
         let ledger = &self.worker.journey.ledger;
-        if !ledger.identity().refused {
-            return;
-        }
-        if self.worker.accept_empty_ledger {
+        let Identity { empty, refused, .. } = *ledger.identity();
+        if self.worker.accept_empty_ledger && (empty || refused) {
             // Where this cannot be written, the next start needs the flag again.
             drop(ledger.execute(Command::Adopt(Adoption::Accepted)).await);
-        } else {
+        } else if refused {
             self.end(Fatal::EmptyLedger);
         }
     }

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::time::Instant;
+
 use super::intake::Unfit;
 use super::journey::Verdict;
 use crate::clock::{SharedClock, as_duration};
@@ -17,8 +19,10 @@ use crate::rabbit::topology::DELAYS;
 use crate::rabbit::{Delivery, Envelope, LinkError, Message, Published, Publisher, Topology};
 use crate::retry::{Backoff, backoff};
 
-/// How often a full reply queue is tried before the job is parked.
+/// How often, and for how long at least, a reply queue that refuses is tried before the job is parked:
+/// longer than a cluster takes to elect the queue's next leader.
 const FULL_TRIES: u32 = 5;
+const FULL_FOR: Duration = Duration::from_secs(5);
 /// How often a direct reply may take its connection down before the job is parked.
 const DIRECT_TRIES: u32 = 2;
 
@@ -229,7 +233,7 @@ impl Settler {
             }
             Sent::Full => {
                 metrics::reply("unroutable");
-                let text = "the reply queue refused it: it is full";
+                let text = "the reply queue refused it: it is full, or no node leads it";
                 self.park(case, "reply_unroutable", text, summary.attempts).await
             }
             Sent::SessionOver => summary,
@@ -348,6 +352,7 @@ impl Settler {
         most_lost: u32,
     ) -> Sent {
         let (mut lost, mut refused) = (0, 0);
+        let mut first_refused = None;
         loop {
             let published = tokio::select! {
                 published = by.publish(class, message.clone()) => published,
@@ -361,7 +366,8 @@ impl Settler {
                     if class == Class::Replies {
                         metrics::reply("refused");
                     }
-                    if refused >= FULL_TRIES {
+                    let since = *first_refused.get_or_insert_with(Instant::now);
+                    if refused >= FULL_TRIES && since.elapsed() >= FULL_FOR {
                         return Sent::Full;
                     }
                     refused

@@ -11,6 +11,7 @@
 mod architecture;
 mod cli;
 mod creem;
+mod deploy;
 mod faults;
 mod journey;
 mod ledger;

@@ -66,6 +66,38 @@ async fn two_workers_serve_the_same_queues_and_each_job_gets_one_link() {
 }
 
 #[tokio::test]
+async fn workers_behind_a_pooler_in_transaction_mode_share_a_ledger_all_the_same() {
+    let Some(server) = POSTGRES.start("pooler").await else { return };
+    let direct = server.url.clone();
+    let pooled = server.ask("pooler", &[]).await.unwrap();
+    let Some(mut world) = on("pooler", &pooled).await else { return };
+    world.set("rate_limit.per_second", "500");
+    // They migrate at once, with two connections to the database for all of them.
+    let workers = join_all((0..3).map(|_| world.worker())).await;
+    let mut replies = world.replies().await;
+    for n in 0..120 {
+        world.job(&format!("order_{}", n / 2)).await;
+    }
+    let mut bodies = HashSet::new();
+    for _ in 0..120 {
+        let reply = next(&mut replies).await;
+        assert_eq!(reply.status(), "succeeded");
+        bodies.insert(reply.body);
+    }
+    assert_eq!((bodies.len(), world.sessions()), (60, 60));
+    // The pooler dies with everything it had under way.
+    server.act("pooler-kill").await;
+    world.job("while_away").await;
+    eventually("whoever has the job pauses", || async {
+        workers.iter().any(|worker| worker.log().join("").contains("intake is paused"))
+    })
+    .await;
+    assert_eq!(server.ask("pooler", &[]).await.unwrap(), pooled);
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    assert_eq!(look(&direct, "while_away").await.0.attempts, 1);
+}
+
+#[tokio::test]
 async fn a_job_of_a_worker_that_died_is_finished_by_another() {
     let Some((world, url)) = world("other_finishes").await else { return };
     let first = world.worker().await;
@@ -251,4 +283,25 @@ async fn four_workers_keep_one_budget_and_one_silence() {
     let quiet = told + 1_000_000..told + 3_000_000;
     let late: Vec<_> = log.posts().iter().filter(|post| quiet.contains(&post.arrived_us)).collect();
     assert!(late.is_empty(), "{late:?}");
+}
+
+#[tokio::test]
+async fn what_an_operator_says_of_a_new_ledger_holds_for_all_workers_at_once() {
+    let Some((mut world, url)) = world("accepted").await else { return };
+    let lost = database(&shared("accepted").await.unwrap()).await;
+    // A job that a worker with another ledger had in the works.
+    world.settings.insert("LEDGER_URL".into(), lost);
+    let worker = world.worker().await;
+    world.script(r#"{"faults":[{"request_id":"a","times":1,"kind":"hang_after"}]}"#);
+    world.job("a").await;
+    soon("the call", world.simulator.posts_arrived(1)).await;
+    world.settings.insert("LEDGER_URL".into(), url);
+    let mut accepting = world.worker_unready(&["--accept-empty-ledger", "--lanes", "bulk"]);
+    soon("it serves", accepting.logged("consuming")).await;
+    accepting.signal("TERM");
+    assert_eq!(accepting.ended().await, 0);
+    worker.kill().await;
+    let mut replies = world.replies().await;
+    let _second = world.worker().await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded", "the second one does not ask again");
 }

@@ -235,7 +235,10 @@ fn adopt(connection: &Connection, adoption: Adoption, now: Millis) -> rusqlite::
             set_meta_number(connection, "refused", now)?;
             forget("adopted")
         }
-        Adoption::Accepted => forget("refused"),
+        Adoption::Accepted => {
+            forget("refused")?;
+            set_meta_number(connection, "adopted", now)
+        }
     }
 }
 

@@ -37,6 +37,15 @@ macro_rules! on_every_ledger {
                 super::promises::$promise(&super::bench::Backend::Postgres(server)).await;
             })*
         }
+        /// Behind a PgBouncer in transaction mode: no two statements of a worker meet one session.
+        mod pooled {
+            $(#[tokio::test]
+            async fn $promise() {
+                let server = crate::support::postgres::pooled(stringify!($promise)).await;
+                let Some(server) = server else { return };
+                super::promises::$promise(&super::bench::Backend::Postgres(server)).await;
+            })*
+        }
     };
 }
 

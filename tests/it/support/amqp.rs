@@ -14,13 +14,24 @@ const PATIENCE: Duration = Duration::from_secs(90);
 pub(crate) async fn connect(url: &str) -> Connection {
     let connected = tokio::time::timeout(PATIENCE, async {
         loop {
-            match Connection::connect(url, ConnectionProperties::default()).await {
-                Ok(connection) => return connection,
-                Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            for url in each_host(url) {
+                if let Ok(connection) =
+                    Connection::connect(&url, ConnectionProperties::default()).await
+                {
+                    return connection;
+                }
             }
+            tokio::time::sleep(Duration::from_millis(50)).await;
         }
     });
     connected.await.unwrap_or_else(|_| panic!("no broker within {PATIENCE:?}"))
+}
+
+/// A URL for each of the hosts in one.
+fn each_host(url: &str) -> Vec<String> {
+    let (before, rest) = url.rsplit_once('@').unwrap();
+    let (hosts, vhost) = rest.split_once('/').unwrap();
+    hosts.split(',').map(|host| format!("{before}@{host}/{vhost}")).collect()
 }
 
 /// Waits until a worker has declared the last of its queues. Only then may anything be published:
@@ -30,12 +41,15 @@ pub(crate) async fn declared(connection: &Connection, prefix: &str) {
     let last = format!("{prefix}.retry.bulk.10m");
     let declared = tokio::time::timeout(PATIENCE, async {
         loop {
-            let channel = connection.create_channel().await.unwrap();
-            let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
-            let asked =
-                channel.queue_declare(last.as_str().into(), passive, FieldTable::default()).await;
-            if asked.is_ok() {
-                return;
+            if let Ok(channel) = connection.create_channel().await {
+                let passive =
+                    QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+                let asked = channel
+                    .queue_declare(last.as_str().into(), passive, FieldTable::default())
+                    .await;
+                if asked.is_ok() {
+                    return;
+                }
             }
             tokio::time::sleep(Duration::from_millis(20)).await;
         }

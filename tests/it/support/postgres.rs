@@ -21,6 +21,22 @@ pub(crate) async fn shared(test: &str) -> Option<String> {
     POSTGRES.skipped(test, url.clone())
 }
 
+/// The same server behind a PgBouncer in transaction mode, with two connections for everybody.
+pub(crate) async fn pooled(test: &str) -> Option<String> {
+    static URL: OnceCell<Result<String, String>> = OnceCell::const_new();
+    if std::env::var("TEST_POSTGRES_URL").is_ok() {
+        eprintln!("skipped: {test} needs a PgBouncer, which is put before a PostgreSQL of our own");
+        return None;
+    }
+    shared(test).await?;
+    let start = || {
+        let directory = POSTGRES.directory(&format!("it-{}", std::process::id()));
+        POSTGRES.run("pooler", &directory)
+    };
+    let url = URL.get_or_init(|| async { tokio::task::spawn_blocking(start).await.unwrap() }).await;
+    POSTGRES.skipped(test, url.clone())
+}
+
 /// A connection of the test's own.
 pub(crate) async fn connect(url: &str) -> tokio_postgres::Client {
     let (client, connection) = tokio_postgres::connect(url, NoTls).await.unwrap();

@@ -10,8 +10,8 @@ pub(crate) fn root() -> &'static Path {
 /// A kind of server.
 #[derive(Clone, Copy)]
 pub(crate) struct Service {
-    script: &'static str,
-    name: &'static str,
+    pub(crate) script: &'static str,
+    pub(crate) name: &'static str,
 }
 
 pub(crate) const BROKER: Service = Service { script: "broker", name: "a broker" };
@@ -29,9 +29,14 @@ impl Service {
 
     /// Runs a verb of the script.
     pub(crate) fn run(self, verb: &str, directory: &Path) -> Result<String, String> {
+        self.run_with(verb, directory, &[])
+    }
+
+    fn run_with(self, verb: &str, directory: &Path, more: &[String]) -> Result<String, String> {
         let output = Command::new(self.script())
             .arg(verb)
             .arg(directory)
+            .args(more)
             .output()
             .map_err(|error| format!("scripts/{} cannot be run: {error}", self.script))?;
         if output.status.success() {
@@ -58,7 +63,9 @@ impl Service {
     pub(crate) async fn start(self, test: &str) -> Option<Private> {
         let directory = self.directory(test);
         let at = directory.clone();
-        let url = tokio::task::spawn_blocking(move || self.run("start", &at)).await.unwrap();
+        // What a test that was killed left behind is no beginning.
+        let start = move || self.run("clean", &at).and_then(|_| self.run("start", &at));
+        let url = tokio::task::spawn_blocking(start).await.unwrap();
         self.skipped(test, url).map(|url| Private { service: self, directory, url })
     }
 }
@@ -73,8 +80,15 @@ pub(crate) struct Private {
 impl Private {
     /// Does what a verb of the script says: `stop`, `start`, `kill`; of a broker also `restart`.
     pub(crate) async fn act(&self, verb: &'static str) {
+        self.ask(verb, &[]).await.unwrap();
+    }
+
+    /// Does what a verb says that takes more than the directory; what it printed, or why it failed.
+    pub(crate) async fn ask(&self, verb: &'static str, more: &[&str]) -> Result<String, String> {
         let (service, at) = (self.service, self.directory.clone());
-        tokio::task::spawn_blocking(move || service.run(verb, &at)).await.unwrap().unwrap();
+        let more: Vec<String> = more.iter().map(|&word| word.to_owned()).collect();
+        let run = move || service.run_with(verb, &at, &more);
+        tokio::task::spawn_blocking(run).await.unwrap()
     }
 }
 
