@@ -31,8 +31,8 @@ use relay::Relay;
 use support::amqp::connect;
 use support::private::{BROKER, POSTGRES, Private};
 use support::{
-    PREFIX, Setting, cpu_seconds, directory, median, peak_mib, publish, replies, signal, stop,
-    worker,
+    PREFIX, Setting, cpu_of, cpu_seconds, directory, median, peak_mib, publish, replies, signal,
+    stat, stop, worker,
 };
 use tokio::process::Child;
 
@@ -41,10 +41,12 @@ const LATENCY_MS: u64 = 200;
 /// Calls that a worker has in flight, by default.
 const IN_FLIGHT: usize = 64;
 /// Jobs per worker and round.
-const PER_WORKER: usize = 3_000;
+const PER_WORKER: usize = 4_000;
 
 /// Everything but the workers.
 struct Bench {
+    /// The processes of the broker and of the database.
+    servers: [u32; 2],
     setting: Setting,
     simulator: Arc<Simulator>,
     channel: Channel,
@@ -64,17 +66,16 @@ async fn main() {
     let mut all = counts.map(|_| Vec::new());
     for round in 1..=rounds {
         for (count, all) in counts.into_iter().zip(&mut all) {
-            let (per_second, cpu, peak) = bench.drain(count, count * per_worker).await;
-            println!(
-                "{count} workers, round {round}: {per_second:.0} jobs/s, {cpu:.3} CPU s per 1,000 jobs, peak {peak:.0} MiB"
-            );
-            all.push(per_second);
+            let drained = bench.drain(count, count * per_worker).await;
+            println!("{count} workers, round {round}: {drained}");
+            all.push(drained.per_second);
         }
     }
     let medians = all.map(|all| median(all.into_iter()));
     for (count, jobs) in counts.into_iter().zip(medians) {
         println!("{count} workers, median: {jobs:.0} jobs/s, {:.2} times one", jobs / medians[0]);
     }
+    sizes(&server.url).await;
     if real {
         for loss in [Loss::Killed, Loss::Frozen, Loss::CutOff] {
             let took = bench.lose(&broker, loss).await;
@@ -85,6 +86,69 @@ async fn main() {
         }
     }
     println!("bench: 1 passed, 0 failed");
+}
+
+/// How much a settled job takes in the database.
+async fn sizes(url: &str) {
+    let (client, connection) = tokio_postgres::connect(url, tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let row = client
+        .query_one(
+            "SELECT count(*), pg_total_relation_size('checkout_worker.job'),
+                    (pg_current_wal_lsn() - '0/0'::pg_lsn)::int8 FROM checkout_worker.job",
+            &[],
+        )
+        .await
+        .unwrap();
+    let (rows, bytes, wal): (i64, i64, i64) = (row.get(0), row.get(1), row.get(2));
+    println!(
+        "PostgreSQL: {rows} jobs, {} bytes each with indexes and dead rows, {} bytes of WAL each",
+        bytes / rows.max(1),
+        wal / rows.max(1)
+    );
+}
+
+/// What a drain took.
+struct Drained {
+    per_second: f64,
+    /// CPU seconds per 1,000 jobs: of all workers, of the broker, of the database.
+    cpu: [f64; 3],
+    /// The most memory that one of the workers ever had.
+    peak_mib: f64,
+}
+
+impl std::fmt::Display for Drained {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [workers, broker, database] = self.cpu;
+        write!(
+            f,
+            "{:.0} jobs/s; CPU s per 1,000 jobs: workers {workers:.3}, RabbitMQ {broker:.3}, PostgreSQL {database:.3}; peak {:.0} MiB",
+            self.per_second, self.peak_mib
+        )
+    }
+}
+
+/// The process that a server's script has started.
+fn process_of(file: &std::path::Path) -> u32 {
+    let text = std::fs::read_to_string(file).unwrap();
+    text.lines().next().unwrap().trim().parse().unwrap()
+}
+
+/// Where the script keeps PostgreSQL's data.
+fn data_of(server: &Private) -> std::path::PathBuf {
+    let env = std::fs::read_to_string(server.directory.join("env")).unwrap();
+    let line = env.lines().find_map(|line| line.strip_prefix("data='")).unwrap();
+    std::path::Path::new(line.trim_end_matches('\'')).join("db")
+}
+
+/// User and system time of a process and its children so far.
+fn cpu_of_family(parent: u32) -> f64 {
+    let all = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let of_it = |pid: &u32| {
+        *pid == parent || stat(*pid).is_some_and(|fields| fields[1] == parent.to_string())
+    };
+    pids.filter(of_it).map(cpu_of).sum()
 }
 
 /// What happens to a worker.
@@ -119,7 +183,11 @@ impl Bench {
         let mut child = worker(&setting, "first");
         let replies = replies(&connection).await;
         stop(&mut child).await;
-        Self { setting, simulator, channel, replies, round: 0 }
+        let servers = [
+            process_of(&broker.directory.join("pid")),
+            process_of(&data_of(server).join("postmaster.pid")),
+        ];
+        Self { servers, setting, simulator, channel, replies, round: 0 }
     }
 
     async fn publish(&mut self, jobs: usize) {
@@ -133,26 +201,31 @@ impl Bench {
         }
     }
 
-    /// Jobs a second from the first answer to the last, the workers' CPU seconds per 1,000 jobs, and the
-    /// most memory that one of them ever had, in MiB.
-    async fn drain(&mut self, count: usize, jobs: usize) -> (f64, f64, f64) {
+    /// From the first answer to the last.
+    async fn drain(&mut self, count: usize, jobs: usize) -> Drained {
         let mut workers: Vec<Child> =
             (0..count).map(|number| worker(&self.setting, &format!("worker-{number}"))).collect();
         // All of them serve before it counts.
         self.warm_up(count).await;
-        let before: f64 = workers.iter().map(cpu_seconds).sum();
+        let servers = self.servers;
+        let cpu = |workers: &[Child]| {
+            let [broker, database] = servers.map(cpu_of_family);
+            [workers.iter().map(cpu_seconds).sum(), broker, database]
+        };
+        let before: [f64; 3] = cpu(&workers);
         self.publish(jobs).await;
         self.answers(1).await;
         let started = Instant::now();
         self.answers(jobs - 1).await;
         let took = started.elapsed().as_secs_f64();
-        let cpu = workers.iter().map(cpu_seconds).sum::<f64>() - before;
+        let after: [f64; 3] = cpu(&workers);
         let peak = workers.iter().map(peak_mib).fold(0.0, f64::max);
         for worker in &mut workers {
             stop(worker).await;
         }
         let jobs = f64::from(u32::try_from(jobs).unwrap());
-        (jobs / took, cpu * 1000.0 / jobs, peak)
+        let cpu = [0, 1, 2].map(|of| (after[of] - before[of]) * 1000.0 / jobs);
+        Drained { per_second: jobs / took, cpu, peak_mib: peak }
     }
 
     /// Lets so many workers fill up: only when all of them serve are so many calls in flight.

@@ -123,9 +123,18 @@ pub(crate) async fn publish(
 
 /// User and system time of a process so far.
 pub(crate) fn cpu_seconds(child: &Child) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", child.id().unwrap())).unwrap();
-    let after = stat.rsplit_once(')').unwrap().1;
-    let fields: Vec<&str> = after.split_whitespace().collect();
+    cpu_of(child.id().unwrap())
+}
+
+/// The fields of a process behind its name, as proc(5) has them.
+pub(crate) fn stat(pid: u32) -> Option<Vec<String>> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let (_, after) = stat.rsplit_once(')')?;
+    Some(after.split_whitespace().map(str::to_owned).collect())
+}
+
+pub(crate) fn cpu_of(pid: u32) -> f64 {
+    let Some(fields) = stat(pid) else { return 0.0 };
     let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
     // Linux reports these in units of 1/100 s to every program.
     ticks / 100.0

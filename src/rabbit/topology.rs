@@ -10,8 +10,8 @@
 use std::time::Duration;
 
 use lapin::options::{
-    ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
-    QueueDeleteOptions,
+    BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
+    QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Channel, Connection, ExchangeKind};
@@ -25,6 +25,9 @@ use crate::job::Lane;
 const DELIVERY_LIMIT: i64 = 20;
 /// The same for queues whose messages must never be taken out: people read those.
 const NEVER: i64 = 1_000_000;
+
+/// How long the broker may take to confirm a message that is only to show that one may be published.
+const PROBE: Duration = Duration::from_secs(10);
 
 /// The delays of the delay queues, shortest first.
 pub const DELAYS: [(&str, Duration); 5] = [
@@ -232,8 +235,9 @@ impl Topology {
     }
 
     /// Compares what is on the broker with what should be, without making anything: queues are
-    /// compared with their arguments if `declare` says that the worker may. Bindings cannot be
-    /// asked for in AMQP.
+    /// compared with their arguments if `declare` says that the worker may, and whether it may publish
+    /// is tried with messages that no queue takes. Bindings cannot be asked for in AMQP, nor whether a queue
+    /// may be read.
     ///
     /// # Errors
     /// If the broker cannot be asked.
@@ -278,9 +282,12 @@ impl Topology {
                 )
                 .await
             {
-                Ok(()) => {}
+                Ok(()) => try_publishing(connection, &exchange, &mut found).await?,
                 Err(error) => found.note(format!("exchange {exchange}"), error)?,
             }
+        }
+        if self.replies_exchange.is_empty() {
+            try_publishing(connection, "", &mut found).await?;
         }
         Ok(found)
     }
@@ -297,6 +304,31 @@ impl Topology {
             Err(error) if error.is_amqp_soft_error() => Ok(None),
             Err(error) => Err(error.into()),
         }
+    }
+}
+
+/// Publishes a message that no queue takes: the broker returns it, or says that this user may not.
+async fn try_publishing(
+    connection: &Connection,
+    exchange: &str,
+    found: &mut Differences,
+) -> Result<(), LinkError> {
+    let channel = connection.create_channel().await?;
+    channel.confirm_select(ConfirmSelectOptions { nowait: false }).await?;
+    let options = BasicPublishOptions { mandatory: true, immediate: false };
+    let key = short("checkout-worker.probe")?;
+    let sent = channel
+        .basic_publish(short(exchange)?, key, options, b"?", lapin::BasicProperties::default())
+        .await?;
+    match tokio::time::timeout(PROBE, sent).await {
+        Ok(Ok(_)) => Ok(()),
+        Ok(Err(error)) => {
+            let name = if exchange.is_empty() { "the default exchange" } else { exchange };
+            found.note(format!("publishing to {name}"), error)
+        }
+        Err(_) => Err(LinkError::Broken(
+            "the broker confirms nothing: is there a memory or disk alarm?".to_owned(),
+        )),
     }
 }
 

@@ -8,7 +8,7 @@ pub mod log;
 pub mod rules;
 pub mod script;
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -84,10 +84,19 @@ impl Simulator {
         self.address
     }
 
-    /// Its base URL.
+    /// Its base URL, which its links begin with.
     #[must_use]
     pub fn url(&self) -> String {
-        format!("http://{}", self.address)
+        let mut address = self.address;
+        // Every address is none to go to. In a container the port is published on loopback, and
+        // only there may a link be plain http.
+        if address.ip().is_unspecified() {
+            address.set_ip(match address {
+                SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            });
+        }
+        format!("http://{address}")
     }
 
     /// Replaces the faults.

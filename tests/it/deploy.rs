@@ -204,13 +204,27 @@ async fn a_user_with_the_least_rights_is_enough_for_the_worker() {
     let mut dead = consume(&owner, "checkout.dead").await;
     assert_eq!(next(&mut dead).await.text("/request_id"), "unanswerable");
 
-    let mut environment = Command::new(env!("CARGO_BIN_EXE_checkout-worker"));
-    environment.arg("check").env_clear().envs(world.environment());
-    let check = tokio::task::spawn_blocking(move || environment.output()).await.unwrap().unwrap();
-    assert!(check.status.success(), "{}", String::from_utf8_lossy(&check.stdout));
+    let check = async || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_checkout-worker"));
+        command.arg("check").env_clear().envs(world.environment());
+        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    let (ready, said) = check().await;
+    assert!(ready, "{said}");
     let log = std::fs::read_to_string(broker.directory.join("rabbit.log")).unwrap();
     assert!(!log.contains("refused for user 'checkout-worker'"), "{log}");
     drop(worker);
+
+    // Less is not enough, and `check` says so.
+    for exchange in ["dlx", "reply", "retry"] {
+        let others = ["dlx", "reply", "retry"].into_iter().filter(|other| *other != exchange);
+        let write = format!("^checkout\\.({})$", others.collect::<Vec<_>>().join("|"));
+        let user = ["set_permissions", "-p", "checkout", "checkout-worker"];
+        ctl(&broker, &[&user[..], &["^$", &write, ".*"]].concat()).await;
+        let (ready, said) = check().await;
+        assert!(!ready && said.contains(&format!("publishing to checkout.{exchange}")), "{said}");
+    }
 }
 
 /// An object of a kind, of the rendered ones.

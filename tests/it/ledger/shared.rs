@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use creem_checkout_worker::clock::Clock as _;
 use creem_checkout_worker::job::{Mode, Status};
 use creem_checkout_worker::ledger::postgres::{OpenError, Options, PostgresLedger, Time};
 use creem_checkout_worker::ledger::*;
@@ -13,6 +14,7 @@ use super::bench::{Backend, Bench, START};
 use super::key;
 use super::promises::{link, rejected, wait};
 use crate::support::postgres::{connect, database, shared};
+use crate::support::private::root;
 
 async fn bench(test: &str) -> Option<Bench> {
     let server = shared(test).await?;
@@ -351,4 +353,31 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
     ledger.lease_places(Mode::Test, 1000, interval).await.unwrap();
     let places = ledger.lease_places(Mode::Live, 1, interval).await.unwrap().unwrap();
     assert!(places.first < tokio::time::Instant::now() + Duration::from_secs(2));
+}
+
+#[tokio::test]
+async fn a_ledger_whose_table_was_partitioned_keeps_its_promises() {
+    let Some(bench) = bench("partitioned").await else { return };
+    // As docs/scaling.md says it.
+    let recipe = std::fs::read_to_string(root().join("docs/scaling.md")).unwrap();
+    let (_, sql) = recipe.split_once("```sql\n").unwrap();
+    let (sql, _) = sql.split_once("```").unwrap();
+    bench.lease("before").await;
+    connect(bench.url()).await.batch_execute(sql).await.unwrap();
+    assert_eq!(bench.row("before").await.attempts, 1, "what was there is kept");
+    for n in 0..40 {
+        let id = format!("order_{n}");
+        let lease = bench.lease(&id).await;
+        let ended = bench.settle(&id, lease, Attempt::Counted, Next::End(link(&id))).await;
+        assert!(matches!(ended, Settle::Ended(_)), "{ended:?}");
+        let again = bench.ledger().claim(Bench::request(bench.claimant(&id, 1))).await.unwrap();
+        assert!(matches!(again, Claim::Settled(_)), "{again:?}");
+    }
+    let client = connect(bench.url()).await;
+    let parts = "SELECT count(DISTINCT tableoid) FROM checkout_worker.job";
+    let parts: i64 = client.query_one(parts, &[]).await.unwrap().get(0);
+    assert!(parts > 4, "{parts}");
+    bench.clock.advance(Duration::from_secs(86_400));
+    let swept = bench.ledger().sweep(bench.clock.now()).await.unwrap();
+    assert_eq!(swept, 40, "retention reaches every partition");
 }
