@@ -109,8 +109,12 @@ async fn enqueue(settings: &Resolved, arguments: &Arguments, jobs: Jobs) -> Outc
     let stop = CancellationToken::new();
     // A broker that is not there is an error here, not something to wait for.
     let replies = if arguments.wait {
-        let queue = ReplyQueue::open(&settings.amqp, "checkout-worker enqueue --wait").await;
-        Some(queue.map_err(|error| anyhow!("{error}; check AMQP_URL"))?)
+        let exchange = &settings.topology.replies_exchange;
+        let queue =
+            ReplyQueue::open(&settings.amqp, "checkout-worker enqueue --wait", exchange).await;
+        Some(queue.map_err(|error| {
+            anyhow!("{error}; check AMQP_URL, this user's permissions, and replies.exchange")
+        })?)
     } else {
         None
     };

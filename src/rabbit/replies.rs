@@ -1,7 +1,7 @@
 //! A queue of one's own for replies, for `enqueue --wait`.
 
 use futures::StreamExt as _;
-use lapin::options::{BasicConsumeOptions, QueueDeclareOptions};
+use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{Connection, Consumer};
 
@@ -31,11 +31,12 @@ pub struct Received {
 }
 
 impl ReplyQueue {
-    /// Makes the queue.
+    /// Makes the queue, reachable under its name from the exchange that replies go through (`""` is
+    /// the default exchange, which reaches every queue).
     ///
     /// # Errors
     /// If the broker is not there or says no.
-    pub async fn open(options: &Options, name: &str) -> Result<Self, LinkError> {
+    pub async fn open(options: &Options, name: &str, exchange: &str) -> Result<Self, LinkError> {
         let connection = link::connect(options, name).await?;
         let channel = connection.create_channel().await?;
         let declare = QueueDeclareOptions {
@@ -47,6 +48,17 @@ impl ReplyQueue {
         };
         let queue = channel.queue_declare(short("")?, declare, FieldTable::default()).await?;
         let name = queue.name().as_str().to_owned();
+        if !exchange.is_empty() {
+            channel
+                .queue_bind(
+                    short(&name)?,
+                    short(exchange)?,
+                    short(&name)?,
+                    QueueBindOptions { nowait: false },
+                    FieldTable::default(),
+                )
+                .await?;
+        }
         let consume =
             BasicConsumeOptions { no_local: false, no_ack: true, exclusive: true, nowait: false };
         let consumer = channel

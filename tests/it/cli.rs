@@ -70,6 +70,18 @@ async fn exit_codes_tell_usage_and_configuration_apart() {
 }
 
 #[tokio::test]
+async fn a_reply_is_waited_for_through_an_exchange_of_the_replies_own_too() {
+    let Some(mut world) = World::new("own_exchange").await else { return };
+    let exchange = world.queue("reply");
+    world.set("replies.exchange", &exchange);
+    let _worker = world.worker().await;
+    let flags = ["enqueue", "--wait", "--request-id", "order_1", "--product-id", "prod_1"];
+    let (code, output, error) = command(&flags, world.environment(), "").await;
+    assert_eq!(code, 0, "{error}");
+    assert!(output.contains("succeeded"), "{output}");
+}
+
+#[tokio::test]
 async fn jobs_are_enqueued_from_flags_and_lines_and_their_replies_printed() {
     let Some(world) = World::new("enqueue").await else { return };
     let _worker = world.worker().await;
