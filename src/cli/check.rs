@@ -21,6 +21,10 @@ pub(super) struct Arguments {
     /// Read the whole ledger instead and verify every row.
     #[arg(long)]
     ledger: bool,
+    /// Also try whether messages may be published: one to each exchange, which no queue should take and
+    /// none keeps.
+    #[arg(long, conflicts_with = "ledger")]
+    publish: bool,
 }
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
@@ -41,7 +45,7 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let (ledger, broker, key, listen) = block_on(async {
         tokio::join!(
             ledger(&settings.ledger),
-            broker(&settings),
+            broker(&settings, arguments.publish),
             key(&settings),
             listen(settings.listen)
         )
@@ -122,7 +126,7 @@ async fn key(settings: &Resolved) -> Result<String, String> {
     }
 }
 
-async fn broker(settings: &Resolved) -> Vec<(&'static str, Result<String, String>)> {
+async fn broker(settings: &Resolved, publish: bool) -> Vec<(&'static str, Result<String, String>)> {
     let connection = match link::connect(&settings.amqp, "checkout-worker check").await {
         Ok(connection) => connection,
         Err(error) => {
@@ -135,7 +139,7 @@ async fn broker(settings: &Resolved) -> Vec<(&'static str, Result<String, String
         }
     };
     let mut found = vec![("broker", Ok("connected".to_owned()))];
-    found.push(match settings.topology.compare(&connection, settings.declare).await {
+    found.push(match settings.topology.compare(&connection, settings.declare, publish).await {
         Ok(found) => ("topology", judge(&found, settings.declare)),
         Err(error) => ("topology", Err(error.to_string())),
     });

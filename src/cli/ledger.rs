@@ -5,13 +5,14 @@ use std::sync::Arc;
 
 use anyhow::anyhow;
 
-use super::look::shown;
+use super::look::{Look, shown};
 use super::{Failure, Outcome, block_on, resolved_without_key, say};
 use crate::clock::{Clock as _, Millis, SystemClock};
 use crate::config::check;
 use crate::job::reply::rfc3339;
 use crate::ledger::postgres::{PostgresLedger, Time};
 use crate::ledger::sqlite::SqliteLedger;
+use crate::ledger::transition::DOUBT_LASTS;
 use crate::ledger::{Command, Ledger};
 
 /// Tell the ledger what only an operator knows.
@@ -46,6 +47,9 @@ fn time(text: &str) -> Result<Millis, String> {
     if until > now {
         return Err("that is in the future: every job until then would end unresolved".to_owned());
     }
+    if until < now - DOUBT_LASTS {
+        return Err("that is more than 30 days ago, and no job is doubted for longer".to_owned());
+    }
     Ok(until)
 }
 
@@ -54,7 +58,7 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let Action::RestoredTo { until } = arguments.action;
     block_on(tell(&settings.ledger, Command::Restored { until }))??;
     say(&format!(
-        "{}: jobs published until {} that it does not know end unresolved; `show REQUEST_ID` and the dead queue tell which",
+        "{}: jobs published until {} that it does not know, or whose row is as old, end unresolved; `show REQUEST_ID` and the dead queue tell which",
         shown(&settings.ledger),
         rfc3339(until)
     ));
@@ -62,6 +66,8 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
 }
 
 async fn tell(ledger: &check::Ledger, command: Command) -> Result<(), Failure> {
+    // Only one that is there: a mistyped name must not make a new one, and leave the right one untold.
+    drop(Look::open(ledger).await?);
     let ledger: Arc<dyn Ledger> = match ledger {
         check::Ledger::File(path) if !path.exists() => {
             return Err(Failure::Failed(anyhow!("there is no ledger at {}", path.display())));

@@ -12,7 +12,7 @@ use super::{Failure, Outcome, block_on, count, resolved};
 use crate::clock::{SharedClock, SystemClock, as_millis};
 use crate::config::check::{self as config, Resolved};
 use crate::creem::Client;
-use crate::job::Lane;
+use crate::job::{FingerprintKey, Lane};
 use crate::ledger::Ledger;
 use crate::ledger::postgres::{self, Observation, PostgresLedger, Time};
 use crate::ledger::sqlite::SqliteLedger;
@@ -21,7 +21,7 @@ use crate::observe::health::Health;
 use crate::observe::{admin, logging, metrics};
 use crate::pace::Pacer;
 use crate::rabbit::Publisher;
-use crate::rabbit::consumer::Plan;
+use crate::rabbit::consumer::{Guard, Plan};
 use crate::rabbit::publisher::Shape;
 use crate::retry::{Backoff, Pauses, backoff};
 use crate::worker::gate::Gate;
@@ -197,7 +197,7 @@ fn assemble(
             name: name("consume"),
             topology: settings.topology.clone(),
             declare: settings.declare,
-            exclusive,
+            guard: guard(settings, &identity.key),
         },
         lanes,
         intake: Intake {
@@ -236,6 +236,20 @@ fn assemble(
         shared_budget,
         accept_empty_ledger,
     })
+}
+
+/// Who else may serve the same queues.
+fn guard(settings: &Resolved, key: &FingerprintKey) -> Guard {
+    match (&settings.ledger, settings.declare) {
+        (config::Ledger::File(_), _) => Guard::Alone,
+        (config::Ledger::Database(_), false) => Guard::Nothing,
+        (config::Ledger::Database(_), true) => {
+            // It tells one ledger from another, and nothing of the secret.
+            let mac = key.mac(&[b"mark of the ledger"]);
+            let mark = mac.first_chunk().map_or(0, |bytes| u128::from_le_bytes(*bytes));
+            Guard::Sharing(format!("{mark:032x}"))
+        }
+    }
 }
 
 /// The lane sizes as `lane=concurrency`, for a log line.

@@ -82,8 +82,8 @@ pub struct Claimant {
     /// Whether the broker delivered this copy before: then it never counts as sent again. A copy
     /// that comes back from a delay queue is known by its first pickup.
     pub redelivered: bool,
-    /// Whether it bears the mark of another ledger's delay queue, while this ledger is new: that one
-    /// may have been lost, with a link for it.
+    /// Whether it bears the mark of another ledger's delay queue, which may know a link for it. Only that
+    /// ledger's workers make such a mark; a producer that forges one hurts its own job.
     pub elsewhere: bool,
     /// What may follow an unknown answer.
     pub on_unknown: OnUnknown,

@@ -25,7 +25,7 @@ const LONGEST_WAIT: Millis = 40 * 60 * 1000;
 /// that ran ahead, and is over. The longest is a `creem.request_timeout` of two minutes and 15 s.
 const LONGEST_LEASE: Millis = 5 * 60 * 1000;
 /// How long a restored ledger is doubted, in milliseconds: 30 days.
-const DOUBT_LASTS: Millis = 30 * 24 * 3_600_000;
+pub const DOUBT_LASTS: Millis = 30 * 24 * 3_600_000;
 /// How far a producer's clock may run ahead, in milliseconds.
 const CLOCKS_DIFFER: Millis = 5 * 60_000;
 /// How long after a restore a redelivered job without a timestamp counts as older, in milliseconds.
@@ -115,7 +115,8 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
         && row.token == request.token
     {
         // The same claim again: its first commit happened, only the answer was lost.
-        return Effect::claim(Claim::Granted(lease_of(row)));
+        let granted = Claim::Granted(lease_of(row));
+        return Effect { write: Some(row.clone()), ..Effect::claim(granted) };
     }
     let row = match doubt(row, who, context) {
         Doubted::Believed(row) => row,
@@ -191,7 +192,9 @@ fn arrive(row: Option<Row>, who: &Claimant, context: Context) -> Arrival {
         }
         State::Sending | State::Waiting => Arrival::Free(Some(row)),
         State::Ended(status) => match row.stored(&who.key) {
-            Some(stored) if keeps(status, who, stored.ended_at) => {
+            Some(stored)
+                if keeps(status, who, stored.ended_at) || is_for_a_person(row.code.as_deref()) =>
+            {
                 Arrival::Answered(Claim::Settled(stored))
             }
             Some(_) | None => Arrival::Free(Some(reopen(&row, who, context))),
@@ -242,6 +245,16 @@ fn take_over(mut row: Row, context: Context) -> Row {
     row
 }
 
+/// `error.code` of jobs that another ledger may know a link for.
+const OTHER_LEDGER: &str = "other_ledger";
+/// `error.code` of jobs whose link this ledger may have forgotten.
+const LEDGER_RESTORED: &str = "ledger_restored";
+
+/// Whether only a person may decide what becomes of an outcome, whatever `creem.on_unknown` says.
+fn is_for_a_person(code: Option<&str>) -> bool {
+    matches!(code, Some(OTHER_LEDGER | LEDGER_RESTORED))
+}
+
 /// What a restored ledger says of a job.
 enum Doubted {
     /// It is believed; where the row may be older than what was told, that counts as an attempt
@@ -258,7 +271,7 @@ fn doubt(row: Option<Row>, who: &Claimant, context: Context) -> Doubted {
     if row.is_none() && who.elsewhere {
         let text =
             "the job comes from a delay queue of another ledger, which may know a link for it";
-        return Doubted::Lost(doubted(open(who, context)), "other_ledger", text);
+        return Doubted::Lost(doubted(open(who, context)), OTHER_LEDGER, text);
     }
     let Some(until) = context.restored.filter(|until| context.now <= until + DOUBT_LASTS) else {
         return Doubted::Believed(row);
@@ -283,7 +296,7 @@ fn doubt(row: Option<Row>, who: &Claimant, context: Context) -> Doubted {
             let text =
                 "the ledger was restored from a backup and may have forgotten this job's link";
             let row = row.unwrap_or_else(|| open(who, context));
-            Doubted::Lost(doubted(row), "ledger_restored", text)
+            Doubted::Lost(doubted(row), LEDGER_RESTORED, text)
         }
         Some(row) => Doubted::Believed(Some(doubted(row))),
         None => Doubted::Believed(None),
@@ -295,11 +308,12 @@ fn doubted(row: Row) -> Row {
     Row { ambiguous: row.ambiguous + 1, ..row }
 }
 
-/// A person must look whether such a job has a link.
+/// A person must look whether such a job has a link: as with `park`, nothing that a producer sends
+/// makes it be asked for again.
 fn lost((mut row, code, text): (Row, &str, &str), who: &Claimant, context: Context) -> Effect {
     row.fence += 1;
     let ending = Ending::Unresolved(Problem::new(code, text));
-    end(row, &who.key, ending, who.on_unknown, context, |stored| {
+    end(row, &who.key, ending, OnUnknown::Park, context, |stored| {
         Answer::Claim(Claim::Settled(stored))
     })
 }
@@ -359,11 +373,15 @@ fn settle(row: Option<Row>, request: &SettleRequest, context: Context) -> Effect
         State::Sending => {}
         // The same settle again: its first commit happened, only the answer was lost.
         State::Waiting => {
-            return Effect::keep(Answer::Settle(Settle::Waiting { until: row.not_before }));
+            let answer = Answer::Settle(Settle::Waiting { until: row.not_before });
+            return Effect { write: Some(row), ..Effect::keep(answer) };
         }
         State::Ended(_) => {
             return match row.stored(&request.key) {
-                Some(stored) => Effect::keep(Answer::Settle(Settle::Ended(stored))),
+                Some(stored) => Effect {
+                    write: Some(row),
+                    ..Effect::keep(Answer::Settle(Settle::Ended(stored)))
+                },
                 None => zombie(request),
             };
         }

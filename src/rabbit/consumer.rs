@@ -15,7 +15,7 @@ use lapin::{BasicProperties, Channel, Connection, Consumer};
 use tokio_util::sync::CancellationToken;
 
 use super::link::{self, LinkError, Options, short};
-use super::topology::Topology;
+use super::topology::{Topology, durable, shared_guard};
 use crate::job::Lane;
 
 /// For any single answer of the broker.
@@ -80,11 +80,16 @@ impl Delivery {
 /// Why a session could not begin.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum OpenError {
-    /// Another worker with an embedded ledger serves these queues.
+    /// Others serve these queues, and either they or this worker have an embedded ledger.
     #[error(
-        "another worker with an embedded ledger serves these queues (its exclusive queue {0} exists); waiting until it is gone; several workers share a postgres:// ledger"
+        "another worker with an embedded ledger, or workers with another shared one, serve these queues (their queue {0} exists); waiting until they are gone; several workers share a postgres:// ledger"
     )]
     Guarded(String),
+    /// Workers with another ledger serve these queues, or did until a moment ago.
+    #[error(
+        "workers with another ledger serve these queues ({0} bears its mark); waiting until they are gone, and a minute more: two ledgers would make two links for one request_id. Give all workers the same ledger.url"
+    )]
+    OtherLedger(String),
     /// The broker is not there, or says no.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -98,6 +103,7 @@ pub struct Session {
     channels: Mutex<Vec<Channel>>,
     /// Cancelled when the session is over.
     pub over: CancellationToken,
+    _guard: Option<Kept>,
 }
 
 impl std::fmt::Debug for Session {
@@ -117,8 +123,20 @@ pub struct Plan {
     pub topology: Topology,
     /// Whether to declare it.
     pub declare: bool,
-    /// Whether only one worker may serve (embedded ledger).
-    pub exclusive: bool,
+    /// Who else may serve these queues.
+    pub guard: Guard,
+}
+
+/// Which other workers may serve the same queues: two ledgers would make two links for one job.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Guard {
+    /// Nobody: the ledger is embedded.
+    Alone,
+    /// Those with the same shared ledger; its mark.
+    Sharing(String),
+    /// Whoever does, but for a worker with an embedded ledger: this one may declare nothing that would
+    /// tell more.
+    Nothing,
 }
 
 impl Session {
@@ -128,9 +146,7 @@ impl Session {
     /// See [`OpenError`].
     pub async fn open(plan: &Plan) -> Result<Self, OpenError> {
         let connection = link::connect(&plan.options, &plan.name).await?;
-        if plan.exclusive {
-            guard(&connection, &plan.topology).await?;
-        }
+        let guard = guard(&connection, &plan.topology, &plan.guard).await?;
         if plan.declare {
             in_time(async {
                 let channel = connection.create_channel().await?;
@@ -139,7 +155,12 @@ impl Session {
             })
             .await?;
         }
-        Ok(Self { connection, channels: Mutex::default(), over: CancellationToken::new() })
+        Ok(Self {
+            connection,
+            channels: Mutex::default(),
+            over: CancellationToken::new(),
+            _guard: guard,
+        })
     }
 
     /// Starts to consume a lane with at most `prefetch` unacked deliveries.
@@ -192,27 +213,75 @@ async fn in_time<T>(work: impl Future<Output = Result<T, LinkError>>) -> Result<
     tokio::time::timeout(ANSWER, work).await.unwrap_or_else(|_| Err(late()))
 }
 
-/// An exclusive queue exists as long as its connection: nobody else can declare it meanwhile.
-async fn guard(connection: &Connection, topology: &Topology) -> Result<(), OpenError> {
+/// Keeps out workers with another ledger, by a queue of one name. One that is exclusive exists as long as
+/// its connection, and nobody else can declare it meanwhile. One that is shared can only be declared
+/// again with the same arguments, of which the ledger's mark is one; whoever serves consumes it, so it
+/// goes a minute after the last one.
+async fn guard(
+    connection: &Connection,
+    topology: &Topology,
+    guard: &Guard,
+) -> Result<Option<Kept>, OpenError> {
     let name = topology.guard();
-    let options = QueueDeclareOptions {
-        passive: false,
-        durable: false,
-        exclusive: true,
-        auto_delete: true,
-        nowait: false,
+    let (options, arguments) = match guard {
+        Guard::Nothing => {
+            (QueueDeclareOptions { passive: true, ..durable() }, FieldTable::default())
+        }
+        Guard::Alone => {
+            let options = QueueDeclareOptions {
+                passive: false,
+                durable: false,
+                exclusive: true,
+                auto_delete: true,
+                nowait: false,
+            };
+            (options, FieldTable::default())
+        }
+        Guard::Sharing(mark) => (durable(), shared_guard(mark)),
     };
     let declared = in_time(async {
         let channel = connection.create_channel().await?;
-        match channel.queue_declare(short(&name)?, options, FieldTable::default()).await {
-            Ok(_) => Ok(true),
-            Err(error) if error.is_amqp_soft_error() && error.to_string().contains("LOCKED") => {
-                Ok(false)
+        match channel.queue_declare(short(&name)?, options, arguments).await {
+            Ok(_) => Ok(Ok(Some(channel))),
+            Err(error) if error.is_amqp_soft_error() => {
+                let text = error.to_string();
+                if text.contains("LOCKED") {
+                    Ok(Err(OpenError::Guarded(name.clone())))
+                } else if *guard == Guard::Nothing {
+                    // It is not there, or not for this user to see.
+                    Ok(Ok(None))
+                } else if text.contains("PRECONDITION") {
+                    Ok(Err(OpenError::OtherLedger(name.clone())))
+                } else {
+                    Err(error.into())
+                }
             }
             Err(error) => Err(error.into()),
         }
     });
-    if declared.await? { Ok(()) } else { Err(OpenError::Guarded(name)) }
+    let Some(channel) = declared.await?? else { return Ok(None) };
+    let consumer = match guard {
+        Guard::Alone | Guard::Nothing => None,
+        // Nobody publishes there: replies may not go to it, and jobs do not.
+        Guard::Sharing(_) => Some(
+            in_time(async {
+                let options =
+                    BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+                let consumer = channel
+                    .basic_consume(short(&name)?, short("")?, options, FieldTable::default())
+                    .await?;
+                Ok(consumer)
+            })
+            .await?,
+        ),
+    };
+    Ok(Some(Kept { _channel: channel, _consumer: consumer }))
+}
+
+/// What the guard hangs on, as long as the session lasts.
+struct Kept {
+    _channel: Channel,
+    _consumer: Option<Consumer>,
 }
 
 /// One lane's deliveries.

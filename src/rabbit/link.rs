@@ -144,6 +144,8 @@ pub fn uris(options: &Options) -> Result<Vec<AMQPUri>, LinkError> {
 /// What may stand after the `?`.
 const PARAMETERS: [&str; 5] =
     ["heartbeat", "channel_max", "frame_max", "connection_timeout", "auth_mechanism"];
+/// AMQP's own.
+const SMALLEST_FRAME: u32 = 4096;
 /// Channels that one connection needs at most.
 const CHANNELS: u16 = 16;
 
@@ -157,8 +159,16 @@ fn check_query(tail: &str) -> Result<(), String> {
                 PARAMETERS.join(", ")
             ));
         }
-        if name == "heartbeat" && value == "0" {
+        let number = value.parse::<u32>();
+        if name == "heartbeat" && number == Ok(0) {
             return Err("heartbeat=0 would never notice a dead peer; give seconds".to_owned());
+        }
+        if name == "frame_max"
+            && !number.is_ok_and(|bytes| (SMALLEST_FRAME..=FRAME_MAX).contains(&bytes))
+        {
+            return Err(format!(
+                "frame_max={value}: give {SMALLEST_FRAME} to {FRAME_MAX} bytes, or leave it out"
+            ));
         }
         if name == "channel_max"
             && value.parse().is_ok_and(|most: u16| (1..CHANNELS).contains(&most))

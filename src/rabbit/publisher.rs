@@ -31,6 +31,8 @@ use crate::retry::{Backoff, backoff};
 
 /// How long the broker may take for the confirms of a batch.
 const CONFIRM: Duration = Duration::from_secs(30);
+/// How long to wait for a channel that nobody uses any more to be closed.
+const CLOSE: Duration = Duration::from_secs(1);
 /// How long it may take to open a channel: a node that is losing its neighbours may never answer.
 const OPEN: Duration = Duration::from_secs(10);
 /// A connection that lived so long was a good one.
@@ -108,12 +110,15 @@ impl Told {
         self.state.send_replace(state);
     }
 
-    /// Publishing works, or is to be tried again, whatever was said before.
+    /// Publishing works, or is to be tried again, whatever was said before; but an alarm is over only
+    /// when the broker says so, and this may be the confirm of what it read before.
     fn confirmed(&self) {
         self.breaks.store(0, Ordering::Relaxed);
         self.state.send_if_modified(|state| {
-            let news = *state != State::Up;
-            *state = State::Up;
+            let news = matches!(state, State::Down(_));
+            if news {
+                *state = State::Up;
+            }
             news
         });
     }
@@ -371,8 +376,9 @@ async fn serve(channel: &Channel, orders: &Orders, told: &Told, most: usize) -> 
             told.confirmed();
         }
         if refused && opened.elapsed() >= YOUNG {
-            // Nothing is under way on it; whether it closes in good order does not matter.
-            drop(channel.close(200, short("replaced").unwrap_or_default()).await);
+            // Nothing is under way on it. A node in trouble may never say that it is closed.
+            let close = channel.close(200, short("replaced").unwrap_or_default());
+            drop(tokio::time::timeout(CLOSE, close).await);
             return Ended::Refused;
         }
     }

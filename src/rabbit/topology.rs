@@ -14,7 +14,7 @@ use lapin::options::{
     QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Channel, Connection, ExchangeKind};
+use lapin::{Channel, Confirmation, Connection, ExchangeKind};
 
 use super::link::{LinkError, short};
 use crate::clock::as_millis;
@@ -28,6 +28,10 @@ const NEVER: i64 = 1_000_000;
 
 /// How long the broker may take to confirm a message that is only to show that one may be published.
 const PROBE: Duration = Duration::from_secs(10);
+
+/// How long the queue of a shared ledger's workers stays when none of them is left, in milliseconds: longer than
+/// all of them need to come back after a broker's restart.
+const UNUSED: i64 = 60_000;
 
 /// The delays of the delay queues, shortest first.
 pub const DELAYS: [(&str, Duration); 5] = [
@@ -235,9 +239,9 @@ impl Topology {
     }
 
     /// Compares what is on the broker with what should be, without making anything: queues are
-    /// compared with their arguments if `declare` says that the worker may, and whether it may publish
-    /// is tried with messages that no queue takes. Bindings cannot be asked for in AMQP, nor whether a queue
-    /// may be read.
+    /// and exchanges are compared with their arguments and kinds if `declare` says that the worker may.
+    /// With `publish` it is tried whether this user may publish, with a message to each exchange that no
+    /// queue should take. Bindings cannot be asked for in AMQP, nor whether a queue may be read.
     ///
     /// # Errors
     /// If the broker cannot be asked.
@@ -245,6 +249,7 @@ impl Topology {
         &self,
         connection: &Connection,
         declare: bool,
+        publish: bool,
     ) -> Result<Differences, LinkError> {
         let mut found = Differences::default();
         for queue in self.queues() {
@@ -266,27 +271,35 @@ impl Topology {
         }
         for exchange in self.exchanges() {
             let channel = connection.create_channel().await?;
-            let options = ExchangeDeclareOptions {
+            let asked = ExchangeDeclareOptions {
                 passive: true,
                 durable: true,
                 auto_delete: false,
                 internal: false,
                 nowait: false,
             };
-            match channel
-                .exchange_declare(
-                    short(&exchange)?,
-                    ExchangeKind::Direct,
-                    options,
-                    FieldTable::default(),
-                )
-                .await
+            let name = short(&exchange)?;
+            let direct = |options| {
+                let kind = ExchangeKind::Direct;
+                channel.exchange_declare(name.clone(), kind, options, FieldTable::default())
+            };
+            match direct(asked).await {
+                Ok(()) => {}
+                Err(error) => {
+                    found.note(format!("exchange {exchange}"), error)?;
+                    continue;
+                }
+            }
+            // Of an exchange that is there this changes nothing, and the broker compares the kind.
+            if declare
+                && let Err(error) = direct(ExchangeDeclareOptions { passive: false, ..asked }).await
             {
-                Ok(()) => try_publishing(connection, &exchange, &mut found).await?,
-                Err(error) => found.note(format!("exchange {exchange}"), error)?,
+                found.wrong.push(differs(&exchange, &error).to_string());
+            } else if publish {
+                try_publishing(connection, &exchange, &mut found).await?;
             }
         }
-        if self.replies_exchange.is_empty() {
+        if publish && self.replies_exchange.is_empty() {
             try_publishing(connection, "", &mut found).await?;
         }
         Ok(found)
@@ -307,29 +320,39 @@ impl Topology {
     }
 }
 
-/// Publishes a message that no queue takes: the broker returns it, or says that this user may not.
+/// Publishes a message that no queue should take, and that none keeps: the broker returns it, or says
+/// that this user may not.
 async fn try_publishing(
     connection: &Connection,
     exchange: &str,
     found: &mut Differences,
 ) -> Result<(), LinkError> {
+    let name = if exchange.is_empty() { "the default exchange" } else { exchange };
     let channel = connection.create_channel().await?;
     channel.confirm_select(ConfirmSelectOptions { nowait: false }).await?;
     let options = BasicPublishOptions { mandatory: true, immediate: false };
-    let key = short("checkout-worker.probe")?;
-    let sent = channel
-        .basic_publish(short(exchange)?, key, options, b"?", lapin::BasicProperties::default())
-        .await?;
+    let properties = lapin::BasicProperties::default()
+        .with_expiration("0".into())
+        .with_type("checkout-worker check".into());
+    let random = getrandom::u64().unwrap_or(0);
+    let key = short(&format!("checkout-worker.check.{random:016x}"))?;
+    let sent = channel.basic_publish(short(exchange)?, key, options, b"?", properties).await?;
     match tokio::time::timeout(PROBE, sent).await {
-        Ok(Ok(_)) => Ok(()),
-        Ok(Err(error)) => {
-            let name = if exchange.is_empty() { "the default exchange" } else { exchange };
-            found.note(format!("publishing to {name}"), error)
-        }
-        Err(_) => Err(LinkError::Broken(
-            "the broker confirms nothing: is there a memory or disk alarm?".to_owned(),
+        Ok(Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_)))) => {}
+        Ok(Ok(_)) => found.wrong.push(format!(
+            "{name} routes what no queue was bound for: give a direct exchange without an alternate one"
         )),
+        Ok(Err(error)) if error.is_amqp_soft_error() => {
+            found.wrong.push(format!("publishing to {name}: {error}; give this user write on it"));
+        }
+        Ok(Err(error)) => return Err(error.into()),
+        Err(_) => {
+            return Err(LinkError::Broken(
+                "the broker confirms nothing: is there a memory or disk alarm?".to_owned(),
+            ));
+        }
     }
+    Ok(())
 }
 
 /// How a broker differs from a [`Topology`].
@@ -357,7 +380,7 @@ impl Differences {
     }
 }
 
-fn durable() -> QueueDeclareOptions {
+pub(super) fn durable() -> QueueDeclareOptions {
     QueueDeclareOptions {
         passive: false,
         durable: true,
@@ -387,6 +410,17 @@ fn quorum() -> FieldTable {
 fn kept() -> FieldTable {
     let mut arguments = quorum();
     limit(&mut arguments, NEVER);
+    arguments
+}
+
+/// The queue by which workers of one shared ledger know each other. RabbitMQ compares the arguments that
+/// it knows: the mark is in one that never comes to bear, as nothing is published there.
+pub(super) fn shared_guard(mark: &str) -> FieldTable {
+    let mut arguments = FieldTable::default();
+    arguments.insert("x-queue-type".into(), text("quorum"));
+    arguments.insert("x-expires".into(), AMQPValue::LongLongInt(UNUSED));
+    arguments.insert("x-dead-letter-exchange".into(), text(""));
+    arguments.insert("x-dead-letter-routing-key".into(), text(mark));
     arguments
 }
 

@@ -60,31 +60,43 @@ pub async fn grant(
     }
 }
 
-/// Tells all workers what Creem asked this one for, and hears what it asked others for.
+/// Tells all workers what Creem asked this one for, and hears what it asked others for. A ledger that
+/// is away pauses this worker too, though it may have no job that would notice.
 pub(super) async fn share_silence(shared: Arc<Shared>) {
     let journey = &shared.worker.journey;
-    listen(&journey.pacer, &*journey.ledger, shared.worker.intake.mode).await;
+    let mode = shared.worker.intake.mode;
+    while let Err(error) = listen(&journey.pacer, &*journey.ledger, mode).await {
+        journey.ledger_away(&error);
+        journey.gate.free_of(Reason::Ledger).await;
+    }
 }
 
-/// Tells and hears of silence for as long as there is a pacer. A ledger that is away is no error here:
-/// the jobs notice that, and the next question comes soon.
-pub async fn listen(pacer: &Pacer, budget: &(impl Budget + ?Sized), mode: Mode) {
+/// Tells and hears of silence for as long as there is a pacer: what this worker was told is told again
+/// with every question until it is over, as any answer may have been lost.
+///
+/// # Errors
+/// See [`LedgerError`].
+pub async fn listen(
+    pacer: &Pacer,
+    budget: &(impl Budget + ?Sized),
+    mode: Mode,
+) -> Result<(), LedgerError> {
     let mut told = pacer.told();
     loop {
-        let at_least = tokio::select! {
+        let until = *told.borrow_and_update();
+        let at_least =
+            until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
+        let quiet = budget.quiet(mode, at_least).await?;
+        if !quiet.is_zero() {
+            pacer.hear(Instant::now() + quiet);
+        }
+        tokio::select! {
             changed = told.changed() => {
                 if changed.is_err() {
-                    return;
+                    return Ok(());
                 }
-                let until = *told.borrow_and_update();
-                until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()))
             }
-            () = tokio::time::sleep(LISTEN_EVERY) => Duration::ZERO,
-        };
-        if let Ok(quiet) = budget.quiet(mode, at_least).await
-            && !quiet.is_zero()
-        {
-            pacer.hear(Instant::now() + quiet);
+            () = tokio::time::sleep(LISTEN_EVERY) => {}
         }
     }
 }

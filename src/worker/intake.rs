@@ -44,16 +44,8 @@ pub enum Unfit {
 
 impl Intake {
     /// Reads a delivery.
-    ///
-    /// `fresh` says that the ledger is new: then another one's mark on a job counts.
     #[must_use]
-    pub fn read(
-        &self,
-        delivery: &Delivery,
-        now: Millis,
-        permits: &Arc<Semaphore>,
-        fresh: bool,
-    ) -> Read {
+    pub fn read(&self, delivery: &Delivery, now: Millis, permits: &Arc<Semaphore>) -> Read {
         let (envelope, broken) =
             Envelope::read(&delivery.properties, &delivery.body, &self.secret, delivery.lane);
         let parsed = match broken {
@@ -89,7 +81,7 @@ impl Intake {
                 picked_up_at: envelope.hop.map_or(now, |hop| hop.first_picked_up_at).min(now),
                 redelivered: delivery.redelivered
                     || envelope.hop.is_some_and(|hop| hop.redelivered),
-                elsewhere: fresh && envelope.foreign_hop,
+                elsewhere: envelope.foreign_hop,
                 session: delivery.session.clone(),
                 hold_until: Instant::now() + LONGEST_HOLD,
                 lease: Mutex::default(),

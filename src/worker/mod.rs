@@ -168,14 +168,12 @@ impl Shared {
         delivery: Delivery,
         permits: Arc<Semaphore>,
         permit: OwnedSemaphorePermit,
-        fresh: bool,
     ) {
         let started = Instant::now();
         let lane = delivery.lane;
         let _in_flight = self.worker.health.begin(lane);
-        let handled = AssertUnwindSafe(self.bring_to_its_end(&delivery, &permits, fresh))
-            .catch_unwind()
-            .await;
+        let handled =
+            AssertUnwindSafe(self.bring_to_its_end(&delivery, &permits)).catch_unwind().await;
         let (key, summary) = match handled {
             Ok(done) => done,
             Err(_panic) => (None, self.set_aside(&delivery).await),
@@ -215,11 +213,10 @@ impl Shared {
         &self,
         delivery: &Delivery,
         permits: &Arc<Semaphore>,
-        fresh: bool,
     ) -> (Option<String>, Summary) {
         let worker = &self.worker;
         let Read { envelope, job } =
-            worker.intake.read(delivery, worker.journey.clock.now(), permits, fresh);
+            worker.intake.read(delivery, worker.journey.clock.now(), permits);
         let ask = match job {
             Ok(ask) => ask,
             Err(unfit) => {

@@ -256,12 +256,7 @@ impl LaneLoop {
                 && let Some(permit) = permit.take()
             {
                 let shared = self.shared.clone();
-                self.shared.jobs.spawn(shared.handle(
-                    delivery,
-                    self.permits.clone(),
-                    permit,
-                    self.fresh,
-                ));
+                self.shared.jobs.spawn(shared.handle(delivery, self.permits.clone(), permit));
             }
         }
         intake.cancel(waiting).await;

@@ -12,6 +12,7 @@ use crate::clock::as_millis;
 use crate::creem::KeyCheck;
 use crate::ledger::{Command, LedgerError};
 use crate::observe::metrics;
+use crate::rabbit::consumer::Guard;
 use crate::rabbit::publisher::State;
 use crate::retry::{Backoff, backoff};
 
@@ -34,7 +35,7 @@ pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     tasks.spawn(publishing(shared.clone()));
     tasks.spawn(sweep(shared.clone()));
     tasks.spawn(gauges(shared.clone()));
-    if !shared.worker.plan.exclusive {
+    if shared.worker.plan.guard != Guard::Alone {
         tasks.spawn(budget::share_silence(shared.clone()));
     }
     if let Some(per_second) = shared.worker.shared_budget {

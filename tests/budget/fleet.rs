@@ -217,7 +217,7 @@ impl Fleet {
         tasks.spawn(async move {
             grant(&for_grants, &leasing, Mode::Test, per_second).await.unwrap();
         });
-        tasks.spawn(async move { listen(&for_silence, &listening, Mode::Test).await });
+        tasks.spawn(async move { listen(&for_silence, &listening, Mode::Test).await.unwrap() });
         for _ in 0..IN_THE_WORKS {
             let (pacer, calls, random) = (pacer.clone(), calls.clone(), random.clone());
             tasks.spawn(async move {

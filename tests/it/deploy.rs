@@ -206,7 +206,7 @@ async fn a_user_with_the_least_rights_is_enough_for_the_worker() {
 
     let check = async || {
         let mut command = Command::new(env!("CARGO_BIN_EXE_checkout-worker"));
-        command.arg("check").env_clear().envs(world.environment());
+        command.args(["check", "--publish"]).env_clear().envs(world.environment());
         let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
         (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
     };

@@ -12,6 +12,7 @@ use creem_checkout_worker::ledger::{KnownOrphan, Row};
 use creem_checkout_worker::pace::Pacer;
 use creem_checkout_worker::worker::budget::grant;
 use futures::future::join_all;
+use lapin::options::QueueDeleteOptions;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -95,6 +96,82 @@ async fn workers_behind_a_pooler_in_transaction_mode_share_a_ledger_all_the_same
     assert_eq!(server.ask("pooler", &[]).await.unwrap(), pooled);
     assert_eq!(next(&mut replies).await.status(), "succeeded");
     assert_eq!(look(&direct, "while_away").await.0.attempts, 1);
+}
+
+#[tokio::test]
+async fn workers_with_different_ledgers_never_serve_the_same_queues_at_once() {
+    let Some((mut world, url)) = world("different").await else { return };
+    let other = database(&shared("different").await.unwrap()).await;
+    let first = world.worker().await;
+    let embedded = format!("sqlite:{}", world.ledger().display());
+    for ledger in [&other, &embedded] {
+        world.settings.insert("LEDGER_URL".into(), ledger.clone());
+        let second = world.worker_unready(&[]);
+        soon("it waits", second.logged("not consuming")).await;
+        let (status, text) = second.get("/readyz").await;
+        assert!(status == 503 && text.contains("serve these queues"), "{text}");
+    }
+    // And the other way round: whoever shares a ledger waits for the one that shares none.
+    first.kill().await;
+    forget_the_ledger_of(&world).await;
+    let _alone = world.worker().await;
+    world.settings.insert("LEDGER_URL".into(), url);
+    for declare in ["true", "false"] {
+        world.set("topology.declare", declare);
+        let second = world.worker_unready(&[]);
+        soon("it waits", second.logged("not consuming")).await;
+        let (status, text) = second.get("/readyz").await;
+        assert!(status == 503 && text.contains("an embedded ledger"), "{text}");
+    }
+}
+
+/// What RabbitMQ does by itself a minute after the last worker is gone.
+async fn forget_the_ledger_of(world: &World) {
+    let guard = world.queue("run");
+    let delete = QueueDeleteOptions::default();
+    world.channel.queue_delete(guard.as_str().into(), delete).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_idle_worker_notices_that_its_database_is_away() {
+    let Some(server) = POSTGRES.start("idle").await else { return };
+    let Some(world) = on("idle", &server.url).await else { return };
+    let worker = world.worker().await;
+    server.act("stop").await;
+    eventually("it is not ready", || async { worker.get("/readyz").await.0 == 503 }).await;
+    server.act("start").await;
+    eventually("it is ready", || async { worker.get("/readyz").await.0 == 200 }).await;
+}
+
+#[tokio::test]
+async fn a_right_that_jobs_need_is_missed_until_it_is_there_again() {
+    let Some((mut world, url)) = world("rights").await else { return };
+    let worker = world.worker().await;
+    let owner = connect(&url).await;
+    owner
+        .batch_execute(
+            "DROP ROLE IF EXISTS limited; CREATE ROLE limited LOGIN PASSWORD 'limited';
+             GRANT USAGE ON SCHEMA checkout_worker TO limited;
+             GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA checkout_worker TO limited;
+             REVOKE UPDATE ON checkout_worker.job FROM limited",
+        )
+        .await
+        .unwrap();
+    worker.kill().await;
+    let (_, place) = url.split_once('@').unwrap();
+    world.settings.insert("LEDGER_URL".into(), format!("postgres://limited:limited@{place}"));
+    let mut replies = world.replies().await;
+    let worker = world.worker().await;
+    world.job("a").await;
+    soon("intake pauses", worker.logged("intake is paused")).await;
+    eventually("it is not ready", || async { worker.get("/readyz").await.0 == 503 }).await;
+    assert_eq!(world.posts(), 0);
+    owner.batch_execute("GRANT UPDATE ON checkout_worker.job TO limited").await.unwrap();
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    let log = worker.log().join("\n");
+    assert_eq!(log.matches("intake goes on").count(), 1, "it did not go on in between");
+    worker.kill().await;
+    owner.batch_execute("DROP OWNED BY limited; DROP ROLE limited").await.unwrap();
 }
 
 #[tokio::test]
@@ -296,11 +373,12 @@ async fn what_an_operator_says_of_a_new_ledger_holds_for_all_workers_at_once() {
     world.job("a").await;
     soon("the call", world.simulator.posts_arrived(1)).await;
     world.settings.insert("LEDGER_URL".into(), url);
+    worker.kill().await;
+    forget_the_ledger_of(&world).await;
     let mut accepting = world.worker_unready(&["--accept-empty-ledger", "--lanes", "bulk"]);
     soon("it serves", accepting.logged("consuming")).await;
     accepting.signal("TERM");
     assert_eq!(accepting.ended().await, 0);
-    worker.kill().await;
     let mut replies = world.replies().await;
     let _second = world.worker().await;
     assert_eq!(next(&mut replies).await.status(), "succeeded", "the second one does not ask again");

@@ -40,7 +40,7 @@ fn database(settings: &Settings, problems: &mut Vec<Problem>) -> Ledger {
     if let Err(error) = options.check() {
         problems.push(Problem::new(
             error.to_string(),
-            "give postgres://user:password@host[:port]/database, with % / # ? @ in the password written as %25 %2F %23 %3F %40",
+            "give postgres://user:password@host[:port]/database, with % / # ? @ in the password written as %25 %2F %23 %3F %40; sslmode is disable, prefer or require, and TLS is always verified in full, by ledger.ca_file if need be",
         ));
     }
     Ledger::Database(options)

@@ -218,6 +218,13 @@ fn amqp_tls(amqp: &sections::Amqp, problems: &mut Vec<Problem>) -> Tls {
             "give both or none",
         ));
     }
+    let given = ca_pem.is_some() || certificate.is_some() || key.is_some();
+    if given && secrecy::ExposeSecret::expose_secret(&amqp.url).starts_with("amqp://") {
+        problems.push(Problem::new(
+            "`amqp.ca_file` and the client's certificate are for TLS, and `amqp.url` begins with amqp://",
+            "begin it with amqps://, or leave them out",
+        ));
+    }
     let identity = certificate.zip(key).map(|(pem, key)| (pem.into_bytes(), key.into()));
     Tls { ca_pem, identity }
 }
@@ -504,9 +511,29 @@ mod tests {
                 &[("CHECKOUT_WORKER__JOB__SUCCESS_URL", "http://shop.example/")],
                 "success_url_scheme",
             ),
-            (&[("LEDGER_URL", "postgres://x:y:z")], "ledger.url"),
+            (&[("AMQP_URL", "amqp://guest:guest@rabbit.internal/")], "guest"),
+            (&[("AMQP_URL", "localhost")], "amqp://"),
+            (&[("CHECKOUT_WORKER__AMQP__HEARTBEAT", "0s")], "amqp.heartbeat"),
+        ] {
+            assert_refused(pairs, expected);
+        }
+    }
+
+    fn assert_refused(pairs: &[(&str, &str)], expected: &str) {
+        let text = with(pairs).unwrap_err();
+        assert!(text.contains(expected), "{pairs:?}: {text}");
+    }
+
+    #[test]
+    fn a_ledgers_url_says_what_it_means() {
+        for (pairs, expected) in [
+            (&[("LEDGER_URL", "postgres://x:y:z")][..], "ledger.url"),
             (&[("LEDGER_URL", "postgres://host/db?color=red")], "ledger.url"),
             (&[("LEDGER_URL", "mysql://host/db")], "ledger.url"),
+            // It would be spoken to in clear text, as if it were this machine.
+            (&[("LEDGER_URL", "postgres://u:p@localhost/d?hostaddr=192.0.2.2")], "hostaddr"),
+            (&[("LEDGER_URL", "postgres:///d?user=u&hostaddr=192.0.2.2")], "hostaddr"),
+            (&[("LEDGER_URL", "postgres://host/d?sslmode=verify-full")], "prefer or require"),
             (
                 &[
                     ("LEDGER_URL", "postgres://h/d"),
@@ -515,12 +542,8 @@ mod tests {
                 "ledger.ca_file",
             ),
             (&[("LEDGER_URL", "sqlite::memory:")], "ledger.url"),
-            (&[("AMQP_URL", "amqp://guest:guest@rabbit.internal/")], "guest"),
-            (&[("AMQP_URL", "localhost")], "amqp://"),
-            (&[("CHECKOUT_WORKER__AMQP__HEARTBEAT", "0s")], "amqp.heartbeat"),
         ] {
-            let text = with(pairs).unwrap_err();
-            assert!(text.contains(expected), "{pairs:?}: {text}");
+            assert_refused(pairs, expected);
         }
     }
 
@@ -533,10 +556,12 @@ mod tests {
             (&[("AMQP_URL", "amqp:///")], "a host is missing"),
             (&[("AMQP_URL", "amqp://u:p@host/?hearbeat=5")], "hearbeat"),
             (&[("AMQP_URL", "amqp://u:p@host/?heartbeat=0")], "heartbeat=0"),
+            (&[("AMQP_URL", "amqp://u:p@host/?heartbeat=00")], "heartbeat=0"),
+            (&[("AMQP_URL", "amqp://u:p@host/?frame_max=1")], "frame_max=1"),
+            (&[("AMQP_URL", "amqp://u:p@host/?frame_max=4294967295")], "frame_max=4294967295"),
             (&[("AMQP_URL", "amqp://u:p@host/?channel_max=2")], "channel_max"),
         ] {
-            let text = with(pairs).unwrap_err();
-            assert!(text.contains(expected), "{pairs:?}: {text}");
+            assert_refused(pairs, expected);
         }
     }
 

@@ -13,9 +13,13 @@ use crate::ledger::budget::Reckoning;
 /// A value with its type.
 type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
-/// How far ahead places and silence can lie: the longest `Retry-After`, and what other workers have
-/// taken. What lies further ahead was written under a clock that has since been set back.
-const HORIZON: Duration = Duration::from_mins(10);
+/// How much earlier than the row's own time the clock may show, in microseconds, before the row is taken
+/// to be written under a clock that has since been set back: then nothing of it holds.
+macro_rules! set_back {
+    () => {
+        "1000000"
+    };
+}
 
 /// Microseconds since 1970 on the database's clock.
 macro_rules! now {
@@ -24,27 +28,30 @@ macro_rules! now {
     };
 }
 
-/// A column of the row, if it does not lie beyond the horizon `$1`.
+/// A column of the row, unless the clock was set back since.
 macro_rules! believed {
     ($column:literal) => {
         concat!(
-            "CASE WHEN b.",
-            $column,
-            " > ",
+            "CASE WHEN ",
             now!(),
-            " + $1::int8 THEN 0 ELSE b.",
+            " < b.written_at - ",
+            set_back!(),
+            " THEN 0 ELSE b.",
             $column,
             " END"
         )
     };
 }
 
-/// Takes a block of `$2`: when its first place is, what the clock shows, and for how long all are quiet. The first place is not before the answer can be there, in `$3`.
+/// Takes a block of `$2` microseconds: when its first place is, what the clock shows, and for how long
+/// all are quiet. The first place is not before the answer can be there, in `$3`.
 const LEASE: &str = concat!(
-    "INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until)
-     VALUES ($4, ",
+    "INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until, written_at)
+     VALUES ($1, ",
     now!(),
-    " + $2::int8 + $3::int8, 0)
+    " + $2::int8 + $3::int8, 0, ",
+    now!(),
+    ")
      ON CONFLICT (mode) DO UPDATE SET
          next_at = greatest(",
     believed!("next_at"),
@@ -55,39 +62,47 @@ const LEASE: &str = concat!(
     " + $3::int8) + $2::int8,
          quiet_until = ",
     believed!("quiet_until"),
+    ", written_at = ",
+    now!(),
     "
      RETURNING b.next_at - $2::int8, ",
     now!(),
     ", greatest(b.quiet_until - ",
     now!(),
-    ", $1::int8 * 0)"
+    ", 0)"
 );
 
 /// The clock alone, asked a few times: the fastest answer tells it best.
 const CLOCK: &str = concat!("SELECT ", now!());
 const CLOCK_QUESTIONS: usize = 5;
 
-/// Makes sure of silence for `$2`.
+/// Makes sure of silence for `$2` microseconds.
 const QUIET: &str = concat!(
-    "INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until)
-     VALUES ($3, 0, ",
+    "INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until, written_at)
+     VALUES ($1, 0, ",
     now!(),
-    " + $2::int8)
-     ON CONFLICT (mode) DO UPDATE SET quiet_until = greatest(",
+    " + $2::int8, ",
+    now!(),
+    ")
+     ON CONFLICT (mode) DO UPDATE SET
+         next_at = ",
+    believed!("next_at"),
+    ",
+         quiet_until = greatest(",
     believed!("quiet_until"),
-    ", excluded.quiet_until)
+    ", excluded.quiet_until), written_at = excluded.written_at
      RETURNING greatest(b.quiet_until - ",
     now!(),
     ", 0)"
 );
 
-/// The question alone writes nothing: every worker asks it twice a second.
+/// The question alone writes nothing: every worker asks it several times a second.
 const HOW_QUIET: &str = concat!(
     "SELECT greatest(",
     believed!("quiet_until"),
     " - ",
     now!(),
-    ", 0) FROM checkout_worker.budget AS b WHERE mode = $2"
+    ", 0) FROM checkout_worker.budget AS b WHERE mode = $1"
 );
 
 /// Takes places, so many and so far apart; `lead` is how long the last answer took.
@@ -98,12 +113,9 @@ pub(super) async fn lease(
     lead: Duration,
     reckoning: &Reckoning,
 ) -> Result<Places, Error> {
-    let block = micros(interval * count);
-    let horizon = micros(HORIZON.max(interval * count * 4));
-    let lead = micros(lead);
-    let mode = mode.as_str();
-    let arguments: [Parameter<'_>; 4] =
-        [(&horizon, Type::INT8), (&block, Type::INT8), (&lead, Type::INT8), (&mode, Type::TEXT)];
+    let (block, lead, mode) = (micros(interval * count), micros(lead), mode.as_str());
+    let arguments: [Parameter<'_>; 3] =
+        [(&mode, Type::TEXT), (&block, Type::INT8), (&lead, Type::INT8)];
     if reckoning.should_try() {
         for _ in 0..CLOCK_QUESTIONS {
             let asked = Instant::now();
@@ -115,8 +127,6 @@ pub(super) async fn lease(
     let row = client.query_typed_one(LEASE, &arguments).await?;
     let (first, now, quiet): (i64, i64, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
     reckoning.hear(now, asked);
-    // A row from before the horizon, or a clock that jumped, must not lead far away.
-    let first = first.clamp(now - micros(Duration::from_secs(1)), now + horizon);
     let first = reckoning.instant(first).unwrap_or(asked);
     Ok(Places { first, count, interval, quiet: duration(quiet) })
 }
@@ -127,13 +137,12 @@ pub(super) async fn quiet(
     mode: Mode,
     at_least: Duration,
 ) -> Result<Duration, Error> {
-    let (horizon, at_least, mode) = (micros(HORIZON), micros(at_least), mode.as_str());
-    let (horizon, mode): (Parameter<'_>, Parameter<'_>) =
-        ((&horizon, Type::INT8), (&mode, Type::TEXT));
+    let (at_least, mode) = (micros(at_least), mode.as_str());
+    let mode: Parameter<'_> = (&mode, Type::TEXT);
     let row = if at_least == 0 {
-        client.query_typed_opt(HOW_QUIET, &[horizon, mode]).await?
+        client.query_typed_opt(HOW_QUIET, &[mode]).await?
     } else {
-        Some(client.query_typed_one(QUIET, &[horizon, (&at_least, Type::INT8), mode]).await?)
+        Some(client.query_typed_one(QUIET, &[mode, (&at_least, Type::INT8)]).await?)
     };
     let quiet: i64 = row.map_or(Ok(0), |row| row.try_get(0))?;
     Ok(duration(quiet))

@@ -42,11 +42,19 @@ impl Options {
     /// The URL without user and password.
     #[must_use]
     pub fn shown(&self) -> String {
-        let url = self.url.expose_secret();
-        let rest = url.split_once("://").map_or("", |(_, rest)| rest);
-        let rest = rest.split(['?', '#']).next().unwrap_or_default();
-        let place = rest.rsplit_once('@').map_or(rest, |(_, place)| place);
-        format!("postgres://{place}")
+        let Ok(config) = self.url.expose_secret().parse::<tokio_postgres::Config>() else {
+            return "postgres://".to_owned();
+        };
+        let ports = config.get_ports();
+        let place = |(at, host): (usize, &Host)| {
+            let port = ports.get(at).or(ports.first()).copied().unwrap_or(5432);
+            match host {
+                Host::Tcp(name) => format!("{name}:{port}"),
+                Host::Unix(path) => path.display().to_string(),
+            }
+        };
+        let hosts: Vec<String> = config.get_hosts().iter().enumerate().map(place).collect();
+        format!("postgres://{}/{}", hosts.join(","), config.get_dbname().unwrap_or_default())
     }
 }
 
@@ -106,7 +114,17 @@ impl From<tokio_postgres::Error> for OpenError {
     }
 }
 
+/// Connections to the database that can be written.
 pub(super) fn pool(options: &Options) -> Result<Pool, OpenError> {
+    pool_to(options, TargetSessionAttrs::ReadWrite)
+}
+
+/// Connections to any of the databases, for whoever only looks.
+pub(super) fn pool_to_read(options: &Options) -> Result<Pool, OpenError> {
+    pool_to(options, TargetSessionAttrs::Any)
+}
+
+fn pool_to(options: &Options, sessions: TargetSessionAttrs) -> Result<Pool, OpenError> {
     let unusable = |error: String| OpenError::Options(error);
     let mut config: tokio_postgres::Config = options
         .url
@@ -117,9 +135,13 @@ pub(super) fn pool(options: &Options) -> Result<Pool, OpenError> {
         .application_name("checkout-worker")
         .connect_timeout(CONNECT)
         // Of several hosts, the one that can be written, wherever a failover has put it.
-        .target_session_attrs(TargetSessionAttrs::ReadWrite)
+        .target_session_attrs(sessions)
         .tcp_user_timeout(STATEMENT)
         .keepalives_idle(Duration::from_secs(10));
+    if !config.get_hostaddrs().is_empty() {
+        let text = "hostaddr is not used here: give the address as the host";
+        return Err(unusable(text.to_owned()));
+    }
     if config.get_ssl_mode() == SslMode::Prefer && !config.get_hosts().iter().all(is_local) {
         // "Prefer" would fall back to clear text, and with it the password and all jobs' ids.
         config.ssl_mode(SslMode::Require);
@@ -213,5 +235,28 @@ pub(super) fn unavailable(error: &tokio_postgres::Error) -> LedgerError {
             LedgerError::Damaged(text)
         }
         Some(_) | None => LedgerError::Unavailable(text),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shown_of_the_url_holds_no_part_of_the_password() {
+        let show = |url: &str| Options { url: url.to_owned().into(), ca_pem: None }.shown();
+        for (url, shown) in [
+            ("postgres://u:secret@one,two:5433/shop", "postgres://one:5432,two:5433/shop"),
+            ("postgres://u:secret@one/shop?sslmode=require", "postgres://one:5432/shop"),
+            ("postgres://one/shop?user=u&password=secret", "postgres://one:5432/shop"),
+            ("nonsense:secret", "postgres://"),
+        ] {
+            assert_eq!(show(url), shown, "{url}");
+        }
+        // Not escaped as they should be.
+        for url in ["postgres://u:sec?ret@one/shop", "postgres://u:sec#ret@one/shop"] {
+            let text = show(url);
+            assert!(!text.contains("sec") && !text.contains("ret"), "{text}");
+        }
     }
 }

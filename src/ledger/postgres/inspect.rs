@@ -3,7 +3,7 @@
 use deadpool_postgres::Pool;
 use tokio_postgres::types::Type;
 
-use super::connect::{OpenError, Options, pool, pool_error};
+use super::connect::{OpenError, Options, pool_error, pool_to_read};
 use super::{ask, statements};
 use crate::job::{Key, Mode, RequestId};
 use crate::ledger::{KnownOrphan, LedgerError, Report, Row};
@@ -28,7 +28,7 @@ impl Inspector {
     /// # Errors
     /// See [`OpenError`].
     pub async fn open(options: &Options) -> Result<Self, OpenError> {
-        let pool = pool(options)?;
+        let pool = pool_to_read(options)?;
         let client = pool.get().await.map_err(pool_error)?;
         let there: bool = client
             .query_typed_one("SELECT to_regclass('checkout_worker.job') IS NOT NULL", &[])

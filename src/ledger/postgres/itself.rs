@@ -59,8 +59,26 @@ pub(super) async fn about_itself(
             )
             .await
             .map(|_| ()),
-        Command::Probe => set("probed", now).await,
-        Command::Restored { until } => set("restored", *until).await,
+        // What workers write is tried as well, without a change: a right may be missing that jobs need.
+        Command::Probe => {
+            for same in [
+                "INSERT INTO checkout_worker.job SELECT * FROM checkout_worker.job WHERE false",
+                "UPDATE checkout_worker.job SET version = version WHERE false",
+                "UPDATE checkout_worker.budget SET next_at = next_at WHERE false",
+            ] {
+                client.query_typed(same, &[]).await?;
+            }
+            set("probed", now).await
+        }
+        // What was told before is not taken back by an earlier time.
+        Command::Restored { until } => client
+            .query_typed(
+                "INSERT INTO checkout_worker.meta AS m (name, number) VALUES ('restored', $1)
+                 ON CONFLICT (name) DO UPDATE SET number = greatest(m.number, excluded.number)",
+                &[(until, Type::INT8)],
+            )
+            .await
+            .map(|_| ()),
         // Who refuses does so for all: a job that nobody took before must not adopt it afterwards.
         Command::Adopt(Adoption::Adopted) => client
             .query_typed(

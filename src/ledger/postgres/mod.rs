@@ -47,7 +47,9 @@ const STATEMENT: Duration = Duration::from_secs(10);
 /// For opening, a migration of another replica's included.
 const OPEN: Duration = Duration::from_mins(2);
 /// Longest time that is allowed for between a lease of places and its answer.
-const LONGEST_LEAD: Duration = Duration::from_secs(1);
+const LONGEST_LEAD: Duration = STATEMENT;
+/// What is allowed for before the first answer.
+const FIRST_LEAD: Duration = Duration::from_millis(50);
 /// How often a worker leaves a sign of life and reads the totals.
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
 /// A ledger that was adopted less than this ago may still meet what another one knew, in
@@ -196,7 +198,11 @@ impl Budget for PostgresLedger {
         let reckoning = self.reckoning.clone();
         async move {
             let asked = Instant::now();
-            let last = Duration::from_micros(lead.load(Ordering::Relaxed));
+            // Before the first answer nobody knows how long one takes.
+            let last = match lead.load(Ordering::Relaxed) {
+                0 => FIRST_LEAD,
+                micros => Duration::from_micros(micros),
+            };
             let block = (count, interval);
             let leased = ask(&pool, async |client| {
                 budget::lease(client, mode, block, last, &reckoning).await

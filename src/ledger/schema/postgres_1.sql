@@ -66,5 +66,7 @@ CREATE TABLE checkout_worker.meta (
 CREATE TABLE checkout_worker.budget (
     mode        text PRIMARY KEY,
     next_at     bigint NOT NULL,
-    quiet_until bigint NOT NULL
+    quiet_until bigint NOT NULL,
+    -- A clock that shows less has been set back since, and the row holds no longer.
+    written_at  bigint NOT NULL
 );

@@ -209,7 +209,11 @@ fn apply(
         Command::Pause { from, to } => record_pause(connection, *from, *to)?,
         Command::Probe => set_meta_number(connection, "probed", context.now)?,
         Command::Adopt(adoption) => adopt(connection, *adoption, context.now)?,
-        Command::Restored { until } => set_meta_number(connection, "restored", *until)?,
+        // What was told before is not taken back by an earlier time.
+        Command::Restored { until } => {
+            let before = meta_number(connection, "restored")?.unwrap_or(0);
+            set_meta_number(connection, "restored", before.max(*until))?;
+        }
         Command::Claim(_)
         | Command::Settle(_)
         | Command::Close(_)

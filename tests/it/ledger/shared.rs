@@ -335,7 +335,8 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
     client
         .batch_execute(
             "UPDATE checkout_worker.budget
-             SET next_at = next_at + 86400000000::int8, quiet_until = next_at + 86400000000::int8",
+             SET next_at = next_at + 86400000000::int8, quiet_until = next_at + 86400000000::int8,
+                 written_at = written_at + 86400000000::int8",
         )
         .await
         .unwrap();
@@ -347,6 +348,15 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
         ledger.quiet(Mode::Test, Duration::from_secs(3)).await.unwrap() > Duration::from_secs(2)
     );
     assert!(ledger.quiet(Mode::Test, Duration::ZERO).await.unwrap() > Duration::from_secs(2));
+
+    // Places may lie as far ahead as they must: a slow budget, and many that wait.
+    let slow = Duration::from_secs(1_000);
+    let mut last = ledger.lease_places(Mode::Test, 1, slow).await.unwrap().unwrap().first;
+    for _ in 0..8 {
+        let next = ledger.lease_places(Mode::Test, 1, slow).await.unwrap().unwrap().first;
+        assert!(next > last + Duration::from_secs(990), "no place is given twice");
+        last = next;
+    }
 
     // Creem's other world has a budget of its own.
     assert_eq!(ledger.quiet(Mode::Live, Duration::ZERO).await.unwrap(), Duration::ZERO);
