@@ -241,6 +241,17 @@ pub enum Adoption {
     Accepted,
 }
 
+/// What is known of a ledger's right to serve.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Standing {
+    /// It was taken into use so recently that another one may have been lost.
+    New,
+    /// A worker met jobs that another ledger may know: it serves nobody until an operator says so.
+    Refused,
+    /// It serves.
+    Established,
+}
+
 /// Everything a ledger can be told.
 #[derive(Debug, Clone)]
 pub enum Command {
@@ -351,11 +362,11 @@ pub trait Ledger: Budget + std::fmt::Debug + 'static {
     fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>>;
 
     /// Whether this ledger may have taken the place of a lost one, as far as is known now: where many
-    /// workers share a ledger, another one may have begun to serve with it since.
+    /// workers share a ledger, another one may have begun to serve with it since, or have refused it.
     ///
     /// # Errors
     /// See [`LedgerError`].
-    fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>>;
+    fn standing(&self) -> BoxFuture<'static, Result<Standing, LedgerError>>;
 
     /// What the ledger knew of itself when it was opened.
     fn identity(&self) -> &Identity;

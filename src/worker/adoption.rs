@@ -2,7 +2,7 @@
 //! that this one does not know.
 
 use super::{Fatal, Shared};
-use crate::ledger::{Adoption, Command, Identity, LedgerError};
+use crate::ledger::{Adoption, Command, Identity, LedgerError, Standing};
 use crate::rabbit::Delivery;
 
 /// How often the ledger is asked to remember a refusal.
@@ -30,25 +30,24 @@ impl Shared {
             && *self.adoption.lock().await != Some(Adoption::Adopted)
     }
 
-    /// Whether a job that some worker had taken before says that another ledger was lost: not if this
-    /// one has a row of it, or if another worker has served with this one for a while.
-    async fn is_a_sign(&self, delivery: &Delivery) -> Result<bool, LedgerError> {
+    /// What a job that some worker had taken before says of this ledger: nothing, if there is a row of it.
+    async fn told_by(&self, delivery: &Delivery) -> Result<Standing, LedgerError> {
         let ledger = &self.worker.journey.ledger;
         if let Some(key) = self.worker.intake.key(delivery)
             && ledger.knows(key).await?
         {
-            return Ok(false);
+            return Ok(Standing::Established);
         }
-        ledger.is_new().await
+        ledger.standing().await
     }
 
     /// Holds the empty-ledger guard, and takes note once that a new ledger serves.
     ///
     /// `fresh` says that the session is the first that serves with a new ledger: what is
-    /// redelivered in it was taken by a worker with another ledger.
+    /// redelivered in it was taken by a worker with another ledger. In later ones it was taken by this
+    /// one, or by one that has refused the ledger since.
     pub(super) async fn may_serve(&self, delivery: &Delivery, fresh: bool) -> bool {
-        let ledger = &self.worker.journey.ledger;
-        if !ledger.identity().empty {
+        if !self.worker.journey.ledger.identity().empty {
             return true;
         }
         // Held over the write, so that no lane's yes can come after another lane's no.
@@ -56,33 +55,55 @@ impl Shared {
         if *adoption == Some(Adoption::Refused) {
             return false;
         }
-        if fresh && delivery.redelivered {
-            match self.is_a_sign(delivery).await {
-                Ok(false) => return true,
-                Ok(true) => {}
-                // Nobody can say now. The session ends, and the next one begins when the ledger is back.
-                Err(error) => {
-                    self.worker.journey.ledger_away(&error);
-                    return false;
-                }
+        match self.judge(delivery, fresh, *adoption).await {
+            Ok(Some(Adoption::Refused)) => {
+                *adoption = Some(Adoption::Refused);
+                self.end(Fatal::EmptyLedger);
+                false
             }
-            *adoption = Some(Adoption::Refused);
-            // The next start must refuse as well, whatever it would meet first.
-            for _ in 0..TRIES {
-                if ledger.execute(Command::Adopt(Adoption::Refused)).await.is_ok() {
-                    break;
-                }
+            Ok(decided) => {
+                *adoption = decided;
+                true
             }
-            self.end(Fatal::EmptyLedger);
-            return false;
-        }
-        if adoption.is_none() {
-            // A ledger that cannot be written pauses the job that follows, and says so; the next
-            // one tries again.
-            if ledger.execute(Command::Adopt(Adoption::Adopted)).await.is_ok() {
-                *adoption = Some(Adoption::Adopted);
+            // Nobody can say now. The session ends, and the next one begins when the ledger is back.
+            Err(error) => {
+                self.worker.journey.ledger_away(&error);
+                false
             }
         }
-        true
+    }
+
+    /// What is decided about the new ledger after this delivery.
+    async fn judge(
+        &self,
+        delivery: &Delivery,
+        fresh: bool,
+        before: Option<Adoption>,
+    ) -> Result<Option<Adoption>, LedgerError> {
+        let ledger = &self.worker.journey.ledger;
+        if delivery.redelivered && !self.worker.accept_empty_ledger {
+            match self.told_by(delivery).await? {
+                Standing::Refused => return Ok(Some(Adoption::Refused)),
+                Standing::New if fresh => {
+                    // The next start must refuse as well, whatever it would meet first.
+                    for _ in 0..TRIES {
+                        if ledger.execute(Command::Adopt(Adoption::Refused)).await.is_ok() {
+                            break;
+                        }
+                    }
+                    return Ok(Some(Adoption::Refused));
+                }
+                Standing::Established if fresh => return Ok(before),
+                Standing::New | Standing::Established => {}
+            }
+        }
+        // A ledger that cannot be written pauses the job that follows, and says so; the next one tries
+        // again. Who has refused it in the meantime has done so for all.
+        if before.is_none() && ledger.execute(Command::Adopt(Adoption::Adopted)).await.is_ok() {
+            let refused = ledger.standing().await? == Standing::Refused;
+            let decided = if refused { Adoption::Refused } else { Adoption::Adopted };
+            return Ok(Some(decided));
+        }
+        Ok(before)
     }
 }

@@ -12,7 +12,7 @@ use creem_checkout_worker::job::{
 };
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
 use creem_checkout_worker::ledger::{
-    Answer, Budget, Command, Identity, Ledger, LedgerError, OnUnknown, State,
+    Answer, Budget, Command, Identity, Ledger, LedgerError, OnUnknown, Standing, State,
 };
 use creem_checkout_worker::pace::Pacer;
 use creem_checkout_worker::retry::{Backoff, Pauses, Policy};
@@ -167,8 +167,8 @@ impl Ledger for Buggy {
         })
     }
 
-    fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>> {
-        self.ledger.is_new()
+    fn standing(&self) -> BoxFuture<'static, Result<Standing, LedgerError>> {
+        self.ledger.standing()
     }
 
     fn identity(&self) -> &Identity {

@@ -17,8 +17,9 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 use crate::ledger::key;
+use crate::support::broker::ctl;
 use crate::support::postgres::{connect, database, shared};
-use crate::support::private::POSTGRES;
+use crate::support::private::{BROKER, POSTGRES};
 use crate::support::{World, eventually, next, soon};
 
 /// A world whose workers share a database of its own.
@@ -382,4 +383,33 @@ async fn what_an_operator_says_of_a_new_ledger_holds_for_all_workers_at_once() {
     let mut replies = world.replies().await;
     let _second = world.worker().await;
     assert_eq!(next(&mut replies).await.status(), "succeeded", "the second one does not ask again");
+}
+
+#[tokio::test]
+async fn a_worker_that_has_begun_to_serve_heeds_the_refusal_of_another() {
+    let Some(server) = shared("heeds").await else { return };
+    let Some(broker) = BROKER.start("heeds").await else { return };
+    let url = database(&server).await;
+    let mut world = World::on(broker.url.clone(), "heeds").await;
+    world.settings.insert("LEDGER_URL".into(), url.clone());
+    let mut worker = world.worker().await;
+    let mut replies = world.replies().await;
+    world.job("plain").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    // Creem asks for silence, so the next job is held without a row of its own.
+    world.script(
+        r#"{"faults":[{"request_id":"told","times":1,"kind":"throttle","retry_after":"20"}]}"#,
+    );
+    world.job("told").await;
+    soon("the call", world.simulator.posts_arrived(2)).await;
+    soon("silence", worker.logged("creem answered")).await;
+    world.job("known_elsewhere").await;
+    eventually("it is delivered", || async { world.depth("jobs").await == 0 }).await;
+    // Another worker refuses the ledger; then this one's session breaks, and the job comes again.
+    let refused = "INSERT INTO checkout_worker.meta (name, number) VALUES ('refused', 1)";
+    connect(&url).await.batch_execute(refused).await.unwrap();
+    ctl(&broker, &["close_all_connections", "test"]).await;
+    assert_eq!(soon("it ends", worker.ended()).await, 1);
+    assert!(worker.log().join("\n").contains("--accept-empty-ledger"));
+    assert_eq!(world.posts(), 2, "the job was not asked for");
 }

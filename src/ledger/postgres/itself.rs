@@ -7,7 +7,7 @@ use super::connect::OpenError;
 use super::{HOUSEKEEPING, NEW};
 use crate::clock::{Millis, as_millis};
 use crate::job::FingerprintKey;
-use crate::ledger::{Adoption, Command, Identity};
+use crate::ledger::{Adoption, Command, Identity, Standing};
 
 /// What all workers have recorded, and what holds for all.
 #[derive(Debug, Clone, Copy)]
@@ -106,11 +106,11 @@ pub(super) async fn about_itself(
     }
 }
 
-/// Whether the ledger is a new one, and whether a worker has refused it.
-pub(super) async fn newness(
+/// Whether the ledger is a new one, or a worker has refused it.
+pub(super) async fn standing(
     client: &Object,
     now: Millis,
-) -> Result<(bool, bool), tokio_postgres::Error> {
+) -> Result<Standing, tokio_postgres::Error> {
     let row = client
         .query_typed_one(
             "SELECT (SELECT number FROM checkout_worker.meta WHERE name = 'adopted'),
@@ -119,7 +119,13 @@ pub(super) async fn newness(
         )
         .await?;
     let adopted: Option<Millis> = row.try_get(0)?;
-    Ok((adopted.is_none_or(|adopted| now.saturating_sub(adopted) < NEW), row.try_get(1)?))
+    Ok(if row.try_get(1)? {
+        Standing::Refused
+    } else if adopted.is_none_or(|adopted| now.saturating_sub(adopted) < NEW) {
+        Standing::New
+    } else {
+        Standing::Established
+    })
 }
 
 /// Reads what the ledger knows of itself.
@@ -150,6 +156,13 @@ pub(super) async fn identity(client: &Object, now: Millis) -> Result<Identity, O
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect::<Result<_, tokio_postgres::Error>>()?;
     let Totals { ambiguous_attempts, orphan_sessions, .. } = totals(client, now).await?;
-    let (empty, refused) = newness(client, now).await?;
-    Ok(Identity { key, empty, refused, ambiguous_attempts, orphan_sessions, pauses })
+    let standing = standing(client, now).await?;
+    Ok(Identity {
+        key,
+        empty: standing == Standing::New,
+        refused: standing == Standing::Refused,
+        ambiguous_attempts,
+        orphan_sessions,
+        pauses,
+    })
 }

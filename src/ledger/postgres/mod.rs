@@ -29,13 +29,13 @@ use tokio_postgres::types::{ToSql, Type};
 
 use super::budget::Reckoning;
 use super::group::Commit;
-use super::{Answer, Budget, Command, Identity, Ledger, LedgerError, Places};
+use super::{Answer, Budget, Command, Identity, Ledger, LedgerError, Places, Standing};
 use crate::clock::{Millis, SharedClock};
 use crate::job::Mode;
 use batch::{Batch, Memory};
 pub use connect::{OpenError, Options};
 use connect::{pool, pool_error, unavailable};
-use itself::{Totals, about_itself, identity, newness, totals};
+use itself::{Totals, about_itself, identity, standing, totals};
 pub use time::DatabaseClock;
 
 /// Batches under way at once: while one waits for its commit, the next is on its way.
@@ -241,16 +241,9 @@ impl Ledger for PostgresLedger {
         &self.identity
     }
 
-    fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>> {
+    fn standing(&self) -> BoxFuture<'static, Result<Standing, LedgerError>> {
         let (pool, now) = (self.pool.clone(), self.clock.now());
-        async move {
-            ask(&pool, async |client| {
-                let (new, refused) = newness(client, now).await?;
-                Ok(new || refused)
-            })
-            .await
-        }
-        .boxed()
+        async move { ask(&pool, async |client| standing(client, now).await).await }.boxed()
     }
 
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {

@@ -19,7 +19,7 @@ use crate::job::Key;
 use crate::ledger::group::{Commit, Committed, Group, Store};
 use crate::ledger::row::{Columns, Row};
 use crate::ledger::transition::{self, Context, Effect};
-use crate::ledger::{Adoption, Answer, Budget, Command, Identity, Ledger, LedgerError};
+use crate::ledger::{Adoption, Answer, Budget, Command, Identity, Ledger, LedgerError, Standing};
 pub use open::OpenError;
 use open::{begin, lock, prepare, recognise, refuse_network};
 
@@ -85,9 +85,10 @@ impl Ledger for SqliteLedger {
         &self.identity
     }
 
-    fn is_new(&self) -> BoxFuture<'static, Result<bool, LedgerError>> {
+    fn standing(&self) -> BoxFuture<'static, Result<Standing, LedgerError>> {
         // Nobody else can begin to serve with it while this process has it.
-        std::future::ready(Ok(self.identity.empty)).boxed()
+        let standing = if self.identity.empty { Standing::New } else { Standing::Established };
+        std::future::ready(Ok(standing)).boxed()
     }
 
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {

@@ -251,14 +251,15 @@ async fn the_databases_clock_is_everybodys_clock() {
 async fn a_new_ledger_is_new_for_all_workers_until_one_has_served_for_a_while() {
     let Some(bench) = bench("adoption").await else { return };
     let other = bench.another().await;
-    assert!(other.is_new().await.unwrap());
+    assert_eq!(other.standing().await.unwrap(), Standing::New);
     bench.ledger().execute(Command::Adopt(Adoption::Adopted)).await.unwrap();
-    assert!(other.is_new().await.unwrap(), "all workers begin at about the same time");
+    let standing = other.standing().await.unwrap();
+    assert_eq!(standing, Standing::New, "all workers begin at about the same time");
     assert!(!other.knows(key("a")).await.unwrap());
     bench.lease("a").await;
     assert!(other.knows(key("a")).await.unwrap(), "it was taken with this ledger");
     bench.clock.advance(Duration::from_secs(61));
-    assert!(!other.is_new().await.unwrap());
+    assert_eq!(other.standing().await.unwrap(), Standing::Established);
     assert!(!bench.another().await.identity().empty);
 
     other.execute(Command::Adopt(Adoption::Refused)).await.unwrap();
