@@ -200,7 +200,12 @@ async fn connect_to(uri: AMQPUri, name: &str, tls: &Tls) -> Result<Connection, L
     let host = format!("{}:{}", uri.authority.host, uri.authority.port);
     probe(&uri).await.map_err(|reason| LinkError::Unreachable { host: host.clone(), reason })?;
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let refused = |reason: String| LinkError::Refused { host: host.clone(), reason };
+    let refused = |mut reason: String| {
+        if reason.contains("InvalidContentType") {
+            reason.push_str(": it speaks no TLS; begin the URL with amqp://, or give its TLS port");
+        }
+        LinkError::Refused { host: host.clone(), reason }
+    };
     let runtime = lapin::runtime::default_runtime().map_err(|error| refused(error.to_string()))?;
     let connect = Connection::connect_uri_with_config(uri, properties, tls.config(), runtime);
     match tokio::time::timeout(HANDSHAKE, connect).await {

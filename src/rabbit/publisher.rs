@@ -244,7 +244,7 @@ async fn generation(
     blocked: bool,
 ) -> LinkError {
     let connection = match link::connect(options, name).await {
-        Ok(connection) => connection,
+        Ok(connection) => Arc::new(connection),
         Err(error) => return error,
     };
     let mut events = connection.events_listener();
@@ -283,7 +283,8 @@ async fn generation(
             },
             ended = channels.join_next() => match ended {
                 Some(Ok((class, Ended::Refused))) if connection.status().connected() => {
-                    open(&connection, class, orders, told, shape.batch, &mut channels).await
+                    replace(&connection, class, orders, told, shape.batch, &mut channels);
+                    continue;
                 }
                 Some(Ok((class, Ended::Broke(error)))) if connection.status().connected() => {
                     // One publish can take its channel down, but not its neighbours for long.
@@ -320,6 +321,30 @@ async fn open(
     let (orders, told) = (orders[class].clone(), told.clone());
     channels.spawn(async move { (class, serve(&channel, &orders, &told, batch).await) });
     Ok(())
+}
+
+/// Opens a channel in the place of one on which a queue refused, however long that takes, and publishes on
+/// it: a queue in trouble takes no other's connection with it.
+fn replace(
+    connection: &Arc<Connection>,
+    class: usize,
+    orders: &[Orders; 2],
+    told: &Arc<Told>,
+    batch: usize,
+    channels: &mut JoinSet<(usize, Ended)>,
+) {
+    let (connection, orders, told) = (connection.clone(), orders[class].clone(), told.clone());
+    channels.spawn(async move {
+        loop {
+            match confirming(&connection).await {
+                Ok(channel) => return (class, serve(&channel, &orders, &told, batch).await),
+                Err(error) => {
+                    tracing::warn!(%error, "there is no other publishing channel yet; trying again");
+                    tokio::time::sleep(YOUNG).await;
+                }
+            }
+        }
+    });
 }
 
 async fn confirming(connection: &Connection) -> Result<Channel, LinkError> {

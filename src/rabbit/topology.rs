@@ -434,9 +434,13 @@ fn passed_on(exchange: &str, key: &str) -> FieldTable {
 }
 
 fn differs(name: &str, error: &lapin::Error) -> LinkError {
-    LinkError::Broken(format!(
-        "{name} cannot be declared: {error}; if it exists with other arguments, empty and delete it, or set topology.declare = false"
-    ))
+    let text = error.to_string();
+    let mend = if text.contains("ACCESS") {
+        "give this user configure on it, or set topology.declare = false"
+    } else {
+        "if it exists with other arguments, empty and delete it, or set topology.declare = false"
+    };
+    LinkError::Broken(format!("{name} cannot be declared: {text}; {mend}"))
 }
 
 #[cfg(test)]

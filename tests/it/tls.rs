@@ -132,3 +132,15 @@ async fn the_database_is_trusted_by_a_configured_authority_only() {
         .unwrap();
     assert!(row.get::<_, bool>(0));
 }
+
+#[tokio::test]
+async fn a_broker_that_speaks_no_tls_is_told_apart_from_one_that_refuses() {
+    let Some(mut world) = World::new("no_tls").await else { return };
+    let url = world.environment()["AMQP_URL"].replace("amqp://", "amqps://");
+    world.settings.insert("AMQP_URL".into(), url);
+    let worker = world.worker_unready(&[]);
+    let said = |event: &serde_json::Value| {
+        event["error"].as_str().is_some_and(|text| text.contains("it speaks no TLS"))
+    };
+    soon("it says so", worker.event(said)).await;
+}

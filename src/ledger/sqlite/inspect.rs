@@ -4,7 +4,7 @@ use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags};
 
-use super::open::{APPLICATION, OpenError, VERSION, foreign_database, recognise};
+use super::open::{APPLICATION, OpenError, VERSION, foreign_database, recognise, unreadable};
 use super::{load, own_damage, read, unavailable};
 use crate::job::{Key, Mode, RequestId};
 use crate::ledger::{KnownOrphan, LedgerError, Report, Row};
@@ -27,8 +27,7 @@ impl Inspector {
         }
         recognise(path)?;
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let foreign =
-            |error: rusqlite::Error| OpenError::Foreign(path.to_owned(), error.to_string());
+        let foreign = |error: rusqlite::Error| unreadable(path, &error);
         let connection = Connection::open_with_flags(path, flags).map_err(foreign)?;
         connection.busy_timeout(std::time::Duration::from_secs(5)).map_err(foreign)?;
         let number =

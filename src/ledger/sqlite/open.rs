@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::path::{Path, PathBuf};
 
-use rusqlite::{Connection, TransactionBehavior, params};
+use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
 
 use super::{meta_number, record_pause, set_meta_number};
 use crate::clock::Millis;
@@ -15,6 +15,7 @@ const SCHEMA: &str = include_str!("../schema/sqlite.sql");
 pub(super) const VERSION: i64 = 1;
 /// `application_id`: "crCW", so that another program's database is not taken for a ledger.
 pub(super) const APPLICATION: i64 = 0x6372_4357;
+
 /// Why a ledger file was not opened. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
@@ -56,7 +57,7 @@ pub enum OpenError {
     Damaged(PathBuf, String),
     /// The system said no.
     #[error(
-        "the ledger {0} cannot be opened: {1}; check that the directory exists, is writable for this user and has space"
+        "the ledger {0} cannot be opened: {1}; check that the directory exists and has space, and that this user may write in it and to the ledger's files"
     )]
     Io(PathBuf, String),
 }
@@ -127,7 +128,7 @@ pub(super) fn refuse_network(path: &Path) -> Result<(), OpenError> {
 
 /// Recognises the file before it changes anything, then sets it up.
 pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), OpenError> {
-    let foreign = |error: rusqlite::Error| OpenError::Foreign(path.to_owned(), error.to_string());
+    let foreign = |error: rusqlite::Error| unreadable(path, &error);
     let io = |error: rusqlite::Error| OpenError::Io(path.to_owned(), error.to_string());
     let number = |connection: &Connection, name: &str| {
         connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0))
@@ -153,6 +154,22 @@ pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), Op
         sync_directory(path).map_err(|error| OpenError::Io(path.to_owned(), error.to_string()))?;
     }
     Ok(())
+}
+
+/// A file that cannot be read as a ledger: for what it is, or because the system says no.
+pub(super) fn unreadable(path: &Path, error: &rusqlite::Error) -> OpenError {
+    let (path, text) = (path.to_owned(), error.to_string());
+    match error.sqlite_error_code() {
+        Some(
+            ErrorCode::ReadOnly
+            | ErrorCode::PermissionDenied
+            | ErrorCode::CannotOpen
+            | ErrorCode::SystemIoFailure
+            | ErrorCode::DatabaseBusy
+            | ErrorCode::DatabaseLocked,
+        ) => OpenError::Io(path, text),
+        Some(_) | None => OpenError::Foreign(path, text),
+    }
 }
 
 pub(super) fn foreign_database(connection: &Connection, path: &Path) -> OpenError {
@@ -235,4 +252,20 @@ pub(super) fn begin(connection: &mut Connection, now: Millis) -> rusqlite::Resul
     };
     transaction.commit()?;
     Ok((identity, u64::try_from(epoch).unwrap_or(0)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_that_this_user_may_not_write_is_a_ledger_all_the_same() {
+        let failure = |code| rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), None);
+        for code in [rusqlite::ffi::SQLITE_READONLY, rusqlite::ffi::SQLITE_CANTOPEN] {
+            let error = unreadable(Path::new("ledger.db"), &failure(code));
+            assert!(matches!(error, OpenError::Io(..)), "{error}");
+        }
+        let error = unreadable(Path::new("ledger.db"), &failure(rusqlite::ffi::SQLITE_NOTADB));
+        assert!(matches!(error, OpenError::Foreign(..)), "{error}");
+    }
 }

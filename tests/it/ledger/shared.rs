@@ -326,6 +326,8 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
         client.batch_execute("SELECT pg_sleep(0.3); COMMIT").await.unwrap();
     });
     slow.unwrap();
+    // No place of before makes it lie ahead.
+    client.batch_execute("UPDATE checkout_worker.budget SET next_at = 0").await.unwrap();
     let places = ledger.lease_places(Mode::Test, 1, interval).await.unwrap().unwrap();
     assert!(
         places.first > tokio::time::Instant::now(),
