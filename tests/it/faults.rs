@@ -516,7 +516,7 @@ async fn a_full_disk_pauses_intake_and_space_lets_it_go_on() {
     let mut worker = world.worker_unready(&[]);
     assert_eq!(worker.ended().await, 1);
     let last = worker.log().pop().unwrap_or_default();
-    assert!(last.contains("cannot be opened") && last.contains("writable"), "{last}");
+    assert!(last.contains("cannot be opened") && last.contains("may write in it"), "{last}");
 }
 
 #[tokio::test]
