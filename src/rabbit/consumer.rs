@@ -103,6 +103,7 @@ pub struct Session {
     channels: Mutex<Vec<Channel>>,
     /// Cancelled when the session is over.
     pub over: CancellationToken,
+    /// Keeps workers with another ledger out until the session is over.
     _guard: Option<Kept>,
 }
 
@@ -203,7 +204,9 @@ impl Session {
     }
 }
 
-async fn in_time<T>(work: impl Future<Output = Result<T, LinkError>>) -> Result<T, LinkError> {
+pub(super) async fn in_time<T>(
+    work: impl Future<Output = Result<T, LinkError>>,
+) -> Result<T, LinkError> {
     let late = || {
         LinkError::Broken(format!(
             "the broker did not answer within {}",

@@ -486,3 +486,19 @@ async fn send(
 fn give(order: Order, result: Result<Published, Lost>) {
     drop(order.done.send(result));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_confirm_of_what_was_read_before_an_alarm_does_not_end_it() {
+        let (state, _) = watch::channel(State::Blocked("low on memory".to_owned()));
+        let told = Told { state, breaks: AtomicU32::new(0) };
+        told.confirmed();
+        assert!(matches!(*told.state.borrow(), State::Blocked(_)));
+        told.say(State::Down("its channel broke".to_owned()));
+        told.confirmed();
+        assert_eq!(*told.state.borrow(), State::Up);
+    }
+}

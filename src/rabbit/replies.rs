@@ -5,6 +5,7 @@ use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions}
 use lapin::types::FieldTable;
 use lapin::{Connection, Consumer};
 
+use super::consumer::in_time;
 use super::link::{self, LinkError, Options, short};
 
 /// A server-named queue that goes away with its connection.
@@ -30,6 +31,39 @@ pub struct Received {
     pub body: Vec<u8>,
 }
 
+/// Declares the queue and consumes it.
+async fn declared(
+    connection: &Connection,
+    exchange: &str,
+) -> Result<(String, Consumer), LinkError> {
+    let channel = connection.create_channel().await?;
+    let declare = QueueDeclareOptions {
+        passive: false,
+        durable: false,
+        exclusive: true,
+        auto_delete: true,
+        nowait: false,
+    };
+    let queue = channel.queue_declare(short("")?, declare, FieldTable::default()).await?;
+    let name = queue.name().as_str().to_owned();
+    if !exchange.is_empty() {
+        channel
+            .queue_bind(
+                short(&name)?,
+                short(exchange)?,
+                short(&name)?,
+                QueueBindOptions { nowait: false },
+                FieldTable::default(),
+            )
+            .await?;
+    }
+    let consume =
+        BasicConsumeOptions { no_local: false, no_ack: true, exclusive: true, nowait: false };
+    let consumer =
+        channel.basic_consume(short(&name)?, short("")?, consume, FieldTable::default()).await?;
+    Ok((name, consumer))
+}
+
 impl ReplyQueue {
     /// Makes the queue, reachable under its name from the exchange that replies go through (`""` is
     /// the default exchange, which reaches every queue).
@@ -38,32 +72,7 @@ impl ReplyQueue {
     /// If the broker is not there or says no.
     pub async fn open(options: &Options, name: &str, exchange: &str) -> Result<Self, LinkError> {
         let connection = link::connect(options, name).await?;
-        let channel = connection.create_channel().await?;
-        let declare = QueueDeclareOptions {
-            passive: false,
-            durable: false,
-            exclusive: true,
-            auto_delete: true,
-            nowait: false,
-        };
-        let queue = channel.queue_declare(short("")?, declare, FieldTable::default()).await?;
-        let name = queue.name().as_str().to_owned();
-        if !exchange.is_empty() {
-            channel
-                .queue_bind(
-                    short(&name)?,
-                    short(exchange)?,
-                    short(&name)?,
-                    QueueBindOptions { nowait: false },
-                    FieldTable::default(),
-                )
-                .await?;
-        }
-        let consume =
-            BasicConsumeOptions { no_local: false, no_ack: true, exclusive: true, nowait: false };
-        let consumer = channel
-            .basic_consume(short(&name)?, short("")?, consume, FieldTable::default())
-            .await?;
+        let (name, consumer) = in_time(declared(&connection, exchange)).await?;
         Ok(Self { name, consumer, _connection: connection })
     }
 

@@ -26,11 +26,11 @@ const DELIVERY_LIMIT: i64 = 20;
 /// The same for queues whose messages must never be taken out: people read those.
 const NEVER: i64 = 1_000_000;
 
-/// How long the broker may take to confirm a message that is only to show that one may be published.
+/// How long the broker may take over a message that is only to show that one may be published.
 const PROBE: Duration = Duration::from_secs(10);
 
-/// How long the queue of a shared ledger's workers stays when none of them is left, in milliseconds: longer than
-/// all of them need to come back after a broker's restart.
+/// How long the queue of a shared ledger's workers stays when none of them is left, in milliseconds:
+/// longer than all of them need to come back after a broker's restart.
 const UNUSED: i64 = 60_000;
 
 /// The delays of the delay queues, shortest first.
@@ -238,8 +238,8 @@ impl Topology {
         Ok(())
     }
 
-    /// Compares what is on the broker with what should be, without making anything: queues are
-    /// and exchanges are compared with their arguments and kinds if `declare` says that the worker may.
+    /// Compares what is on the broker with what should be, without making anything: queues and
+    /// exchanges are compared with their arguments and kinds if `declare` says that the worker may.
     /// With `publish` it is tried whether this user may publish, with a message to each exchange that no
     /// queue should take. Bindings cannot be asked for in AMQP, nor whether a queue may be read.
     ///
@@ -328,15 +328,18 @@ async fn try_publishing(
     found: &mut Differences,
 ) -> Result<(), LinkError> {
     let name = if exchange.is_empty() { "the default exchange" } else { exchange };
-    let channel = connection.create_channel().await?;
-    channel.confirm_select(ConfirmSelectOptions { nowait: false }).await?;
-    let options = BasicPublishOptions { mandatory: true, immediate: false };
-    let properties = lapin::BasicProperties::default()
-        .with_expiration("0".into())
-        .with_type("checkout-worker check".into());
     let random = getrandom::u64().unwrap_or(0);
     let key = short(&format!("checkout-worker.check.{random:016x}"))?;
-    let sent = channel.basic_publish(short(exchange)?, key, options, b"?", properties).await?;
+    let exchange = short(exchange)?;
+    let sent = async {
+        let channel = connection.create_channel().await?;
+        channel.confirm_select(ConfirmSelectOptions { nowait: false }).await?;
+        let options = BasicPublishOptions { mandatory: true, immediate: false };
+        let properties = lapin::BasicProperties::default()
+            .with_expiration("0".into())
+            .with_type("checkout-worker check".into());
+        channel.basic_publish(exchange, key, options, b"?", properties).await?.await
+    };
     match tokio::time::timeout(PROBE, sent).await {
         Ok(Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_)))) => {}
         Ok(Ok(_)) => found.wrong.push(format!(
@@ -413,8 +416,8 @@ fn kept() -> FieldTable {
     arguments
 }
 
-/// The queue by which workers of one shared ledger know each other. RabbitMQ compares the arguments that
-/// it knows: the mark is in one that never comes to bear, as nothing is published there.
+/// The queue by which workers of one shared ledger know each other. RabbitMQ compares the arguments
+/// that it knows: the mark is in one that never comes to bear, as nothing is published there.
 pub(super) fn shared_guard(mark: &str) -> FieldTable {
     let mut arguments = FieldTable::default();
     arguments.insert("x-queue-type".into(), text("quorum"));

@@ -41,7 +41,7 @@ pub struct Ask {
     pub picked_up_at: Millis,
     /// Whether the broker delivered this copy before.
     pub redelivered: bool,
-    /// Whether another ledger may know of it: it comes from that one's delay queue, and ours is new.
+    /// Whether it comes from the delay queue of another ledger, which may know a link for it.
     pub elsewhere: bool,
     /// Cancelled when the delivery cannot be acked any more.
     pub session: CancellationToken,

@@ -100,3 +100,49 @@ pub async fn listen(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use futures::FutureExt as _;
+    use futures::future::BoxFuture;
+
+    use super::*;
+
+    /// A budget that loses the first word of silence.
+    #[derive(Default)]
+    struct Forgetful {
+        told: Mutex<Vec<Duration>>,
+    }
+
+    impl Budget for Forgetful {
+        fn quiet(
+            &self,
+            _mode: Mode,
+            at_least: Duration,
+        ) -> BoxFuture<'static, Result<Duration, LedgerError>> {
+            let mut told = self.told.lock().unwrap();
+            told.push(at_least);
+            let silences = told.iter().filter(|silence| !silence.is_zero()).count();
+            let answer = if silences == 1 && !at_least.is_zero() {
+                Err(LedgerError::Unavailable("it restarts".to_owned()))
+            } else {
+                Ok(at_least)
+            };
+            std::future::ready(answer).boxed()
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_told_until_it_is_heard() {
+        let (pacer, budget) = (Pacer::shared(), Forgetful::default());
+        pacer.quiet(Duration::from_secs(10));
+        assert!(listen(&pacer, &budget, Mode::Test).await.is_err());
+        tokio::time::advance(Duration::from_secs(1)).await;
+        let listening = listen(&pacer, &budget, Mode::Test);
+        drop(tokio::time::timeout(Duration::from_millis(1), listening).await);
+        let told = budget.told.lock().unwrap();
+        assert_eq!(*told, [Duration::from_secs(10), Duration::from_secs(9)]);
+    }
+}

@@ -360,7 +360,7 @@ async fn a_deleted_job_queue_comes_back_and_is_served_again() {
 async fn a_full_reply_queue_parks_the_job_after_a_while_and_keeps_its_outcome() {
     let Some(mut world) = World::new("full_queue").await else { return };
     world.set("retry.first", "10ms").set("retry.longest", "50ms");
-    let _worker = world.worker().await;
+    let worker = world.worker().await;
     let (mut dead, mut replies) = (world.dead().await, world.replies().await);
     let full = world.queue("full");
     let mut arguments = FieldTable::default();
@@ -375,6 +375,9 @@ async fn a_full_reply_queue_parks_the_job_after_a_while_and_keeps_its_outcome() 
     let parked = next(&mut dead).await;
     assert_eq!(parked.header("checkout-error-code").as_deref(), Some("reply_unroutable"));
     assert!(parked.header("checkout-error-message").unwrap().contains("full"));
+    let done = soon("its line", worker.event(|event| event["message"] == "job")).await;
+    let held = done["duration_ms"].as_u64().unwrap();
+    assert!(held >= 5_000, "an election may take that long, and it was borne for {held} ms");
     world.job("a").await;
     assert_eq!(next(&mut replies).await.status(), "succeeded");
     assert_eq!(world.posts(), 1);

@@ -1,4 +1,5 @@
-//! The budgets that all workers share, one row for each of Creem's worlds, from which each takes small blocks of places.
+//! The budgets that all workers share: one row for each of Creem's worlds, from which each worker
+//! takes small blocks of places.
 
 use std::time::Duration;
 
@@ -13,8 +14,8 @@ use crate::ledger::budget::Reckoning;
 /// A value with its type.
 type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
-/// How much earlier than the row's own time the clock may show, in microseconds, before the row is taken
-/// to be written under a clock that has since been set back: then nothing of it holds.
+/// How much earlier than the row's own time the clock may show, in microseconds, before the row is
+/// taken to be written under a clock that has since been set back: then nothing of it holds.
 macro_rules! set_back {
     () => {
         "1000000"

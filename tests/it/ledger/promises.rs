@@ -96,12 +96,16 @@ pub(super) async fn a_claim_or_settle_asked_twice_counts_once(backend: &Backend)
     let bench = Bench::new(backend, OnUnknown::Retry).await;
     let request = Bench::request(bench.claimant("a", 1));
     let first = bench.ledger().claim(request.clone()).await.unwrap();
+    bench.later();
     assert_eq!(bench.ledger().claim(request).await.unwrap(), first);
+    // What was asked again is written again: that commit waits for a standby, as the lost one did.
+    assert_eq!(bench.row("a").await.updated_at, bench.clock.now());
     let Claim::Granted(lease) = first else { panic!("{first:?}") };
     let once = bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_1"))).await;
     bench.later();
     assert_eq!(bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_1"))).await, once);
-    assert_eq!(bench.row("a").await.attempts, 1);
+    let row = bench.row("a").await;
+    assert_eq!((row.attempts, row.updated_at), (1, bench.clock.now()));
 }
 
 pub(super) async fn a_process_that_died_loses_its_leases(backend: &Backend) {
@@ -334,6 +338,8 @@ pub(super) async fn a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_fo
     bench.end("resent", failed()).await;
     let until = bench.clock.now();
     bench.ledger().execute(Command::Restored { until }).await.unwrap();
+    // An earlier time does not take it back.
+    bench.ledger().execute(Command::Restored { until: until - 1_000_000 }).await.unwrap();
     bench.reopen().await;
     bench.later();
     assert!(matches!(bench.claim("known").await, Claim::Settled(_)), "what it knows, it knows");
