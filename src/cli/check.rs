@@ -9,10 +9,10 @@ use super::{Failure, Outcome, block_on, resolved, say};
 use crate::config::check::{Ledger, Resolved};
 use crate::creem::{Client, KeyCheck};
 use crate::job::Lane;
-use crate::ledger::postgres;
+use crate::ledger::postgres::{self, ready::Ready};
 use crate::ledger::sqlite::inspect::Inspector;
 use crate::observe::admin::LIVEZ;
-use crate::rabbit::topology::Differences;
+use crate::rabbit::compare::Differences;
 use crate::rabbit::{Topology, link};
 
 /// Check configuration and surroundings; works beside a running worker and changes nothing.
@@ -66,12 +66,12 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
 async fn ledger(ledger: &Ledger) -> Result<String, String> {
     match ledger {
         Ledger::File(path) => file(path),
-        Ledger::Database(options) => match postgres::inspect::Inspector::open(options).await {
-            Ok(_) => Ok(format!("{} has a ledger", options.shown())),
-            Err(postgres::OpenError::Missing) => {
+        Ledger::Database(options) => match postgres::ready::ready(options).await {
+            Ok(Ready::Ledger) => Ok(format!("{} has a ledger", options.shown())),
+            Ok(Ready::ToBeMade) => {
                 Ok(format!("{} answers; `run` makes the ledger in it", options.shown()))
             }
-            Err(error) => Err(error.to_string()),
+            Err(error) => Err(format!("{}: {error}", options.shown())),
         },
     }
 }

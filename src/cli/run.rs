@@ -61,7 +61,7 @@ fn open_file(path: &Path) -> Result<Opened, Failure> {
         metrics::ledger_commit(commit.size, commit.took, commit.ambiguous, commit.orphans);
     })?;
     let identity = ledger.identity();
-    metrics::start_from(identity.ambiguous_attempts, identity.orphan_sessions);
+    metrics::ledger_totals(identity.ambiguous_attempts, identity.orphan_sessions);
     Ok((Arc::new(ledger), clock))
 }
 
@@ -76,7 +76,7 @@ async fn open_database(
         let observe = |observation| match observation {
             Observation::Commit(commit) => metrics::ledger_commit(commit.size, commit.took, 0, 0),
             Observation::Totals { ambiguous_attempts, orphan_sessions } => {
-                metrics::start_from(ambiguous_attempts, orphan_sessions);
+                metrics::ledger_totals(ambiguous_attempts, orphan_sessions);
             }
         };
         let opened = tokio::select! {
@@ -115,7 +115,11 @@ async fn serve(
         .await
         .with_context(|| format!("http.listen: {} cannot be bound", settings.listen))?;
     background.spawn(admin);
-    background.spawn(stages.follow_signals(settings.grace).context("no signals")?);
+    background.spawn(
+        stages
+            .follow_signals(settings.grace)
+            .context("the signals SIGTERM and SIGINT cannot be listened for")?,
+    );
     let stopping = (stages.soft.clone(), health.clone());
     background.spawn(async move {
         stopping.0.cancelled().await;

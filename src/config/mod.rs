@@ -347,10 +347,16 @@ fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
                 let secret = secret.strip_suffix('\r').unwrap_or(secret);
                 set(table, key, Value::String(secret.to_owned()));
             }
-            Err(error) => problems.push(Problem::new(
-                format!("`{twin}`: {} cannot be read: {error}", shown(&path)),
-                "name a small text file that this user may read",
-            )),
+            Err(error) => {
+                problems.push(Problem::new(
+                    format!("`{twin}`: {} cannot be read: {error}", shown(&path)),
+                    "name a small text file that this user may read",
+                ));
+                // One complaint is enough.
+                if let Some(default) = default {
+                    set(table, key, default);
+                }
+            }
         }
     }
 }

@@ -130,7 +130,8 @@ fn wait<T: Send + 'static>(
     answer: oneshot::Receiver<Result<T, LedgerError>>,
 ) -> BoxFuture<'static, Result<T, LedgerError>> {
     async move {
-        let gone = || LedgerError::Damaged("its thread has ended (a bug)".to_owned());
+        let gone =
+            || LedgerError::Stopped("its thread has ended (a bug); restart the worker".to_owned());
         if sent { answer.await.unwrap_or_else(|_| Err(gone())) } else { Err(gone()) }
     }
     .boxed()

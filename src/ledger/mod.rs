@@ -329,7 +329,11 @@ pub enum LedgerError {
     /// the others do not.
     #[error("{0}")]
     DamagedRow(String),
-    /// The file is damaged, or a sync failed. Going on could hand out a second link.
+    /// What is stored is whole, as far as is known, and this process cannot go on with it: after a sync
+    /// that failed only a new one knows what is on the disk.
+    #[error("the ledger cannot go on: {0}")]
+    Stopped(String),
+    /// The file is damaged. Going on could hand out a second link.
     #[error(
         "the ledger is damaged: {0}; run `checkout-worker check --ledger` and restore it from a backup"
     )]

@@ -127,7 +127,7 @@ pub fn retry(reason: &'static str) {
 }
 
 /// What the ledger has recorded so far.
-pub fn start_from(ambiguous_attempts: u64, orphan_sessions: u64) {
+pub fn ledger_totals(ambiguous_attempts: u64, orphan_sessions: u64) {
     counter!("checkout_worker_ambiguous_attempts_total").absolute(ambiguous_attempts);
     gauge!("checkout_worker_orphan_sessions")
         .set(u32::try_from(orphan_sessions).map_or(f64::MAX, f64::from));
@@ -138,7 +138,7 @@ pub fn reply(result: &'static str) {
     counter!("checkout_worker_replies_total", "result" => result).increment(1);
 }
 
-/// A job was parked. Codes come from a closed set, but for Creem's, which is one.
+/// A job was parked. Whatever Creem said has one code, so the label is of a closed set.
 pub fn parked(code: &str) {
     counter!("checkout_worker_parked_total", "reason" => code.to_owned()).increment(1);
 }

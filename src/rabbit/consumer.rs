@@ -10,11 +10,12 @@ use lapin::options::{
     BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions,
     QueueDeclareOptions,
 };
+use lapin::protocol::AMQPSoftError;
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, Consumer};
 use tokio_util::sync::CancellationToken;
 
-use super::link::{self, LinkError, Options, short};
+use super::link::{self, LinkError, Options, refusal, short};
 use super::topology::{Topology, durable, shared_guard};
 use crate::job::Lane;
 
@@ -82,7 +83,7 @@ impl Delivery {
 pub enum OpenError {
     /// Others serve these queues, and either they or this worker have an embedded ledger.
     #[error(
-        "another worker with an embedded ledger, or workers with another shared one, serve these queues (their queue {0} exists); waiting until they are gone; several workers share a postgres:// ledger"
+        "other workers serve these queues (their queue {0} exists), and they or this one have a ledger of their own: two ledgers would make two links for one request_id. Waiting until they are gone; several workers share a postgres:// ledger"
     )]
     Guarded(String),
     /// Workers with another ledger serve these queues, or did until a moment ago.
@@ -246,20 +247,15 @@ async fn guard(
         let channel = connection.create_channel().await?;
         match channel.queue_declare(short(&name)?, options, arguments).await {
             Ok(_) => Ok(Ok(Some(channel))),
-            Err(error) if error.is_amqp_soft_error() => {
-                let text = error.to_string();
-                if text.contains("LOCKED") {
-                    Ok(Err(OpenError::Guarded(name.clone())))
-                } else if *guard == Guard::Nothing {
-                    // It is not there, or not for this user to see.
-                    Ok(Ok(None))
-                } else if text.contains("PRECONDITION") {
+            Err(error) => match refusal(&error) {
+                Some(AMQPSoftError::RESOURCELOCKED) => Ok(Err(OpenError::Guarded(name.clone()))),
+                // It is not there, or not for this user to see.
+                Some(_) if *guard == Guard::Nothing => Ok(Ok(None)),
+                Some(AMQPSoftError::PRECONDITIONFAILED) => {
                     Ok(Err(OpenError::OtherLedger(name.clone())))
-                } else {
-                    Err(error.into())
                 }
-            }
-            Err(error) => Err(error.into()),
+                Some(_) | None => Err(error.into()),
+            },
         }
     });
     let Some(channel) = declared.await?? else { return Ok(None) };

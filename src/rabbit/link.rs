@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::types::ShortString;
 use lapin::uri::AMQPUri;
@@ -84,11 +85,20 @@ pub enum LinkError {
     Garbled(String),
 }
 
+/// Why the broker closed a channel, where it did.
+pub(super) fn refusal(error: &lapin::Error) -> Option<AMQPSoftError> {
+    let lapin::ErrorKind::ProtocolError(error) = error.kind() else { return None };
+    match error.kind() {
+        AMQPErrorKind::Soft(soft) => Some(soft.clone()),
+        AMQPErrorKind::Hard(_) => None,
+    }
+}
+
 impl From<lapin::Error> for LinkError {
     fn from(error: lapin::Error) -> Self {
         if matches!(error.kind(), lapin::ErrorKind::ParsingError(_)) {
             Self::Garbled(error.to_string())
-        } else if error.is_amqp_soft_error() {
+        } else if refusal(&error).is_some() {
             Self::Denied(error.to_string())
         } else {
             Self::Broken(error.to_string())

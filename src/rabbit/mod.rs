@@ -4,6 +4,7 @@
 //! error. Without it every failure arrives as an error at once; `publisher` rebuilds its connection
 //! for ever, with jitter, and `worker::sessions` opens one consuming session after another.
 
+pub mod compare;
 pub mod consumer;
 pub mod envelope;
 pub mod headers;

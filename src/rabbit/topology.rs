@@ -10,24 +10,22 @@
 use std::time::Duration;
 
 use lapin::options::{
-    BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, ExchangeDeleteOptions,
-    QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
+    ExchangeDeclareOptions, ExchangeDeleteOptions, QueueBindOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
 };
+use lapin::protocol::AMQPSoftError;
 use lapin::types::{AMQPValue, FieldTable};
-use lapin::{Channel, Confirmation, Connection, ExchangeKind};
+use lapin::{Channel, Connection, ExchangeKind};
 
-use super::link::{LinkError, short};
+use super::link::{LinkError, refusal, short};
 use crate::clock::as_millis;
 use crate::job::Lane;
 
 /// Deliveries of one job that may end without an ack before the broker takes it out. A crash
 /// counts for the whole prefetch window, so a small number would park innocent jobs.
-const DELIVERY_LIMIT: i64 = 20;
+pub const DELIVERY_LIMIT: u32 = 20;
 /// The same for queues whose messages must never be taken out: people read those.
 const NEVER: i64 = 1_000_000;
-
-/// How long the broker may take over a message that is only to show that one may be published.
-const PROBE: Duration = Duration::from_secs(10);
 
 /// How long the queue of a shared ledger's workers stays when none of them is left, in milliseconds:
 /// longer than all of them need to come back after a broker's restart.
@@ -54,9 +52,9 @@ pub struct Topology {
 
 /// A queue and its arguments.
 #[derive(Debug, Clone)]
-struct Queue {
-    name: String,
-    arguments: FieldTable,
+pub(super) struct Queue {
+    pub(super) name: String,
+    pub(super) arguments: FieldTable,
 }
 
 impl Topology {
@@ -124,18 +122,18 @@ impl Topology {
         name.strip_prefix(&self.prefix).is_some_and(|rest| rest.starts_with('.'))
     }
 
-    fn queues(&self) -> Vec<Queue> {
+    pub(super) fn queues(&self) -> Vec<Queue> {
         let mut queues = vec![
             Queue { name: self.dead(), arguments: kept() },
             Queue { name: self.replies_queue.clone(), arguments: kept() },
         ];
         for lane in Lane::ALL {
             let mut arguments = passed_on(&self.dead_exchange(), &self.dead());
-            limit(&mut arguments, DELIVERY_LIMIT);
+            limit(&mut arguments, i64::from(DELIVERY_LIMIT));
             queues.push(Queue { name: self.jobs(lane), arguments });
             for (delay, ttl) in DELAYS {
                 let mut arguments = passed_on("", &self.jobs(lane));
-                limit(&mut arguments, DELIVERY_LIMIT);
+                limit(&mut arguments, i64::from(DELIVERY_LIMIT));
                 let ttl = as_millis(ttl);
                 arguments.insert("x-message-ttl".into(), AMQPValue::LongLongInt(ttl));
                 let name = format!("{}.{}", self.retry_exchange(), Self::retry_key(lane, delay));
@@ -145,7 +143,7 @@ impl Topology {
         queues
     }
 
-    fn exchanges(&self) -> Vec<String> {
+    pub(super) fn exchanges(&self) -> Vec<String> {
         let mut exchanges = vec![self.dead_exchange(), self.retry_exchange()];
         if !self.replies_exchange.is_empty() {
             exchanges.push(self.replies_exchange.clone());
@@ -237,150 +235,6 @@ impl Topology {
         }
         Ok(())
     }
-
-    /// Compares what is on the broker with what should be, without making anything: queues and
-    /// exchanges are compared with their arguments and kinds if `declare` says that the worker may.
-    /// With `publish` it is tried whether this user may publish, with a message to each exchange that no
-    /// queue should take. Bindings cannot be asked for in AMQP, nor whether a queue may be read.
-    ///
-    /// # Errors
-    /// If the broker cannot be asked.
-    pub async fn compare(
-        &self,
-        connection: &Connection,
-        declare: bool,
-        publish: bool,
-    ) -> Result<Differences, LinkError> {
-        let mut found = Differences::default();
-        for queue in self.queues() {
-            // A failed passive declare closes its channel, so each has its own.
-            let channel = connection.create_channel().await?;
-            let options = QueueDeclareOptions { passive: true, ..durable() };
-            match channel.queue_declare(short(&queue.name)?, options, FieldTable::default()).await {
-                Ok(_) if declare => {
-                    // Of a queue that is there this changes nothing, and the broker compares.
-                    let name = queue.name;
-                    let declared = channel.queue_declare(short(&name)?, durable(), queue.arguments);
-                    if let Err(error) = declared.await {
-                        found.wrong.push(differs(&name, &error).to_string());
-                    }
-                }
-                Ok(_) => {}
-                Err(error) => found.note(format!("queue {}", queue.name), error)?,
-            }
-        }
-        for exchange in self.exchanges() {
-            let channel = connection.create_channel().await?;
-            let asked = ExchangeDeclareOptions {
-                passive: true,
-                durable: true,
-                auto_delete: false,
-                internal: false,
-                nowait: false,
-            };
-            let name = short(&exchange)?;
-            let direct = |options| {
-                let kind = ExchangeKind::Direct;
-                channel.exchange_declare(name.clone(), kind, options, FieldTable::default())
-            };
-            match direct(asked).await {
-                Ok(()) => {}
-                Err(error) => {
-                    found.note(format!("exchange {exchange}"), error)?;
-                    continue;
-                }
-            }
-            // Of an exchange that is there this changes nothing, and the broker compares the kind.
-            if declare
-                && let Err(error) = direct(ExchangeDeclareOptions { passive: false, ..asked }).await
-            {
-                found.wrong.push(differs(&exchange, &error).to_string());
-            } else if publish {
-                try_publishing(connection, &exchange, &mut found).await?;
-            }
-        }
-        if publish && self.replies_exchange.is_empty() {
-            try_publishing(connection, "", &mut found).await?;
-        }
-        Ok(found)
-    }
-
-    /// How many messages wait in a queue, or `None` if it is not there.
-    ///
-    /// # Errors
-    /// If the broker cannot be asked.
-    pub async fn depth(connection: &Connection, queue: &str) -> Result<Option<u32>, LinkError> {
-        let channel = connection.create_channel().await?;
-        let options = QueueDeclareOptions { passive: true, ..durable() };
-        match channel.queue_declare(short(queue)?, options, FieldTable::default()).await {
-            Ok(state) => Ok(Some(state.message_count())),
-            Err(error) if error.is_amqp_soft_error() => Ok(None),
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-/// Publishes a message that no queue should take, and that none keeps: the broker returns it, or says
-/// that this user may not.
-async fn try_publishing(
-    connection: &Connection,
-    exchange: &str,
-    found: &mut Differences,
-) -> Result<(), LinkError> {
-    let name = if exchange.is_empty() { "the default exchange" } else { exchange };
-    let random = getrandom::u64().unwrap_or(0);
-    let key = short(&format!("checkout-worker.check.{random:016x}"))?;
-    let exchange = short(exchange)?;
-    let sent = async {
-        let channel = connection.create_channel().await?;
-        channel.confirm_select(ConfirmSelectOptions { nowait: false }).await?;
-        let options = BasicPublishOptions { mandatory: true, immediate: false };
-        let properties = lapin::BasicProperties::default()
-            .with_expiration("0".into())
-            .with_type("checkout-worker check".into());
-        channel.basic_publish(exchange, key, options, b"?", properties).await?.await
-    };
-    match tokio::time::timeout(PROBE, sent).await {
-        Ok(Ok(Confirmation::Ack(Some(_)) | Confirmation::Nack(Some(_)))) => {}
-        Ok(Ok(_)) => found.wrong.push(format!(
-            "{name} routes what no queue was bound for: give a direct exchange without an alternate one"
-        )),
-        Ok(Err(error)) if error.is_amqp_soft_error() => {
-            found.wrong.push(format!("publishing to {name}: {error}; give this user write on it"));
-        }
-        Ok(Err(error)) => return Err(error.into()),
-        Err(_) => {
-            return Err(LinkError::Broken(
-                "the broker confirms nothing: is there a memory or disk alarm?".to_owned(),
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// How a broker differs from a [`Topology`].
-#[derive(Debug, Clone, Default)]
-pub struct Differences {
-    /// What is not there.
-    pub missing: Vec<String>,
-    /// What is there and not as it should be, or may not be looked at; a sentence each.
-    pub wrong: Vec<String>,
-}
-
-impl Differences {
-    /// Sorts a broker's "no" to a question after something.
-    fn note(&mut self, what: String, error: lapin::Error) -> Result<(), LinkError> {
-        if !error.is_amqp_soft_error() {
-            return Err(error.into());
-        }
-        // The broker's code for this is 404; every other one says that it may be there.
-        if error.to_string().contains("NOT_FOUND") || error.to_string().contains("NOT-FOUND") {
-            self.missing.push(what);
-        } else {
-            self.wrong.push(format!("{what}: {error}"));
-        }
-        Ok(())
-    }
 }
 
 pub(super) fn durable() -> QueueDeclareOptions {
@@ -436,14 +290,13 @@ fn passed_on(exchange: &str, key: &str) -> FieldTable {
     arguments
 }
 
-fn differs(name: &str, error: &lapin::Error) -> LinkError {
-    let text = error.to_string();
-    let mend = if text.contains("ACCESS") {
+pub(super) fn differs(name: &str, error: &lapin::Error) -> LinkError {
+    let mend = if refusal(error) == Some(AMQPSoftError::ACCESSREFUSED) {
         "give this user configure on it, or set topology.declare = false"
     } else {
         "if it exists with other arguments, empty and delete it, or set topology.declare = false"
     };
-    LinkError::Broken(format!("{name} cannot be declared: {text}; {mend}"))
+    LinkError::Broken(format!("{name} cannot be declared: {error}; {mend}"))
 }
 
 #[cfg(test)]

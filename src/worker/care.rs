@@ -8,6 +8,7 @@
 use std::time::Duration;
 
 use crate::rabbit::LinkError;
+use crate::rabbit::topology::DELIVERY_LIMIT;
 
 /// A session that lasted so long was a good one.
 pub(super) const LONG_SESSION: Duration = Duration::from_secs(30);
@@ -19,7 +20,7 @@ pub(super) const CAREFUL_PAUSE: Duration = Duration::from_millis(250);
 /// Sessions in a row that must be short before care is taken, where nothing says why.
 const SHORT: u32 = 3;
 /// Careful sessions that break, after which the reason must be another: twice the delivery limit.
-const MOST_ROUNDS: u32 = 40;
+const MOST_ROUNDS: u32 = 2 * DELIVERY_LIMIT;
 
 /// Whether care is taken, and with which lane.
 #[derive(Debug, Default)]

@@ -245,7 +245,9 @@ impl Journey {
             }
             Ok(Claim::Waiting { until }) => Step::WaitUntil(until, "retry_not_due"),
             Err(LedgerError::DamagedRow(what)) => Step::Verdict(Verdict::Damaged(what)),
-            Err(error @ LedgerError::Damaged(_)) => Step::Verdict(Verdict::Fatal(error)),
+            Err(error @ (LedgerError::Damaged(_) | LedgerError::Stopped(_))) => {
+                Step::Verdict(Verdict::Fatal(error))
+            }
             // `claim` asks again until it gets an answer; this is its stop.
             Err(LedgerError::Unavailable(_)) => Step::Verdict(self.interrupted(ask).await),
         }
@@ -373,8 +375,8 @@ impl Journey {
                 (Attempt::Ambiguous { checkout_id, reason }, unresolved("answer_mismatch", text))
             }
             Answer::Throttled { retry_after } => {
-                if let Some(asked) = retry_after {
-                    self.pacer.quiet(backoff::clamp_retry_after(asked));
+                if let Some(delay) = retry_after {
+                    self.pacer.quiet(backoff::clamp_retry_after(delay));
                 }
                 let lease = Lease { throttled: lease.throttled + 1, ..lease };
                 let next = self.again(
@@ -504,7 +506,7 @@ impl Journey {
                 Err(LedgerError::DamagedRow(what)) => {
                     return Step::Verdict(Verdict::Damaged(what));
                 }
-                Err(error @ LedgerError::Damaged(_)) => {
+                Err(error @ (LedgerError::Damaged(_) | LedgerError::Stopped(_))) => {
                     return Step::Verdict(Verdict::Fatal(error));
                 }
                 Err(error @ LedgerError::Unavailable(_)) => {
@@ -529,7 +531,9 @@ impl Journey {
                 }
                 Ok(Claim::Granted(_)) => return Verdict::Abandon,
                 Err(LedgerError::DamagedRow(what)) => return Verdict::Damaged(what),
-                Err(error @ LedgerError::Damaged(_)) => return Verdict::Fatal(error),
+                Err(error @ (LedgerError::Damaged(_) | LedgerError::Stopped(_))) => {
+                    return Verdict::Fatal(error);
+                }
                 Err(error @ LedgerError::Unavailable(_)) => {
                     self.ledger_away(&error);
                     tokio::select! {

@@ -42,7 +42,7 @@ use journey::{Journey, Verdict};
 use settle::{Case, Settler, Summary};
 
 /// Beyond a call to Creem: how long what was sent may take to be settled when everything ends.
-const SETTLING: Duration = Duration::from_secs(5);
+pub const SETTLING: Duration = Duration::from_secs(5);
 
 /// A lane and how many of its jobs may be in the works at once.
 #[derive(Debug, Clone, Copy)]

@@ -51,7 +51,11 @@ async fn ledger(shared: Arc<Shared>) {
         loop {
             match shared.worker.journey.ledger.execute(Command::Probe).await {
                 Ok(_) => break,
-                Err(error @ (LedgerError::Damaged(_) | LedgerError::DamagedRow(_))) => {
+                Err(
+                    error @ (LedgerError::Damaged(_)
+                    | LedgerError::Stopped(_)
+                    | LedgerError::DamagedRow(_)),
+                ) => {
                     shared.end(super::Fatal::Broken(error.to_string()));
                     return;
                 }

@@ -4,10 +4,14 @@ use std::collections::BTreeMap;
 use std::io::{ErrorKind, Write as _};
 use std::process::{Command, Output, Stdio};
 
-use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::ExchangeKind;
+use lapin::options::{
+    BasicGetOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
+};
 use lapin::types::FieldTable;
 
-use crate::support::{World, body, next, persistent};
+use crate::support::{World, body, next, persistent, postgres};
 use crate::worker::now;
 
 fn run(arguments: &[&str], environment: &BTreeMap<String, String>, input: &str) -> Output {
@@ -171,6 +175,96 @@ async fn check_names_all_that_is_wrong_around_it_and_works_beside_a_worker() {
     assert_eq!(code, 1);
     assert!(output.contains("WRONG    broker") && output.contains("WRONG    creem"), "{output}");
     assert!(!format!("{output}{error}").contains("canary"), "{output}{error}");
+}
+
+#[tokio::test]
+async fn nothing_is_told_to_a_ledger_that_is_not_there() {
+    let Some(server) = postgres::shared("restored_nothing").await else { return };
+    let url = postgres::database(&server).await;
+    let settings = |ledger: &str| {
+        let given = [("CREEM_API_KEY", "creem_test_x"), ("LEDGER_URL", ledger)];
+        given.map(|(name, value)| (name.to_owned(), value.to_owned())).into()
+    };
+    let (code, _, error) = command(&["ledger", "restored-to", "now"], settings(&url), "").await;
+    assert!(code == 1 && error.contains("there is no ledger in the database"), "{error}");
+    let client = postgres::connect(&url).await;
+    let made = "SELECT 1 FROM pg_namespace WHERE nspname = 'checkout_worker'";
+    assert!(
+        client.query_opt(made, &[]).await.unwrap().is_none(),
+        "a mistyped name makes no ledger"
+    );
+
+    let directory = tempfile::TempDir::new().unwrap();
+    let file = directory.path().join("ledger.db");
+    let given = settings(&format!("sqlite:{}", file.display()));
+    let (code, _, error) = command(&["ledger", "restored-to", "now"], given.clone(), "").await;
+    assert!(code == 1 && !file.exists(), "{error}");
+    let long_ago = ["ledger", "restored-to", "2020-01-01T00:00:00Z"];
+    let (code, _, error) = command(&long_ago, given, "").await;
+    assert!(code == 2 && error.contains("more than 30 days ago"), "{error}");
+}
+
+#[tokio::test]
+async fn check_touches_no_message_that_waits() {
+    let Some(world) = World::new("check_waiting").await else { return };
+    world.worker().await.kill().await;
+    world.publish(body("waiting"), persistent()).await;
+    let (code, output, _) = command(&["check", "--publish"], world.environment(), "").await;
+    assert_eq!(code, 0, "{output}");
+    assert!(output.contains("1 waiting in"), "{output}");
+    let got = world
+        .channel
+        .basic_get(world.queue("jobs").as_str().into(), BasicGetOptions { no_ack: true })
+        .await
+        .unwrap()
+        .expect("it waits");
+    assert!(!got.delivery.redelivered, "nobody has taken it");
+}
+
+#[tokio::test]
+async fn check_tells_an_exchange_that_leads_where_no_queue_is_bound() {
+    let Some(mut world) = World::new("fanout").await else { return };
+    let exchange = world.queue("fan");
+    let declared =
+        ExchangeDeclareOptions { auto_delete: true, ..ExchangeDeclareOptions::default() };
+    world
+        .channel
+        .exchange_declare(
+            exchange.as_str().into(),
+            ExchangeKind::Fanout,
+            declared,
+            FieldTable::default(),
+        )
+        .await
+        .unwrap();
+    let queue = world
+        .channel
+        .queue_declare(
+            "".into(),
+            QueueDeclareOptions { exclusive: true, ..QueueDeclareOptions::default() },
+            FieldTable::default(),
+        )
+        .await
+        .unwrap();
+    world
+        .channel
+        .queue_bind(
+            queue.name().clone(),
+            exchange.as_str().into(),
+            "".into(),
+            QueueBindOptions::default(),
+            FieldTable::default(),
+        )
+        .await
+        .unwrap();
+    world.set("replies.exchange", &exchange);
+    let (code, output, _) = command(&["check"], world.environment(), "").await;
+    assert_eq!(code, 1);
+    assert!(output.contains("WRONG    topology") && output.contains("direct"), "{output}");
+    world.set("topology.declare", "false");
+    let (code, output, _) = command(&["check", "--publish"], world.environment(), "").await;
+    assert_eq!(code, 1);
+    assert!(output.contains("routes what no queue was bound for"), "{output}");
 }
 
 #[tokio::test]

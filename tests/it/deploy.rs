@@ -225,6 +225,11 @@ async fn a_user_with_the_least_rights_is_enough_for_the_worker() {
         let (ready, said) = check().await;
         assert!(!ready && said.contains(&format!("publishing to checkout.{exchange}")), "{said}");
     }
+    let user = ["set_permissions", "-p", "checkout", "checkout-worker", "^$", ".*"];
+    ctl(&broker, &[&user[..], &["^checkout\\.jobs$"]].concat()).await;
+    let (ready, said) = check().await;
+    assert!(!ready && said.contains("queue checkout.jobs.bulk: "), "{said}");
+    assert!(!said.contains("queue checkout.jobs: "), "{said}");
 }
 
 /// An object of a kind, of the rendered ones.

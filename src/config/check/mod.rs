@@ -17,8 +17,8 @@ use crate::rabbit::envelope::ReplyRules;
 use crate::rabbit::link::Tls;
 use crate::rabbit::{self, Topology};
 use crate::retry::{Backoff, Policy};
-use crate::worker::LaneSize;
 use crate::worker::ask::{LaneRules, Rules as JourneyRules};
+use crate::worker::{LaneSize, SETTLING};
 
 /// RabbitMQ caps the prefetch of quorum queues here.
 const MAX_PREFETCH: i64 = 2_000;
@@ -272,10 +272,10 @@ fn check_times(settings: &Settings, problems: &mut Vec<Problem>) {
         ));
     }
     let grace = settings.shutdown.grace.0;
-    let least = timeout + Duration::from_secs(5);
+    let least = timeout + SETTLING;
     if grace < least {
         problems.push(Problem::new(
-            format!("`shutdown.grace` is {}, shorter than `creem.request_timeout` ({}) and 5s to settle", shown(grace), shown(timeout)),
+            format!("`shutdown.grace` is {}, shorter than `creem.request_timeout` ({}) and {} to settle", shown(grace), shown(timeout), shown(SETTLING)),
             format!("give at least {}", shown(least)),
         ));
     }

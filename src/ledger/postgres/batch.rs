@@ -188,8 +188,8 @@ impl<'a> Batch<'a> {
     /// Writes what changed and answers what is certain now; the rest is for the next round.
     async fn store(&mut self, slots: BTreeMap<&'a Key, Slot>, now: i64) -> Result<(), Error> {
         // What rests on a guess and writes nothing has proved nothing.
-        let (certain, _): (Vec<_>, Vec<_>) =
-            slots.into_iter().partition(|(_, slot)| slot.changed || !slot.guessed);
+        let certain: Vec<_> =
+            slots.into_iter().filter(|(_, slot)| slot.changed || !slot.guessed).collect();
         let mut changes = Changes::default();
         for (key, slot) in &certain {
             if let Some(row) = slot.row.as_ref().filter(|_| slot.changed) {

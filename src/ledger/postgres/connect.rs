@@ -61,8 +61,10 @@ impl Options {
 /// Why the database was not opened. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
-    /// It is not there now; it may come.
-    #[error("the ledger's database cannot be reached: {0}; check ledger.url and the database")]
+    /// It is not there now, or takes no writes; that may pass.
+    #[error(
+        "the ledger's database cannot be used now: {0}; check that it runs and takes writes, and the host in ledger.url"
+    )]
     Unreachable(String),
     /// It says no.
     #[error(
@@ -131,6 +133,9 @@ fn pool_to(options: &Options, sessions: TargetSessionAttrs) -> Result<Pool, Open
         .expose_secret()
         .parse()
         .map_err(|error: tokio_postgres::Error| unusable(describe(&error)))?;
+    if at_after_the_host(options.url.expose_secret()) {
+        return Err(unusable("there is an @ after the host".to_owned()));
+    }
     config
         .application_name("checkout-worker")
         .connect_timeout(CONNECT)
@@ -164,6 +169,13 @@ fn pool_to(options: &Options, sessions: TargetSessionAttrs) -> Result<Pool, Open
         })
         .build()
         .map_err(|error| unusable(error.to_string()))
+}
+
+/// Whether what should be the password goes on behind a `/`, so that its first part is taken for a host.
+fn at_after_the_host(url: &str) -> bool {
+    let behind_the_scheme = url.split_once("://").map_or(url, |(_, rest)| rest);
+    let path = behind_the_scheme.split_once('/').map_or("", |(_, path)| path);
+    path.split('?').next().is_some_and(|path| path.contains('@'))
 }
 
 fn is_local(host: &Host) -> bool {
@@ -253,6 +265,9 @@ mod tests {
         ] {
             assert_eq!(show(url), shown, "{url}");
         }
+        assert!(at_after_the_host("postgres://u:sec/ret@one/shop"));
+        assert!(!at_after_the_host("postgres://one/shop?user=u&password=a@b"));
+        assert!(!at_after_the_host("postgres://u:p@one/shop"));
         // Not escaped as they should be.
         for url in ["postgres://u:sec?ret@one/shop", "postgres://u:sec#ret@one/shop"] {
             let text = show(url);

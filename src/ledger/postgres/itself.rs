@@ -4,7 +4,8 @@ use deadpool_postgres::Object;
 use tokio_postgres::types::Type;
 
 use super::connect::OpenError;
-use super::{HOUSEKEEPING, NEW};
+use super::statements::durable;
+use super::{ADOPTION, HOUSEKEEPING};
 use crate::clock::{Millis, as_millis};
 use crate::job::FingerprintKey;
 use crate::ledger::{Adoption, Command, Identity, Standing};
@@ -46,15 +47,22 @@ pub(super) async fn about_itself(
     command: &Command,
     now: Millis,
 ) -> Result<(), tokio_postgres::Error> {
-    const SET: &str = "INSERT INTO checkout_worker.meta (name, number) VALUES ($1, $2)
-         ON CONFLICT (name) DO UPDATE SET number = excluded.number";
+    const SET: &str = concat!(
+        "INSERT INTO checkout_worker.meta (name, number) VALUES ($1, $2)
+         ON CONFLICT (name) DO UPDATE SET number = excluded.number RETURNING ",
+        durable!()
+    );
     let set = async |name: &str, number: Millis| {
         client.query_typed(SET, &[(&name, Type::TEXT), (&number, Type::INT8)]).await.map(|_| ())
     };
     match command {
         Command::Pause { from, to } => client
             .query_typed(
-                "INSERT INTO checkout_worker.pause VALUES ($1, $2) ON CONFLICT DO NOTHING",
+                concat!(
+                    "INSERT INTO checkout_worker.pause VALUES ($1, $2)
+                     ON CONFLICT DO NOTHING RETURNING ",
+                    durable!()
+                ),
                 &[(from, Type::INT8), (to, Type::INT8)],
             )
             .await
@@ -73,8 +81,12 @@ pub(super) async fn about_itself(
         // What was told before is not taken back by an earlier time.
         Command::Restored { until } => client
             .query_typed(
-                "INSERT INTO checkout_worker.meta AS m (name, number) VALUES ('restored', $1)
-                 ON CONFLICT (name) DO UPDATE SET number = greatest(m.number, excluded.number)",
+                concat!(
+                    "INSERT INTO checkout_worker.meta AS m (name, number) VALUES ('restored', $1)
+                     ON CONFLICT (name) DO UPDATE SET number = greatest(m.number, excluded.number)
+                     RETURNING ",
+                    durable!()
+                ),
                 &[(until, Type::INT8)],
             )
             .await
@@ -82,10 +94,13 @@ pub(super) async fn about_itself(
         // Who refuses does so for all: a job that nobody took before must not adopt it afterwards.
         Command::Adopt(Adoption::Adopted) => client
             .query_typed(
-                "INSERT INTO checkout_worker.meta (name, number)
-                 SELECT 'adopted', $1 WHERE NOT EXISTS
-                     (SELECT FROM checkout_worker.meta WHERE name = 'refused')
-                 ON CONFLICT (name) DO NOTHING",
+                concat!(
+                    "INSERT INTO checkout_worker.meta (name, number)
+                     SELECT 'adopted', $1 WHERE NOT EXISTS
+                         (SELECT FROM checkout_worker.meta WHERE name = 'refused')
+                     ON CONFLICT (name) DO NOTHING RETURNING ",
+                    durable!()
+                ),
                 &[(&now, Type::INT8)],
             )
             .await
@@ -121,7 +136,7 @@ pub(super) async fn standing(
     let adopted: Option<Millis> = row.try_get(0)?;
     Ok(if row.try_get(1)? {
         Standing::Refused
-    } else if adopted.is_none_or(|adopted| now.saturating_sub(adopted) < NEW) {
+    } else if adopted.is_none_or(|adopted| now.saturating_sub(adopted) < ADOPTION) {
         Standing::New
     } else {
         Standing::Established

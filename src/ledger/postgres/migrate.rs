@@ -10,7 +10,7 @@ use super::connect::OpenError;
 /// must not be worked beside raises the second number.
 const STEPS: [(i32, i32, &str); 1] = [(1, 1, include_str!("../schema/postgres_1.sql"))];
 /// The last step that this program knows.
-const VERSION: i32 = STEPS[STEPS.len() - 1].0;
+pub(super) const VERSION: i32 = STEPS[STEPS.len() - 1].0;
 /// Names the lock under which steps are applied: "crCW".
 const LOCK: i64 = 0x6372_4357;
 
@@ -52,7 +52,7 @@ pub(super) async fn migrate(client: &mut Client, secret: &[u8; 32]) -> Result<()
 }
 
 /// The last step that was applied, or 0.
-async fn applied(client: &Client) -> Result<i32, OpenError> {
+pub(super) async fn applied(client: &Client) -> Result<i32, OpenError> {
     let there: bool = client
         .query_typed_one("SELECT to_regclass('checkout_worker.schema_step') IS NOT NULL", &[])
         .await?

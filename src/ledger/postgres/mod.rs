@@ -11,6 +11,7 @@ mod connect;
 pub mod inspect;
 mod itself;
 mod migrate;
+pub mod ready;
 mod statements;
 mod time;
 
@@ -41,7 +42,7 @@ pub use time::DatabaseClock;
 /// Batches under way at once: while one waits for its commit, the next is on its way.
 const BATCHES: usize = 4;
 /// Most commands in one batch.
-const MOST: usize = 256;
+const MAX_BATCH: usize = 256;
 /// For a batch. Whatever takes longer is asked again, under the same token.
 const STATEMENT: Duration = Duration::from_secs(10);
 /// For opening, a migration of another replica's included.
@@ -54,12 +55,12 @@ const FIRST_LEAD: Duration = Duration::from_millis(50);
 const HOUSEKEEPING: Duration = Duration::from_secs(5);
 /// A ledger that was adopted less than this ago may still meet what another one knew, in
 /// milliseconds: all workers begin at about the same time.
-const NEW: Millis = 60_000;
+const ADOPTION: Millis = 60_000;
 /// Rows per sweep: short enough that no job notices.
-const SWEEP: i64 = 500;
+const SWEPT_AT_ONCE: i64 = 500;
 
 /// Another replica's batch is passed over, not waited for.
-const OLD: &str = "
+const SWEEP: &str = "
     WITH old AS (
         SELECT mode, request_id FROM checkout_worker.job
         WHERE ended_at IS NOT NULL AND ended_at < $1 AND state <> 'unresolved'
@@ -91,8 +92,10 @@ pub enum Observation {
     },
 }
 
-enum Work {
-    Apply(Command, oneshot::Sender<Result<Answer, LedgerError>>),
+/// A command, and who waits for its answer.
+struct Work {
+    command: Command,
+    waiter: oneshot::Sender<Result<Answer, LedgerError>>,
 }
 
 /// An open shared ledger.
@@ -139,16 +142,7 @@ impl PostgresLedger {
         let pool = pool(options)?;
         let mut client = pool.get().await.map_err(pool_error)?;
         let asked = Instant::now();
-        let about = client.query_typed_one(statements::ABOUT, &[]).await?;
-        let heard: Millis = about.try_get(0)?;
-        for (column, name) in [(1, "fsync"), (2, "full_page_writes")] {
-            if about.try_get::<_, &str>(column)? == "off" {
-                return Err(OpenError::NotDurable(name));
-            }
-        }
-        if about.try_get(4)? {
-            return Err(OpenError::Unreachable("it is a standby, which cannot be written".into()));
-        }
+        let heard = ready::durable_time(&client).await?;
         let mut secret = [0; 32];
         getrandom::fill(&mut secret)
             .map_err(|_| OpenError::Options("the operating system gives no random bytes".into()))?;
@@ -229,7 +223,7 @@ impl Budget for PostgresLedger {
 impl Ledger for PostgresLedger {
     fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
         let (waiter, answer) = oneshot::channel();
-        let sent = self.queue.send(Work::Apply(command, waiter)).is_ok();
+        let sent = self.queue.send(Work { command, waiter }).is_ok();
         async move {
             let gone = || LedgerError::Unavailable("its task has ended".to_owned());
             if sent { answer.await.unwrap_or_else(|_| Err(gone())) } else { Err(gone()) }
@@ -251,8 +245,8 @@ impl Ledger for PostgresLedger {
         async move {
             ask(&pool, async |client| {
                 let old: [(&(dyn ToSql + Sync), Type); 2] =
-                    [(&before, Type::INT8), (&SWEEP, Type::INT8)];
-                let swept = client.query_typed(OLD, &old).await?.len();
+                    [(&before, Type::INT8), (&SWEPT_AT_ONCE, Type::INT8)];
+                let swept = client.query_typed(SWEEP, &old).await?.len();
                 client
                     .query_typed(
                         "DELETE FROM checkout_worker.pause WHERE ended < $1",
@@ -308,11 +302,11 @@ impl Parts {
     async fn serve(self: Arc<Self>) {
         loop {
             let mut work = Vec::new();
-            if self.work.lock().await.recv_many(&mut work, MOST).await == 0 {
+            if self.work.lock().await.recv_many(&mut work, MAX_BATCH).await == 0 {
                 return;
             }
             let (commands, waiters): (Vec<_>, Vec<_>) =
-                work.into_iter().map(|Work::Apply(command, waiter)| (command, waiter)).unzip();
+                work.into_iter().map(|Work { command, waiter }| (command, waiter)).unzip();
             let carried = AssertUnwindSafe(self.carry_out(&commands)).catch_unwind().await;
             let answers = carried.unwrap_or_else(|_panic| {
                 // The hook has logged it. Asked again, under its token, nothing counts twice.

@@ -17,13 +17,14 @@ macro_rules! now {
     };
 }
 
-/// The time, beside what is known of the settings that durability rests on.
-pub(super) const ABOUT: &str = concat!(
-    "SELECT ",
-    now!(),
-    ", current_setting('fsync'), current_setting('full_page_writes'), current_setting('synchronous_commit'),
-     pg_is_in_recovery(), current_setting('server_version_num')::int4"
-);
+/// A column that makes its transaction durable where somebody has switched that off for the session.
+macro_rules! durable {
+    () => {
+        "CASE current_setting('synchronous_commit')
+             WHEN 'off' THEN set_config('synchronous_commit', 'on', true) END"
+    };
+}
+pub(super) use {durable, now};
 
 const READ: &str = concat!(
     "SELECT ",
@@ -34,8 +35,7 @@ const READ: &str = concat!(
 );
 
 /// Rows are written in the order of their keys, so that two workers' batches cannot deadlock, and
-/// only over the version that was read. The last column makes this one transaction durable where
-/// somebody has switched that off for the session.
+/// only over the version that was read.
 const WRITE: &str = concat!(
     "WITH written AS (
          INSERT INTO checkout_worker.job AS j
@@ -67,10 +67,9 @@ const WRITE: &str = concat!(
      )
      SELECT ",
     now!(),
-    ", w.mode, w.request_id,
-        CASE current_setting('synchronous_commit')
-            WHEN 'off' THEN set_config('synchronous_commit', 'on', true) END
-     FROM (SELECT 1) AS one LEFT JOIN written AS w ON true"
+    ", w.mode, w.request_id, ",
+    durable!(),
+    " FROM (SELECT 1) AS one LEFT JOIN written AS w ON true"
 );
 
 /// A row as it was read: with the version that a write must find.

@@ -64,7 +64,9 @@ impl SqliteLedger {
                     OpenError::Damaged(path.to_owned(), error.to_string())
                 }
                 LedgerError::Damaged(what) => OpenError::Damaged(path.to_owned(), what),
-                LedgerError::Unavailable(_) | LedgerError::DamagedRow(_) => io(&error),
+                LedgerError::Unavailable(_)
+                | LedgerError::DamagedRow(_)
+                | LedgerError::Stopped(_) => io(&error),
             }
         })?;
         let restored = meta_number(&connection, "restored").map_err(|error| io(&error))?;
@@ -370,7 +372,7 @@ fn unavailable(error: &rusqlite::Error) -> LedgerError {
         }
         // After a failed sync nobody can say which pages are on the disk: only a restart, which
         // reads them back, may go on.
-        _ if synced.contains(&extended) => LedgerError::Damaged(format!(
+        _ if synced.contains(&extended) => LedgerError::Stopped(format!(
             "a disk sync failed ({error}); restart the worker once the disk is well"
         )),
         Some(ErrorCode::DiskFull) => {

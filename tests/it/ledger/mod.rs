@@ -3,6 +3,7 @@
 mod bench;
 mod embedded;
 mod promises;
+mod ready;
 mod shared;
 
 use std::path::Path;
