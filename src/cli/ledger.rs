@@ -13,7 +13,7 @@ use crate::job::reply::rfc3339;
 use crate::ledger::postgres::{PostgresLedger, Time};
 use crate::ledger::sqlite::SqliteLedger;
 use crate::ledger::transition::DOUBT_LASTS;
-use crate::ledger::{Command, Ledger};
+use crate::ledger::{Ledger, OwnCommand};
 
 /// Tell the ledger what only an operator knows.
 #[derive(Debug, clap::Args)]
@@ -56,7 +56,7 @@ fn time(text: &str) -> Result<Millis, String> {
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let settings = resolved_without_key(file, None)?;
     let Action::RestoredTo { until } = arguments.action;
-    block_on(tell(&settings.ledger, Command::Restored { until }))??;
+    block_on(tell(&settings.ledger, OwnCommand::Restored { until }))??;
     say(&format!(
         "{}: jobs published until {} that it does not know, or whose row is as old, end unresolved; `show REQUEST_ID` and the dead queue tell which",
         shown(&settings.ledger),
@@ -65,7 +65,7 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     Ok(())
 }
 
-async fn tell(ledger: &check::Ledger, command: Command) -> Result<(), Failure> {
+async fn tell(ledger: &check::Ledger, command: OwnCommand) -> Result<(), Failure> {
     // Only one that is there: a mistyped name must not make a new one, and leave the right one untold.
     drop(Look::open(ledger).await?);
     let ledger: Arc<dyn Ledger> = match ledger {
@@ -79,6 +79,6 @@ async fn tell(ledger: &check::Ledger, command: Command) -> Result<(), Failure> {
             Arc::new(PostgresLedger::open(options, Time::Database, |_| {}).await?)
         }
     };
-    ledger.execute(command).await?;
+    ledger.tell(command).await?;
     Ok(())
 }

@@ -13,9 +13,9 @@ use crate::clock::{SharedClock, SystemClock, as_millis};
 use crate::config::check::{self as config, Resolved};
 use crate::creem::Client;
 use crate::job::{FingerprintKey, Lane};
-use crate::ledger::Ledger;
 use crate::ledger::postgres::{self, Observation, PostgresLedger, Time};
 use crate::ledger::sqlite::SqliteLedger;
+use crate::ledger::{Budget, Ledger};
 use crate::lifecycle::Stages;
 use crate::observe::health::Health;
 use crate::observe::{admin, logging, metrics};
@@ -23,7 +23,8 @@ use crate::pace::Pacer;
 use crate::rabbit::Publisher;
 use crate::rabbit::consumer::{Guard, Plan};
 use crate::rabbit::publisher::Shape;
-use crate::retry::{Backoff, Pauses, backoff};
+use crate::retry::{Backoff, backoff};
+use crate::worker::budget::SharedBudget;
 use crate::worker::gate::Gate;
 use crate::worker::intake::Intake;
 use crate::worker::journey::Journey;
@@ -53,7 +54,8 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     block_on(serve(settings, handle, arguments.accept_empty_ledger))?
 }
 
-type Opened = (Arc<dyn Ledger>, SharedClock);
+/// An open ledger, the clock that its leases are on, and the budget that it shares among workers.
+type Opened = (Arc<dyn Ledger>, SharedClock, Option<Arc<dyn Budget>>);
 
 fn open_file(path: &Path) -> Result<Opened, Failure> {
     let clock: SharedClock = Arc::new(SystemClock);
@@ -62,7 +64,7 @@ fn open_file(path: &Path) -> Result<Opened, Failure> {
     })?;
     let identity = ledger.identity();
     metrics::ledger_totals(identity.ambiguous_attempts, identity.orphan_sessions);
-    Ok((Arc::new(ledger), clock))
+    Ok((Arc::new(ledger), clock, None))
 }
 
 /// Opens the database, however long it takes to come; `None` if the worker is stopped first.
@@ -87,7 +89,8 @@ async fn open_database(
             Ok(ledger) => {
                 health.set_ledger(Ok(()));
                 let clock = ledger.clock();
-                return Ok(Some((Arc::new(ledger), clock)));
+                let ledger = Arc::new(ledger);
+                return Ok(Some((ledger.clone(), clock, Some(ledger))));
             }
             Err(error) if error.is_passing() => error,
             Err(error) => return Err(error.into()),
@@ -138,16 +141,9 @@ async fn serve(
         config::Ledger::File(path) => Some(open_file(path)?),
         config::Ledger::Database(options) => open_database(options, &health, &stages).await?,
     };
-    let Some((ledger, clock)) = opened else { return Ok(()) };
-    let worker = assemble(
-        &settings,
-        ledger,
-        &clock,
-        health.clone(),
-        &stages,
-        &mut background,
-        accept_empty_ledger,
-    )?;
+    let Some(opened) = opened else { return Ok(()) };
+    let worker =
+        assemble(&settings, opened, health.clone(), &stages, &mut background, accept_empty_ledger)?;
     let ended = worker.run(stages.soft.clone(), stages.hard.clone()).await;
     // Whatever still runs serves a worker that has ended.
     background.shutdown().await;
@@ -164,8 +160,7 @@ async fn serve(
 
 fn assemble(
     settings: &Resolved,
-    ledger: Arc<dyn Ledger>,
-    clock: &SharedClock,
+    (ledger, clock, budget): Opened,
     health: Health,
     stages: &Stages,
     background: &mut JoinSet<()>,
@@ -189,12 +184,8 @@ fn assemble(
         stages.hard.clone(),
     );
     background.spawn(keep);
-    // A file is one worker's; a database is for many.
-    let exclusive = matches!(settings.ledger, config::Ledger::File(_));
-    let shared_budget = settings.per_second.filter(|_| !exclusive);
     let identity = ledger.identity().clone();
     let lanes: Vec<LaneSize> = settings.lanes.clone();
-    let pauses = Pauses::from_intervals(identity.pauses);
     Ok(Worker {
         plan: Plan {
             options: settings.amqp.clone(),
@@ -213,11 +204,11 @@ fn assemble(
         journey: Journey {
             rules: settings.journey,
             creem: Client::new(&settings.creem)?,
-            pacer: match shared_budget {
-                Some(_) => Pacer::shared(),
-                None => Pacer::new(settings.per_second),
+            pacer: match (&budget, settings.per_second) {
+                (Some(_), Some(_)) => Pacer::shared(),
+                (_, per_second) => Pacer::new(per_second),
             },
-            gate: Arc::new(Gate::new(clock.clone(), pauses)),
+            gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
             turns: Turns::default(),
             trouble: Trouble::default(),
             key_accepted_at: tokio::sync::Mutex::default(),
@@ -237,7 +228,7 @@ fn assemble(
         },
         backoff: Backoff::of_reconnects(),
         health,
-        shared_budget,
+        budget: budget.map(|store| SharedBudget { store, per_second: settings.per_second }),
         accept_empty_ledger,
     })
 }

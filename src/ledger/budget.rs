@@ -3,7 +3,6 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::time::Instant;
 
@@ -23,22 +22,18 @@ pub struct Places {
     pub quiet: Duration,
 }
 
-/// What workers share besides jobs. What is here by default is for a ledger with one worker, which has
-/// nobody to share with.
+/// What the workers of a shared ledger share besides jobs.
 pub trait Budget: Send + Sync {
-    /// Takes `count` places, `interval` apart, from the budget of that world. `None` where there is no
-    /// shared budget.
+    /// Takes `count` places, `interval` apart, from the budget of that world.
     ///
     /// # Errors
     /// See [`LedgerError`].
     fn lease_places(
         &self,
-        _mode: Mode,
-        _count: u32,
-        _interval: Duration,
-    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
-        std::future::ready(Ok(None)).boxed()
-    }
+        mode: Mode,
+        count: u32,
+        interval: Duration,
+    ) -> BoxFuture<'static, Result<Places, LedgerError>>;
 
     /// Makes sure that all workers are quiet towards that world for at least that long, and tells for
     /// how long they are.
@@ -47,11 +42,9 @@ pub trait Budget: Send + Sync {
     /// See [`LedgerError`].
     fn quiet(
         &self,
-        _mode: Mode,
-        _at_least: Duration,
-    ) -> BoxFuture<'static, Result<Duration, LedgerError>> {
-        std::future::ready(Ok(Duration::ZERO)).boxed()
-    }
+        mode: Mode,
+        at_least: Duration,
+    ) -> BoxFuture<'static, Result<Duration, LedgerError>>;
 }
 
 /// A reading that is surer than this needs no better one.

@@ -5,8 +5,8 @@
 
 use super::row::{Row, State};
 use super::{
-    Answer, Attempt, Claim, ClaimRequest, Claimant, CloseRequest, Command, Lease, Next, OnUnknown,
-    Settle, SettleRequest,
+    Answer, Attempt, Claim, ClaimRequest, Claimant, CloseRequest, JobCommand, Lease, Next,
+    OnUnknown, Settle, SettleRequest,
 };
 use crate::clock::{Millis, as_millis};
 use crate::job::key::Comparison;
@@ -81,17 +81,14 @@ impl Effect {
 
 /// Applies a command to its row.
 #[must_use]
-pub fn apply(row: Option<Row>, command: &Command, context: Context) -> Effect {
+pub fn apply(row: Option<Row>, command: &JobCommand, context: Context) -> Effect {
     let before = row.as_ref().map_or(0, |row| row.ambiguous);
     let mut effect = match command {
-        Command::Claim(request) => claim(row, request, context),
-        Command::Settle(request) => settle(row, request, context),
-        Command::Close(request) => close(row, request, context),
-        Command::Parked { fence, .. } => parked(row, *fence),
-        Command::Knows { .. } => Effect::keep(Answer::Knows(row.is_some())),
-        Command::Pause { .. } | Command::Probe | Command::Restored { .. } | Command::Adopt(_) => {
-            Effect::keep(Answer::Done)
-        }
+        JobCommand::Claim(request) => claim(row, request, context),
+        JobCommand::Settle(request) => settle(row, request, context),
+        JobCommand::Close(request) => close(row, request, context),
+        JobCommand::Parked { fence, .. } => parked(row, *fence),
+        JobCommand::Knows { .. } => Effect::keep(Answer::Knows(row.is_some())),
     };
     if let Some(written) = &mut effect.write {
         written.updated_at = context.now;

@@ -2,7 +2,7 @@
 //! that this one does not know.
 
 use super::{Fatal, Shared};
-use crate::ledger::{Adoption, Command, Identity, LedgerError, Standing};
+use crate::ledger::{Adoption, Identity, LedgerError, OwnCommand, Standing};
 use crate::rabbit::Delivery;
 
 /// How often the ledger is asked to remember a refusal.
@@ -17,7 +17,7 @@ impl Shared {
         let Identity { empty, refused, .. } = *ledger.identity();
         if self.worker.accept_empty_ledger && (empty || refused) {
             // Where this cannot be written, the next start needs the flag again.
-            drop(ledger.execute(Command::Adopt(Adoption::Accepted)).await);
+            drop(ledger.tell(OwnCommand::Adopt(Adoption::Accepted)).await);
         } else if refused {
             self.end(Fatal::EmptyLedger);
         }
@@ -67,7 +67,7 @@ impl Shared {
             }
             // Nobody can say now. The session ends, and the next one begins when the ledger is back.
             Err(error) => {
-                self.worker.journey.ledger_away(&error);
+                self.gate.close_for_the_ledger(&error);
                 false
             }
         }
@@ -87,7 +87,7 @@ impl Shared {
                 Standing::New if fresh => {
                     // The next start must refuse as well, whatever it would meet first.
                     for _ in 0..TRIES {
-                        if ledger.execute(Command::Adopt(Adoption::Refused)).await.is_ok() {
+                        if ledger.tell(OwnCommand::Adopt(Adoption::Refused)).await.is_ok() {
                             break;
                         }
                     }
@@ -99,7 +99,7 @@ impl Shared {
         }
         // A ledger that cannot be written pauses the job that follows, and says so; the next one tries
         // again. Who has refused it in the meantime has done so for all.
-        if before.is_none() && ledger.execute(Command::Adopt(Adoption::Adopted)).await.is_ok() {
+        if before.is_none() && ledger.tell(OwnCommand::Adopt(Adoption::Adopted)).await.is_ok() {
             let refused = ledger.standing().await? == Standing::Refused;
             let decided = if refused { Adoption::Refused } else { Adoption::Adopted };
             return Ok(Some(decided));

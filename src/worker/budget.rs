@@ -1,6 +1,7 @@
 //! The budget that workers of one ledger share: blocks of places from it for the pacer, and silence
 //! that Creem asked one worker for, told to all.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,25 +17,34 @@ use crate::pace::Pacer;
 /// that stops takes up to one with it.
 const BLOCK: Duration = Duration::from_millis(200);
 /// Most places in a block.
-const MOST: usize = 64;
+const MAX_BLOCK: usize = 64;
 /// How often every worker asks whether all are to be quiet.
 const LISTEN_EVERY: Duration = Duration::from_millis(400);
 
+/// The budget of all workers of a ledger.
+#[derive(Clone)]
+pub struct SharedBudget {
+    /// Who keeps it.
+    pub store: Arc<dyn Budget>,
+    /// Most calls a second of all workers together; `None` where there is no ceiling, and silence alone
+    /// is shared.
+    pub per_second: Option<f64>,
+}
+
 /// Leases places as they are wanted; while the ledger is away, nobody gets any.
-pub(super) async fn lease(shared: Arc<Shared>, per_second: f64) {
+pub(super) async fn lease(shared: Arc<Shared>, budget: Arc<dyn Budget>, per_second: f64) {
     let journey = &shared.worker.journey;
-    while let Err(error) =
-        grant(&journey.pacer, &*journey.ledger, shared.worker.intake.mode, per_second).await
-    {
-        journey.ledger_away(&error);
-        journey.gate.free_of(Reason::Ledger).await;
+    loop {
+        let Err(error) =
+            grant(&journey.pacer, &*budget, shared.worker.intake.mode, per_second).await;
+        shared.gate.close_for_the_ledger(&error);
+        shared.gate.free_of(Reason::Ledger).await;
         // Whoever waits still does, and asks again.
         journey.pacer.grant([]);
     }
 }
 
-/// Leases a block of places whenever somebody waits for one; ends only where there is no shared
-/// budget, or with the ledger's error.
+/// Leases a block of places whenever somebody waits for one; ends with the ledger's error only.
 ///
 /// # Errors
 /// See [`LedgerError`].
@@ -43,18 +53,18 @@ pub async fn grant(
     budget: &(impl Budget + ?Sized),
     mode: Mode,
     per_second: f64,
-) -> Result<(), LedgerError> {
+) -> Result<Infallible, LedgerError> {
     let interval = Pacer::shared_interval(per_second);
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "a cast to an integer saturates, and bounds follow"
     )]
-    let block = ((per_second * BLOCK.as_secs_f64()) as usize).clamp(1, MOST);
+    let block = ((per_second * BLOCK.as_secs_f64()) as usize).clamp(1, MAX_BLOCK);
     loop {
         let wanted = pacer.wanted().await;
         let count = u32::try_from(wanted.min(block)).unwrap_or(1);
-        let Some(places) = budget.lease_places(mode, count, interval).await? else { return Ok(()) };
+        let places = budget.lease_places(mode, count, interval).await?;
         pacer.hear(Instant::now() + places.quiet);
         pacer.grant((0..places.count).map(|place| places.first + interval * place));
     }
@@ -62,12 +72,12 @@ pub async fn grant(
 
 /// Tells all workers what Creem asked this one for, and hears what it asked others for. A ledger that
 /// is away pauses this worker too, though it may have no job that would notice.
-pub(super) async fn share_silence(shared: Arc<Shared>) {
+pub(super) async fn share_silence(shared: Arc<Shared>, budget: Arc<dyn Budget>) {
     let journey = &shared.worker.journey;
     let mode = shared.worker.intake.mode;
-    while let Err(error) = listen(&journey.pacer, &*journey.ledger, mode).await {
-        journey.ledger_away(&error);
-        journey.gate.free_of(Reason::Ledger).await;
+    while let Err(error) = listen(&journey.pacer, &*budget, mode).await {
+        shared.gate.close_for_the_ledger(&error);
+        shared.gate.free_of(Reason::Ledger).await;
     }
 }
 
@@ -109,6 +119,7 @@ mod tests {
     use futures::future::BoxFuture;
 
     use super::*;
+    use crate::ledger::Places;
 
     /// A budget that loses the first word of silence.
     #[derive(Default)]
@@ -117,6 +128,15 @@ mod tests {
     }
 
     impl Budget for Forgetful {
+        fn lease_places(
+            &self,
+            _mode: Mode,
+            _count: u32,
+            _interval: Duration,
+        ) -> BoxFuture<'static, Result<Places, LedgerError>> {
+            unreachable!("nobody asks for a place")
+        }
+
         fn quiet(
             &self,
             _mode: Mode,

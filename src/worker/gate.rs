@@ -1,14 +1,16 @@
 //! The gate of intake: while one reason holds it, nothing new is sent to Creem.
 //!
 //! A pause keeps the deliveries it holds, eats no attempt, and its time does not count against
-//! any job.
+//! any job; so it is recorded in the ledger when it is over.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::sync::watch;
 
 use crate::clock::{Millis, SharedClock, as_duration};
+use crate::ledger::{Ledger, LedgerError, OwnCommand};
+use crate::observe::metrics;
 use crate::retry::Pauses;
 
 /// Why intake is paused. A closed set; the names are the labels of `paused`.
@@ -42,22 +44,52 @@ impl Reason {
 }
 
 /// The reasons that hold intake, and how long they have held it.
-#[derive(Debug)]
 pub struct Gate {
     held: watch::Sender<u8>,
     pauses: Mutex<Pauses>,
     clock: SharedClock,
+    /// Told of each pause that is over.
+    record: Box<dyn Fn(Millis, Millis) + Send + Sync>,
+}
+
+impl std::fmt::Debug for Gate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gate").field("held", &self.held).finish_non_exhaustive()
+    }
 }
 
 impl Gate {
-    /// An open gate, with the pauses that earlier processes recorded.
+    /// An open gate, with the pauses that earlier processes recorded in the ledger.
     #[must_use]
-    pub fn new(clock: SharedClock, pauses: Pauses) -> Self {
-        Self { held: watch::Sender::new(0), pauses: Mutex::new(pauses), clock }
+    pub fn new(clock: SharedClock, ledger: Arc<dyn Ledger>) -> Self {
+        let pauses = Pauses::from_intervals(ledger.identity().pauses.clone());
+        Self::recording(clock, pauses, move |from, to| {
+            // Losing this record only makes the worker less patient; no job depends on it.
+            let ledger = ledger.clone();
+            #[expect(clippy::disallowed_methods, reason = "a write nobody waits for")]
+            drop(tokio::spawn(async move { ledger.tell(OwnCommand::Pause { from, to }).await }));
+        })
+    }
+
+    fn recording(
+        clock: SharedClock,
+        pauses: Pauses,
+        record: impl Fn(Millis, Millis) + Send + Sync + 'static,
+    ) -> Self {
+        let (held, pauses) = (watch::Sender::new(0), Mutex::new(pauses));
+        Self { held, pauses, clock, record: Box::new(record) }
+    }
+
+    /// Closes the gate because the ledger does not answer; says so once.
+    pub fn close_for_the_ledger(&self, error: &LedgerError) {
+        if self.close(Reason::Ledger) {
+            tracing::error!(%error, "intake is paused: no job is acked and none failed until the ledger can be written again");
+        }
     }
 
     /// Closes the gate for a reason; says whether that is new.
     pub fn close(&self, reason: Reason) -> bool {
+        metrics::paused(reason.as_str(), true);
         self.held.send_if_modified(|held| {
             let before = *held;
             *held |= reason.bit();
@@ -67,9 +99,9 @@ impl Gate {
         })
     }
 
-    /// Takes a reason away. If that opened the gate, returns the pause that is over, to be
-    /// recorded.
-    pub fn open(&self, reason: Reason) -> Option<(Millis, Millis)> {
+    /// Takes a reason away, and records the pause that ends with it, if one does.
+    pub fn open(&self, reason: Reason) {
+        metrics::paused(reason.as_str(), false);
         let mut over = None;
         self.held.send_if_modified(|held| {
             let before = *held;
@@ -79,7 +111,9 @@ impl Gate {
             }
             *held != before
         });
-        over
+        if let Some((from, to)) = over {
+            (self.record)(from, to);
+        }
     }
 
     /// Whether a reason holds the gate.
@@ -131,23 +165,28 @@ mod tests {
     use super::*;
     use crate::clock::ManualClock;
     use futures::FutureExt as _;
-    use std::sync::Arc;
 
     #[test]
     fn the_gate_opens_when_the_last_reason_is_gone_and_the_time_did_not_count() {
         let clock = Arc::new(ManualClock::at(1_000));
-        let gate = Gate::new(clock.clone(), Pauses::default());
+        let (recorded, over) = std::sync::mpsc::channel();
+        let gate = Gate::recording(clock.clone(), Pauses::default(), move |from, to| {
+            recorded.send((from, to)).unwrap();
+        });
         assert!(gate.close(Reason::Ledger));
         assert!(!gate.close(Reason::Ledger));
         assert!(gate.close(Reason::Key));
         clock.advance(Duration::from_secs(5));
-        assert_eq!(gate.open(Reason::Ledger), None);
+        gate.open(Reason::Ledger);
+        assert!(over.try_recv().is_err());
         assert!(gate.opened().now_or_never().is_none());
         assert_eq!(gate.counted_since(1_000), Duration::ZERO);
-        assert_eq!(gate.open(Reason::Key), Some((1_000, 6_000)));
+        gate.open(Reason::Key);
+        assert_eq!(over.try_recv(), Ok((1_000, 6_000)));
         assert!(gate.opened().now_or_never().is_some());
         clock.advance(Duration::from_secs(2));
         assert_eq!(gate.counted_since(500), Duration::from_millis(2_500));
-        assert_eq!(gate.open(Reason::Key), None);
+        gate.open(Reason::Key);
+        assert!(over.try_recv().is_err());
     }
 }

@@ -1,6 +1,6 @@
 //! From a delivery to a job, or to a refusal that can be answered.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
@@ -77,14 +77,13 @@ impl Intake {
                 lane: delivery.lane,
                 campaign: envelope.campaign.clone(),
                 deadline: envelope.deadline,
-                timestamp: envelope.timestamp,
+                published_at: envelope.timestamp,
                 picked_up_at: envelope.hop.map_or(now, |hop| hop.first_picked_up_at).min(now),
                 redelivered: delivery.redelivered
                     || envelope.hop.is_some_and(|hop| hop.redelivered),
                 elsewhere: envelope.foreign_hop,
                 session: delivery.session.clone(),
                 hold_until: Instant::now() + LONGEST_HOLD,
-                lease: Mutex::default(),
                 permits: permits.clone(),
             })
         });

@@ -10,6 +10,7 @@ mod care;
 pub mod gate;
 pub mod intake;
 pub mod journey;
+pub mod rules;
 mod sessions;
 pub mod settle;
 pub mod trouble;
@@ -36,6 +37,7 @@ use crate::rabbit::consumer::Plan;
 use crate::rabbit::hop::Hop;
 use crate::rabbit::{Delivery, Envelope};
 use crate::retry::Backoff;
+use budget::SharedBudget;
 use gate::{Gate, Reason};
 use intake::{Intake, Read, Unfit};
 use journey::{Journey, Verdict};
@@ -82,9 +84,8 @@ pub struct Worker {
     pub backoff: Backoff,
     /// What `/readyz` says.
     pub health: Health,
-    /// The budget in calls a second that is shared with the other workers of this ledger; `None`
-    /// where the ledger is this worker's alone, or there is no ceiling.
-    pub shared_budget: Option<f64>,
+    /// What is shared with the other workers of this ledger, where it is not this worker's alone.
+    pub budget: Option<SharedBudget>,
     /// Whether a new ledger may meet redelivered jobs.
     pub accept_empty_ledger: bool,
 }
@@ -118,7 +119,7 @@ impl Worker {
     /// See [`Fatal`].
     pub async fn run(self, soft: CancellationToken, hard: CancellationToken) -> Result<(), Fatal> {
         let gate = self.journey.gate.clone();
-        self.journey.hold(Reason::Broker);
+        gate.close(Reason::Broker);
         let permits = self
             .lanes
             .iter()

@@ -147,7 +147,7 @@ impl Shared {
                     served.push(lane.as_str());
                     metrics::consuming(lane, true);
                     metrics::broker_connected(true);
-                    self.worker.journey.reopen(Reason::Broker);
+                    self.gate.open(Reason::Broker);
                 }
                 Err(error) => {
                     tracing::warn!(
@@ -168,7 +168,7 @@ impl Shared {
     }
 
     fn not_consuming(&self, why: &str) {
-        self.worker.journey.hold(Reason::Broker);
+        self.gate.close(Reason::Broker);
         for size in &self.worker.lanes {
             metrics::consuming(size.lane, false);
         }

@@ -9,7 +9,7 @@ use super::intake::Unfit;
 use super::journey::Verdict;
 use crate::clock::{SharedClock, as_duration};
 use crate::job::{FingerprintKey, Key, Problem, Refusal, RequestId, Status, reply};
-use crate::ledger::{Command, Ledger, Stored};
+use crate::ledger::{Ledger, Stored};
 use crate::observe::metrics;
 use crate::rabbit::consumer::Acked;
 use crate::rabbit::hop::{Hop, has_hop};
@@ -163,8 +163,7 @@ impl Settler {
             if self.put_aside(case, code, text, stored.attempts).await == Placed::SessionOver {
                 return summary;
             }
-            let parked = Command::Parked { key: key.clone(), fence: stored.fence };
-            if let Err(error) = self.ledger.execute(parked).await {
+            if let Err(error) = self.ledger.parked(key.clone(), stored.fence).await {
                 tracing::warn!(job.key = %key, %error, "a parked copy could not be noted; it may be parked again");
             }
         }

@@ -10,9 +10,8 @@ use super::gate::Reason;
 use super::{Shared, budget};
 use crate::clock::as_millis;
 use crate::creem::KeyCheck;
-use crate::ledger::{Command, LedgerError};
+use crate::ledger::{LedgerError, OwnCommand};
 use crate::observe::metrics;
-use crate::rabbit::consumer::Guard;
 use crate::rabbit::publisher::State;
 use crate::retry::{Backoff, backoff};
 
@@ -35,11 +34,11 @@ pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     tasks.spawn(publishing(shared.clone()));
     tasks.spawn(sweep(shared.clone()));
     tasks.spawn(gauges(shared.clone()));
-    if shared.worker.plan.guard != Guard::Alone {
-        tasks.spawn(budget::share_silence(shared.clone()));
-    }
-    if let Some(per_second) = shared.worker.shared_budget {
-        tasks.spawn(budget::lease(shared.clone(), per_second));
+    if let Some(budget) = &shared.worker.budget {
+        tasks.spawn(budget::share_silence(shared.clone(), budget.store.clone()));
+        if let Some(per_second) = budget.per_second {
+            tasks.spawn(budget::lease(shared.clone(), budget.store.clone(), per_second));
+        }
     }
 }
 
@@ -49,8 +48,8 @@ async fn ledger(shared: Arc<Shared>) {
         shared.gate.closed_by(Reason::Ledger).await;
         let mut tries = 0;
         loop {
-            match shared.worker.journey.ledger.execute(Command::Probe).await {
-                Ok(_) => break,
+            match shared.worker.journey.ledger.tell(OwnCommand::Probe).await {
+                Ok(()) => break,
                 Err(
                     error @ (LedgerError::Damaged(_)
                     | LedgerError::Stopped(_)
@@ -74,7 +73,7 @@ async fn ledger(shared: Arc<Shared>) {
         tokio::time::sleep(STEADY).await;
         tracing::info!("the ledger can be written again; intake goes on");
         shared.worker.health.set_ledger(Ok(()));
-        shared.worker.journey.reopen(Reason::Ledger);
+        shared.gate.open(Reason::Ledger);
     }
 }
 
@@ -90,7 +89,7 @@ async fn key(shared: Arc<Shared>) {
             let reason = match journey.creem.check_key().await {
                 KeyCheck::Accepted => {
                     tracing::info!("Creem accepts the API key; intake goes on");
-                    journey.reopen(Reason::Key);
+                    shared.gate.open(Reason::Key);
                     break;
                 }
                 KeyCheck::Refused(status) => format!(
@@ -115,11 +114,11 @@ async fn publishing(shared: Arc<Shared>) {
         match now {
             State::Up => {
                 shared.worker.health.set_publishing(Ok(()));
-                shared.worker.journey.reopen(Reason::Publishing);
+                shared.gate.open(Reason::Publishing);
             }
             State::Down(reason) | State::Blocked(reason) => {
                 shared.worker.health.set_publishing(Err(reason));
-                shared.worker.journey.hold(Reason::Publishing);
+                shared.gate.close(Reason::Publishing);
             }
         }
         if state.changed().await.is_err() {

@@ -96,7 +96,7 @@ impl Budget for Seat {
         _mode: Mode,
         count: u32,
         interval: Duration,
-    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
+    ) -> BoxFuture<'static, Result<Places, LedgerError>> {
         let (there, back) = (self.way(), self.way());
         let (row, lead) = (self.row.clone(), self.lead.clone());
         let reckoning = self.reckoning.clone();
@@ -118,7 +118,7 @@ impl Budget for Seat {
             *lead.lock().unwrap() = asked.elapsed();
             reckoning.hear(now, asked);
             let first = reckoning.instant(first).unwrap();
-            Ok(Some(Places { first, count, interval, quiet }))
+            Ok(Places { first, count, interval, quiet })
         }
         .boxed()
     }

@@ -12,14 +12,15 @@ use creem_checkout_worker::job::{
 };
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
 use creem_checkout_worker::ledger::{
-    Answer, Budget, Command, Identity, Ledger, LedgerError, OnUnknown, Standing, State,
+    Answer, Command, Identity, JobCommand, Ledger, LedgerError, OnUnknown, Standing, State,
 };
 use creem_checkout_worker::pace::Pacer;
-use creem_checkout_worker::retry::{Backoff, Pauses, Policy};
+use creem_checkout_worker::retry::{Backoff, Policy};
 use creem_checkout_worker::simulator::{Options as SimulatorOptions, Simulator};
-use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD, LaneRules, Rules};
+use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD};
 use creem_checkout_worker::worker::gate::{Gate, Reason};
 use creem_checkout_worker::worker::journey::{Journey, Verdict};
+use creem_checkout_worker::worker::rules::{LaneRules, Rules};
 use creem_checkout_worker::worker::trouble::Trouble;
 use creem_checkout_worker::worker::turns::Turns;
 use futures::future::BoxFuture;
@@ -47,7 +48,7 @@ fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -
     let directory = TempDir::new().unwrap();
     let clock: SharedClock = Arc::new(ManualClock::at(START));
     let path = directory.path().join("ledger.db");
-    let ledger = SqliteLedger::open(&path, clock.clone(), |_| {}).unwrap();
+    let ledger = wrap(SqliteLedger::open(&path, clock.clone(), |_| {}).unwrap());
     let lane = LaneRules {
         policy: Policy {
             max_attempts: 8,
@@ -76,13 +77,13 @@ fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -
         },
         creem: Client::new(&creem).unwrap(),
         pacer: Pacer::new(None),
-        gate: Arc::new(Gate::new(clock.clone(), Pauses::default())),
+        gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
         turns: Turns::default(),
         trouble: Trouble::default(),
         key_accepted_at: tokio::sync::Mutex::default(),
         clock,
         stop: CancellationToken::new(),
-        ledger: wrap(ledger),
+        ledger,
     };
     Bench { journey, directory }
 }
@@ -97,13 +98,12 @@ impl Bench {
             lane: Lane::Interactive,
             campaign: None,
             deadline: None,
-            timestamp: None,
+            published_at: None,
             picked_up_at: START,
             redelivered: false,
             elsewhere: false,
             session: CancellationToken::new(),
             hold_until: Instant::now() + LONGEST_HOLD,
-            lease: std::sync::Mutex::default(),
             permits: Arc::new(Semaphore::new(1)),
         }
     }
@@ -152,11 +152,9 @@ struct Buggy {
     after: bool,
 }
 
-impl Budget for Buggy {}
-
 impl Ledger for Buggy {
     fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
-        let settle = matches!(command, Command::Settle(_));
+        let settle = matches!(command, Command::Job(JobCommand::Settle(_)));
         let bug = settle && self.armed.swap(false, Ordering::SeqCst);
         assert!(!bug || self.after, "a bug");
         let answer = self.ledger.execute(command);

@@ -17,7 +17,7 @@ use crate::rabbit::envelope::ReplyRules;
 use crate::rabbit::link::Tls;
 use crate::rabbit::{self, Topology};
 use crate::retry::{Backoff, Policy};
-use crate::worker::ask::{LaneRules, Rules as JourneyRules};
+use crate::worker::rules::{LaneRules, Rules as JourneyRules};
 use crate::worker::{LaneSize, SETTLING};
 
 /// RabbitMQ caps the prefetch of quorum queues here.

@@ -14,7 +14,7 @@ use super::time::DatabaseClock;
 use crate::clock::{Clock, Millis};
 use crate::job::Key;
 use crate::ledger::transition::{self, Context, Orphan};
-use crate::ledger::{Answer, Command, LedgerError, Row, State};
+use crate::ledger::{Answer, Command, JobCommand, LedgerError, Row, State};
 
 /// Rounds before a command is told to ask again: each lost one means that another worker wrote the
 /// same row, so more than a few say that something is wrong.
@@ -67,7 +67,7 @@ impl Slot {
         }
     }
 
-    fn apply(&mut self, index: usize, command: &Command, context: Context) {
+    fn apply(&mut self, index: usize, command: &JobCommand, context: Context) {
         let fence = self.row.as_ref().map_or(0, |row| row.fence);
         let effect = transition::apply(self.row.clone(), command, context);
         if effect.ambiguous > 0 {
@@ -103,7 +103,8 @@ impl<'a> Batch<'a> {
         commands: &'a [Command],
         restored: Option<Millis>,
     ) -> Self {
-        let done = |command: &Command| command.key().is_none().then_some(Ok(Answer::Done));
+        let done =
+            |command: &Command| matches!(command, Command::Own(_)).then_some(Ok(Answer::Done));
         let answers = commands.iter().map(done).collect();
         Self { client, clock, heard, memory, commands, restored, answers }
     }
@@ -117,8 +118,9 @@ impl<'a> Batch<'a> {
             }
             let context = Context { now: self.clock.now(), epoch: None, restored: self.restored };
             for (index, command) in self.commands.iter().enumerate() {
-                if self.answers[index].is_none()
-                    && let Some(slot) = command.key().and_then(|key| slots.get_mut(key))
+                if let Command::Job(command) = command
+                    && self.answers[index].is_none()
+                    && let Some(slot) = slots.get_mut(command.key())
                 {
                     slot.apply(index, command, context);
                 }
@@ -139,14 +141,15 @@ impl<'a> Batch<'a> {
         {
             let memory = self.memory.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
             for (index, command) in self.commands.iter().enumerate() {
-                let Some(key) = command.key() else { continue };
+                let Command::Job(command) = command else { continue };
+                let key = command.key();
                 if self.answers[index].is_some()
                     || slots.contains_key(key)
                     || unknown.contains(&key)
                 {
                     continue;
                 }
-                match guess(&memory, key, command).filter(|_| may_guess) {
+                match guess(&memory, command).filter(|_| may_guess) {
                     Some(guess) => {
                         slots.insert(key, Slot::new(guess, true));
                     }
@@ -231,23 +234,19 @@ impl<'a> Batch<'a> {
 }
 
 /// What a key's row is likely to be, where that can be guessed.
-fn guess(memory: &Memory, key: &Key, command: &Command) -> Option<Versioned> {
-    if let Some(known) = memory.0.get(key) {
+fn guess(memory: &Memory, command: &JobCommand) -> Option<Versioned> {
+    if let Some(known) = memory.0.get(command.key()) {
         return Some(known.clone());
     }
     match command {
         // A job that nobody took before has no row yet, as a rule.
-        Command::Claim(request) if !request.claimant.redelivered => {
+        JobCommand::Claim(request) if !request.claimant.redelivered => {
             Some(Versioned { row: None, version: 0, sum: Vec::new() })
         }
-        Command::Claim(_)
-        | Command::Settle(_)
-        | Command::Close(_)
-        | Command::Parked { .. }
-        | Command::Knows { .. }
-        | Command::Pause { .. }
-        | Command::Probe
-        | Command::Restored { .. }
-        | Command::Adopt(_) => None,
+        JobCommand::Claim(_)
+        | JobCommand::Settle(_)
+        | JobCommand::Close(_)
+        | JobCommand::Parked { .. }
+        | JobCommand::Knows { .. } => None,
     }
 }

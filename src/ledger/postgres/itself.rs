@@ -8,7 +8,7 @@ use super::statements::durable;
 use super::{ADOPTION, HOUSEKEEPING};
 use crate::clock::{Millis, as_millis};
 use crate::job::FingerprintKey;
-use crate::ledger::{Adoption, Command, Identity, Standing};
+use crate::ledger::{Adoption, Identity, OwnCommand, Standing};
 
 /// What all workers have recorded, and what holds for all.
 #[derive(Debug, Clone, Copy)]
@@ -44,7 +44,7 @@ pub(super) async fn totals(client: &Object, now: Millis) -> Result<Totals, tokio
 /// Carries out what is about no job.
 pub(super) async fn about_itself(
     client: &Object,
-    command: &Command,
+    command: OwnCommand,
     now: Millis,
 ) -> Result<(), tokio_postgres::Error> {
     const SET: &str = concat!(
@@ -56,19 +56,19 @@ pub(super) async fn about_itself(
         client.query_typed(SET, &[(&name, Type::TEXT), (&number, Type::INT8)]).await.map(|_| ())
     };
     match command {
-        Command::Pause { from, to } => client
+        OwnCommand::Pause { from, to } => client
             .query_typed(
                 concat!(
                     "INSERT INTO checkout_worker.pause VALUES ($1, $2)
                      ON CONFLICT DO NOTHING RETURNING ",
                     durable!()
                 ),
-                &[(from, Type::INT8), (to, Type::INT8)],
+                &[(&from, Type::INT8), (&to, Type::INT8)],
             )
             .await
             .map(|_| ()),
         // What workers write is tried as well, without a change: a right may be missing that jobs need.
-        Command::Probe => {
+        OwnCommand::Probe => {
             for same in [
                 "INSERT INTO checkout_worker.job SELECT * FROM checkout_worker.job WHERE false",
                 "UPDATE checkout_worker.job SET version = version WHERE false",
@@ -79,7 +79,7 @@ pub(super) async fn about_itself(
             set("probed", now).await
         }
         // What was told before is not taken back by an earlier time.
-        Command::Restored { until } => client
+        OwnCommand::Restored { until } => client
             .query_typed(
                 concat!(
                     "INSERT INTO checkout_worker.meta AS m (name, number) VALUES ('restored', $1)
@@ -87,12 +87,12 @@ pub(super) async fn about_itself(
                      RETURNING ",
                     durable!()
                 ),
-                &[(until, Type::INT8)],
+                &[(&until, Type::INT8)],
             )
             .await
             .map(|_| ()),
         // Who refuses does so for all: a job that nobody took before must not adopt it afterwards.
-        Command::Adopt(Adoption::Adopted) => client
+        OwnCommand::Adopt(Adoption::Adopted) => client
             .query_typed(
                 concat!(
                     "INSERT INTO checkout_worker.meta (name, number)
@@ -105,19 +105,14 @@ pub(super) async fn about_itself(
             )
             .await
             .map(|_| ()),
-        Command::Adopt(Adoption::Refused) => set("refused", now).await,
-        Command::Adopt(Adoption::Accepted) => {
+        OwnCommand::Adopt(Adoption::Refused) => set("refused", now).await,
+        OwnCommand::Adopt(Adoption::Accepted) => {
             client
                 .query_typed("DELETE FROM checkout_worker.meta WHERE name = 'refused'", &[])
                 .await?;
             // As if long ago: for no worker is it a new one any more.
             set("adopted", 0).await
         }
-        Command::Claim(_)
-        | Command::Settle(_)
-        | Command::Close(_)
-        | Command::Parked { .. }
-        | Command::Knows { .. } => Ok(()),
     }
 }
 
@@ -158,7 +153,7 @@ pub(super) async fn identity(client: &Object, now: Millis) -> Result<Identity, O
     let alive: Option<Millis> = row.try_get(1)?;
     if let Some(alive) = alive.filter(|alive| now - alive > 3 * as_millis(HOUSEKEEPING)) {
         // No worker ran: that time counts against nobody.
-        about_itself(client, &Command::Pause { from: alive, to: now }, now).await?;
+        about_itself(client, OwnCommand::Pause { from: alive, to: now }, now).await?;
     }
     let pauses = client
         .query_typed(

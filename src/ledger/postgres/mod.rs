@@ -187,7 +187,7 @@ impl Budget for PostgresLedger {
         mode: Mode,
         count: u32,
         interval: Duration,
-    ) -> BoxFuture<'static, Result<Option<Places>, LedgerError>> {
+    ) -> BoxFuture<'static, Result<Places, LedgerError>> {
         let (pool, lead) = (self.pool.clone(), self.lead.clone());
         let reckoning = self.reckoning.clone();
         async move {
@@ -204,7 +204,7 @@ impl Budget for PostgresLedger {
             .await;
             let took = asked.elapsed().min(LONGEST_LEAD);
             lead.store(u64::try_from(took.as_micros()).unwrap_or(0), Ordering::Relaxed);
-            leased.map(Some)
+            leased
         }
         .boxed()
     }
@@ -351,8 +351,10 @@ impl Parts {
         client: &Object,
         commands: &[Command],
     ) -> Result<Vec<Result<Answer, LedgerError>>, tokio_postgres::Error> {
-        for command in commands.iter().filter(|command| command.key().is_none()) {
-            about_itself(client, command, self.clock.now()).await?;
+        for command in commands {
+            if let Command::Own(command) = command {
+                about_itself(client, *command, self.clock.now()).await?;
+            }
         }
         let heard = self.heard.as_deref();
         let restored = *self.restored.lock().unwrap_or_else(PoisonError::into_inner);

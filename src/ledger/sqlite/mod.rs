@@ -19,7 +19,9 @@ use crate::job::Key;
 use crate::ledger::group::{Commit, Committed, Group, Store};
 use crate::ledger::row::{Columns, Row};
 use crate::ledger::transition::{self, Context, Effect};
-use crate::ledger::{Adoption, Answer, Budget, Command, Identity, Ledger, LedgerError, Standing};
+use crate::ledger::{
+    Adoption, Answer, Command, Identity, Ledger, LedgerError, OwnCommand, Standing,
+};
 pub use open::OpenError;
 use open::{begin, lock, prepare, recognise, refuse_network};
 
@@ -75,8 +77,6 @@ impl SqliteLedger {
         Ok(Self { group, identity, _lock: lock })
     }
 }
-
-impl Budget for SqliteLedger {}
 
 impl Ledger for SqliteLedger {
     fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
@@ -173,15 +173,24 @@ impl SqliteStore {
         let (mut ambiguous, mut orphans) = (0_i64, 0_i64);
         let mut answers = Vec::with_capacity(batch.len());
         for command in batch {
-            let effect = match apply(&transaction, command, context)? {
-                Ok(effect) => effect,
+            let command = match command {
+                Command::Job(command) => command,
+                Command::Own(command) => {
+                    carry_out_own(&transaction, *command, context.now)?;
+                    answers.push(Ok(Answer::Done));
+                    continue;
+                }
+            };
+            let row = match load(&transaction, command.key())? {
+                Ok(row) => row,
                 Err(error) => {
                     answers.push(Err(error));
                     continue;
                 }
             };
+            let effect = transition::apply(row, command, context);
             ambiguous += i64::from(effect.ambiguous);
-            orphans += record(&transaction, command, &effect, context.now)?;
+            orphans += record(&transaction, command.key(), &effect, context.now)?;
             answers.push(Ok(effect.answer));
         }
         for (name, more) in [("ambiguous_attempts", ambiguous), ("orphan_sessions", orphans)] {
@@ -203,34 +212,22 @@ impl SqliteStore {
     }
 }
 
-fn apply(
+/// Carries out what is about no job.
+fn carry_out_own(
     connection: &Connection,
-    command: &Command,
-    context: Context,
-) -> rusqlite::Result<Result<Effect, LedgerError>> {
+    command: OwnCommand,
+    now: Millis,
+) -> rusqlite::Result<()> {
     match command {
-        Command::Pause { from, to } => record_pause(connection, *from, *to)?,
-        Command::Probe => set_meta_number(connection, "probed", context.now)?,
-        Command::Adopt(adoption) => adopt(connection, *adoption, context.now)?,
+        OwnCommand::Pause { from, to } => record_pause(connection, from, to),
+        OwnCommand::Probe => set_meta_number(connection, "probed", now),
+        OwnCommand::Adopt(adoption) => adopt(connection, adoption, now),
         // What was told before is not taken back by an earlier time.
-        Command::Restored { until } => {
+        OwnCommand::Restored { until } => {
             let before = meta_number(connection, "restored")?.unwrap_or(0);
-            set_meta_number(connection, "restored", before.max(*until))?;
+            set_meta_number(connection, "restored", before.max(until))
         }
-        Command::Claim(_)
-        | Command::Settle(_)
-        | Command::Close(_)
-        | Command::Parked { .. }
-        | Command::Knows { .. } => {}
     }
-    let row = match command.key() {
-        Some(key) => match load(connection, key)? {
-            Ok(row) => row,
-            Err(error) => return Ok(Err(error)),
-        },
-        None => None,
-    };
-    Ok(Ok(transition::apply(row, command, context)))
 }
 
 fn adopt(connection: &Connection, adoption: Adoption, now: Millis) -> rusqlite::Result<()> {
@@ -252,11 +249,10 @@ fn adopt(connection: &Connection, adoption: Adoption, now: Millis) -> rusqlite::
 /// Writes what an effect changed; returns how many orphans are new.
 fn record(
     connection: &Connection,
-    command: &Command,
+    key: &Key,
     effect: &Effect,
     now: Millis,
 ) -> rusqlite::Result<i64> {
-    let Some(key) = command.key() else { return Ok(0) };
     if let Some(row) = &effect.write {
         store(connection, key, row)?;
     }

@@ -259,7 +259,7 @@ pub(super) async fn totals_and_pauses_survive_the_process(backend: &Backend) {
     let lease = bench.lease("a").await;
     let orphan = Attempt::Ambiguous { checkout_id: Some("ch_9".into()), reason: "mismatch".into() };
     bench.settle("a", lease, orphan, Next::End(failed())).await;
-    bench.ledger().execute(Command::Pause { from: START - 50, to: START }).await.unwrap();
+    bench.ledger().tell(OwnCommand::Pause { from: START - 50, to: START }).await.unwrap();
     bench.clock.advance(Duration::from_secs(60));
     bench.reopen().await;
     let identity = bench.ledger().identity().clone();
@@ -291,7 +291,7 @@ pub(super) async fn a_parked_copy_is_noted_for_its_own_outcome_only(backend: &Ba
     let bench = Bench::new(backend, OnUnknown::Retry).await;
     let stored = bench.end("a", rejected()).await;
     for (fence, parked) in [(stored.fence + 1, false), (stored.fence, true)] {
-        bench.ledger().execute(Command::Parked { key: key("a"), fence }).await.unwrap();
+        bench.ledger().parked(key("a"), fence).await.unwrap();
         assert_eq!(bench.row("a").await.parked, parked);
     }
 }
@@ -337,9 +337,9 @@ pub(super) async fn a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_fo
     bench.end("failed", failed()).await;
     bench.end("resent", failed()).await;
     let until = bench.clock.now();
-    bench.ledger().execute(Command::Restored { until }).await.unwrap();
+    bench.ledger().tell(OwnCommand::Restored { until }).await.unwrap();
     // An earlier time does not take it back.
-    bench.ledger().execute(Command::Restored { until: until - 1_000_000 }).await.unwrap();
+    bench.ledger().tell(OwnCommand::Restored { until: until - 1_000_000 }).await.unwrap();
     bench.reopen().await;
     bench.later();
     assert!(matches!(bench.claim("known").await, Claim::Settled(_)), "what it knows, it knows");

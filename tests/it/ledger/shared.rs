@@ -252,7 +252,7 @@ async fn a_new_ledger_is_new_for_all_workers_until_one_has_served_for_a_while() 
     let Some(bench) = bench("adoption").await else { return };
     let other = bench.another().await;
     assert_eq!(other.standing().await.unwrap(), Standing::New);
-    bench.ledger().execute(Command::Adopt(Adoption::Adopted)).await.unwrap();
+    bench.ledger().tell(OwnCommand::Adopt(Adoption::Adopted)).await.unwrap();
     let standing = other.standing().await.unwrap();
     assert_eq!(standing, Standing::New, "all workers begin at about the same time");
     assert!(!other.knows(key("a")).await.unwrap());
@@ -262,9 +262,9 @@ async fn a_new_ledger_is_new_for_all_workers_until_one_has_served_for_a_while() 
     assert_eq!(other.standing().await.unwrap(), Standing::Established);
     assert!(!bench.another().await.identity().empty);
 
-    other.execute(Command::Adopt(Adoption::Refused)).await.unwrap();
+    other.tell(OwnCommand::Adopt(Adoption::Refused)).await.unwrap();
     assert!(bench.another().await.identity().refused);
-    bench.ledger().execute(Command::Adopt(Adoption::Accepted)).await.unwrap();
+    bench.ledger().tell(OwnCommand::Adopt(Adoption::Accepted)).await.unwrap();
     let identity = bench.another().await.identity().clone();
     assert!(!identity.refused && !identity.empty);
 }
@@ -315,7 +315,7 @@ async fn a_row_that_a_failover_brought_back_is_not_taken_for_its_like() {
 #[tokio::test]
 async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
     let Some(bench) = bench("places").await else { return };
-    let ledger = bench.ledger();
+    let ledger = open(bench.url()).await.unwrap();
     let interval = Duration::from_millis(50);
     ledger.lease_places(Mode::Test, 1, interval).await.unwrap();
     // Nobody has called for a while; the answer comes late.
@@ -328,7 +328,7 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
     slow.unwrap();
     // No place of before makes it lie ahead.
     client.batch_execute("UPDATE checkout_worker.budget SET next_at = 0").await.unwrap();
-    let places = ledger.lease_places(Mode::Test, 1, interval).await.unwrap().unwrap();
+    let places = ledger.lease_places(Mode::Test, 1, interval).await.unwrap();
     assert!(
         places.first > tokio::time::Instant::now(),
         "it allows for an answer as slow as the last"
@@ -344,7 +344,7 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
         .await
         .unwrap();
     assert_eq!(ledger.quiet(Mode::Test, Duration::ZERO).await.unwrap(), Duration::ZERO);
-    let places = ledger.lease_places(Mode::Test, 1, interval).await.unwrap().unwrap();
+    let places = ledger.lease_places(Mode::Test, 1, interval).await.unwrap();
     assert!(places.first < tokio::time::Instant::now() + Duration::from_secs(2));
     assert_eq!(places.quiet, Duration::ZERO);
     assert!(
@@ -354,9 +354,9 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
 
     // Places may lie as far ahead as they must: a slow budget, and many that wait.
     let slow = Duration::from_secs(1_000);
-    let mut last = ledger.lease_places(Mode::Test, 1, slow).await.unwrap().unwrap().first;
+    let mut last = ledger.lease_places(Mode::Test, 1, slow).await.unwrap().first;
     for _ in 0..8 {
-        let next = ledger.lease_places(Mode::Test, 1, slow).await.unwrap().unwrap().first;
+        let next = ledger.lease_places(Mode::Test, 1, slow).await.unwrap().first;
         assert!(next > last + Duration::from_secs(990), "no place is given twice");
         last = next;
     }
@@ -364,7 +364,7 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
     // Creem's other world has a budget of its own.
     assert_eq!(ledger.quiet(Mode::Live, Duration::ZERO).await.unwrap(), Duration::ZERO);
     ledger.lease_places(Mode::Test, 1000, interval).await.unwrap();
-    let places = ledger.lease_places(Mode::Live, 1, interval).await.unwrap().unwrap();
+    let places = ledger.lease_places(Mode::Live, 1, interval).await.unwrap();
     assert!(places.first < tokio::time::Instant::now() + Duration::from_secs(2));
 }
 

@@ -1,0 +1,73 @@
+//! Whether and when a call may be made: the gate, the pacer, and the time that is left.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{ASIDE, Journey, Verdict};
+use crate::clock::as_duration;
+use crate::job::Lane;
+use crate::observe::metrics;
+use crate::pace::Place;
+use crate::worker::ask::Ask;
+use crate::worker::gate::Reason;
+
+/// While the key is refused and a lane is full, a job without a deadline makes room after so long.
+const MAKE_ROOM: Duration = Duration::from_secs(5);
+
+/// Whether a call may be made now.
+pub(super) enum Admission {
+    Admitted(Place),
+    /// Too late while waiting, or the gate closed again.
+    LookAgain,
+    Verdict(Verdict),
+}
+
+impl Journey {
+    /// Waits for the gate and the pacer, as long as the job can still make it.
+    pub(super) async fn admit(&self, ask: &Ask) -> Admission {
+        let expiry = async {
+            match self.rules.expires_at(ask) {
+                Some(at) => tokio::time::sleep(as_duration(at - self.clock.now())).await,
+                None => std::future::pending().await,
+            }
+        };
+        let paced = async {
+            self.gate.opened().await;
+            let waited = Instant::now();
+            let place = self.pacer.admit().await;
+            metrics::rate_limit_wait(ask.lane, waited.elapsed());
+            place
+        };
+        let admission = tokio::select! {
+            biased;
+            verdict = self.interrupted(ask) => Admission::Verdict(verdict),
+            place = paced => Admission::Admitted(place),
+            () = expiry => Admission::LookAgain,
+            () = self.must_make_room(ask) => {
+                Admission::Verdict(Verdict::Delay { wait: ASIDE, why: "key_refused" })
+            }
+        };
+        // The gate may have closed while the pacer was waited for.
+        if !self.gate.is_open() && matches!(admission, Admission::Admitted(_)) {
+            return Admission::LookAgain;
+        }
+        admission
+    }
+
+    /// Resolves when an interactive job without a deadline holds a slot that one with a deadline
+    /// may need: while the key is refused all wait, but those who are late must be told.
+    async fn must_make_room(&self, ask: &Ask) {
+        if ask.lane != Lane::Interactive || self.rules.expires_at(ask).is_some() {
+            return std::future::pending().await;
+        }
+        loop {
+            self.gate.closed_by(Reason::Key).await;
+            // Held first: a full lane must not send its whole backlog round and round.
+            tokio::time::sleep(MAKE_ROOM).await;
+            if self.gate.is_closed_by(Reason::Key) && ask.permits.available_permits() == 0 {
+                return;
+            }
+        }
+    }
+}

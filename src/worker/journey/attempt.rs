@@ -1,0 +1,213 @@
+//! One call to Creem under a lease, and what its answer means for the job.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::record::LEASE_MARGIN;
+use super::{Journey, Step, Verdict};
+use crate::clock::as_millis;
+use crate::creem::{Answer, KeyCheck};
+use crate::job::{Ending, Problem};
+use crate::ledger::{Attempt, Lease, Next};
+use crate::observe::metrics;
+use crate::pace::Place;
+use crate::retry::policy::Tried;
+use crate::retry::{backoff, policy};
+use crate::worker::ask::Ask;
+use crate::worker::gate::Reason;
+
+/// How much of a lease may be spent on waiting for the time of the call.
+const SPARE: Duration = Duration::from_secs(8);
+/// What must be left of a lease, beyond the call, when the call begins.
+const SETTLE_MARGIN: Duration = Duration::from_secs(5);
+
+impl Journey {
+    /// One call under a lease, and what follows from its answer.
+    pub(super) async fn attempt(
+        &self,
+        ask: &Ask,
+        lease: Lease,
+        place: Place,
+        started: Instant,
+    ) -> Step {
+        let in_time = self.in_time(place).await;
+        let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
+        if !in_time || self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN
+        {
+            return self
+                .settle(ask, lease, Attempt::GivenBack, Next::Wait { until: self.clock.now() })
+                .await;
+        }
+        if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
+            return self
+                .settle(ask, lease, Attempt::GivenBack, Next::End(Ending::Expired(problem)))
+                .await;
+        }
+        let asked = Instant::now();
+        let body = ask.request.wire.clone();
+        let answer = self
+            .creem
+            .create_checkout(&ask.request.request_id, body, self.rules.request_timeout)
+            .await;
+        metrics::creem_request(answer.label(), asked.elapsed());
+        self.trouble.note(&answer);
+        tracing::debug!(job.key = %ask.key, attempt = lease.attempt, answer = answer.label(), "creem answered");
+        let (attempt, next) = self.judge(ask, lease, answer, asked).await;
+        self.settle(ask, lease, attempt, next).await
+    }
+
+    /// Waits for the time of the call. If the claim took so long that its place is lost, another one
+    /// is waited for, as long as the lease can spare; says whether the call may be made.
+    async fn in_time(&self, place: Place) -> bool {
+        tokio::time::timeout(SPARE, self.pacer.pass(place)).await.is_ok()
+    }
+
+    /// Turns an answer into what is written down.
+    async fn judge(
+        &self,
+        ask: &Ask,
+        lease: Lease,
+        answer: Answer,
+        asked: Instant,
+    ) -> (Attempt, Next) {
+        let unresolved =
+            |code: &str, text: String| Next::End(Ending::Unresolved(Problem::new(code, text)));
+        match answer {
+            Answer::Made(checkout) => {
+                let ending =
+                    Ending::Succeeded { checkout_id: checkout.id, checkout_url: checkout.url };
+                (Attempt::Counted, Next::End(ending))
+            }
+            Answer::Refused(problem) => (Attempt::Counted, Next::End(Ending::Rejected(problem))),
+            Answer::Duplicate(problem) => {
+                // Whose it is nobody knows, so it counts as a session that nobody was given.
+                let reason = "Creem says that the identifier exists already".to_owned();
+                let attempt = Attempt::Ambiguous { checkout_id: None, reason };
+                (attempt, Next::End(Ending::Unresolved(problem)))
+            }
+            Answer::NotMade { reason } => {
+                let next = self.again(ask, lease, None, "creem_unreachable", &reason);
+                (Attempt::Counted, next)
+            }
+            Answer::Unknown { reason, retry_after } => {
+                let next = self.again(ask, lease, retry_after, "outcome_unknown", &reason);
+                (Attempt::Ambiguous { checkout_id: None, reason }, next)
+            }
+            Answer::Linkless { checkout_id } => {
+                let text = format!("Creem made {checkout_id} and gave no link for it");
+                let reason = "no link could be had for it".to_owned();
+                (
+                    Attempt::Ambiguous { checkout_id: Some(checkout_id), reason },
+                    unresolved("no_checkout_url", text),
+                )
+            }
+            Answer::Mismatch { reason, checkout_id } => {
+                tracing::error!(job.key = %ask.key, error = reason, checkout_id, "an answer of Creem's is not this job's; its link is not published");
+                let text = format!("Creem's answer cannot be trusted: {reason}");
+                (Attempt::Ambiguous { checkout_id, reason }, unresolved("answer_mismatch", text))
+            }
+            Answer::Throttled { retry_after } => {
+                if let Some(delay) = retry_after {
+                    self.pacer.quiet(backoff::clamp_retry_after(delay));
+                }
+                let lease = Lease { throttled: lease.throttled + 1, ..lease };
+                let next = self.again(
+                    ask,
+                    lease,
+                    retry_after,
+                    "throttled",
+                    "Creem said 429, too many requests",
+                );
+                (Attempt::Throttled, next)
+            }
+            Answer::KeyRefused(problem) => self.key_refused(problem, asked).await,
+        }
+    }
+
+    /// Another try, or the end of trying.
+    fn again(
+        &self,
+        ask: &Ask,
+        lease: Lease,
+        retry_after: Option<Duration>,
+        code: &'static str,
+        reason: &str,
+    ) -> Next {
+        let tried = Tried {
+            attempts: lease.attempt,
+            throttled: lease.throttled,
+            elapsed: self.gate.counted_since(lease.opened_at),
+        };
+        let lane = &self.rules.of(ask.lane).policy;
+        let failed = |code: &str, text: String| Next::End(Ending::Failed(Problem::new(code, text)));
+        match lane.next(tried, retry_after, backoff::chance()) {
+            policy::Next::After(delay) => {
+                metrics::retry(code);
+                tracing::debug!(job.key = %ask.key, attempt = lease.attempt, error = reason, delay_ms = as_millis(delay), "asking again");
+                Next::Wait { until: self.clock.now() + as_millis(delay) }
+            }
+            policy::Next::AttemptsExhausted => failed(
+                "attempts_exhausted",
+                format!("{} attempts were made; the last one: {reason}", lease.attempt),
+            ),
+            policy::Next::TimeExhausted => {
+                let most = humantime::format_duration(lane.max_elapsed);
+                failed(
+                    "time_exhausted",
+                    format!(
+                        "no link within {most} after {} attempts; the last one: {reason}",
+                        lease.attempt
+                    ),
+                )
+            }
+        }
+    }
+
+    /// A refused key is not this job's fault, unless the key is fine. `asked` is when the call began
+    /// that met the refusal: one check that began after it speaks for every such job.
+    async fn key_refused(&self, problem: Problem, asked: Instant) -> (Attempt, Next) {
+        let wait = (Attempt::GivenBack, Next::Wait { until: self.clock.now() });
+        let rejected = (Attempt::Counted, Next::End(Ending::Rejected(problem)));
+        let mut accepted_at = self.key_accepted_at.lock().await;
+        if accepted_at.is_some_and(|accepted_at| accepted_at > asked) {
+            return rejected;
+        }
+        if !self.gate.close(Reason::Key) {
+            return wait;
+        }
+        let checked = Instant::now();
+        match self.creem.check_key().await {
+            KeyCheck::Accepted => {
+                *accepted_at = Some(checked);
+                self.gate.open(Reason::Key);
+                rejected
+            }
+            KeyCheck::Refused(status) => {
+                tracing::error!(
+                    status,
+                    "intake is paused: Creem refuses the API key; check CREEM_API_KEY and that it belongs to creem.base_url"
+                );
+                wait
+            }
+            KeyCheck::Unknown(reason) => {
+                tracing::error!(
+                    error = reason,
+                    "intake is paused: Creem refused a call, and whether it refuses the API key is not known yet"
+                );
+                wait
+            }
+        }
+    }
+
+    /// A bug was met under a lease: a session may exist that must be counted.
+    pub(super) async fn panicked(&self, ask: &Ask, lease: Lease) -> Step {
+        let reason = "the worker met a bug while it handled the call".to_owned();
+        let ending = Ending::Unresolved(Problem::new("worker_panicked", reason.clone()));
+        let attempt = Attempt::Ambiguous { checkout_id: None, reason };
+        match self.settle(ask, lease, attempt, Next::End(ending)).await {
+            Step::WaitUntil(..) => Step::Verdict(Verdict::Panicked),
+            verdict @ Step::Verdict(_) => verdict,
+        }
+    }
+}

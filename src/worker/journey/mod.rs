@@ -1,0 +1,180 @@
+//! One job's journey, from its turn to a verdict.
+//!
+//! Sends nothing to RabbitMQ: [`super::settle`] carries the verdict out. So a crash anywhere in
+//! here leaves the message unacked, and the ledger decides what the next worker may do.
+
+mod admission;
+mod attempt;
+mod record;
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::FutureExt as _;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::ask::Ask;
+use super::gate::Gate;
+use super::rules::Rules;
+use super::trouble::Trouble;
+use super::turns::{Turn, Turns};
+use crate::clock::{Millis, SharedClock, as_duration};
+use crate::creem::Client;
+use crate::ledger::{Claim, Ledger, LedgerError, Stored};
+use crate::observe::metrics;
+use crate::pace::{Pacer, Place};
+use crate::retry::policy::LONGEST_IN_PLACE;
+use admission::Admission;
+
+/// For how long a job then goes to a delay queue, and after it was held for
+/// [`super::ask::LONGEST_HOLD`]. Short, because what is left of it after a pause counts as time in
+/// which the job was tried.
+const ASIDE: Duration = Duration::from_secs(5);
+
+/// What is to be done with the message.
+#[derive(Debug)]
+pub enum Verdict {
+    /// Publish the stored outcome, then ack.
+    Reply(Stored),
+    /// Tell that the id belongs to another body, then ack.
+    Conflict(Vec<String>),
+    /// Let it come back after a while, then ack.
+    Delay {
+        /// How long.
+        wait: Duration,
+        /// What it waits for, for the log; one of a closed set.
+        why: &'static str,
+    },
+    /// Nothing was sent and this worker stops: the next delivery is somebody else's.
+    GiveBack,
+    /// Another worker has the job, or the session is over: given back where that still can be.
+    Abandon,
+    /// The job's row in the ledger is damaged: park the job for a person, and go on.
+    Damaged(String),
+    /// The worker met a bug before anything was sent: park the job for a person, and go on.
+    Panicked,
+    /// The ledger is damaged: stop everything.
+    Fatal(LedgerError),
+}
+
+/// What brings a job from its turn to a [`Verdict`]: the ledger, Creem, and what holds calls back.
+#[derive(Debug)]
+pub struct Journey {
+    /// Whatever the rules are.
+    pub rules: Rules,
+    /// Creem.
+    pub creem: Client,
+    /// How fast.
+    pub pacer: Pacer,
+    /// Whether at all.
+    pub gate: Arc<Gate>,
+    /// One at a time per key.
+    pub turns: Turns,
+    /// Wall-clock time.
+    pub clock: SharedClock,
+    /// Names outages.
+    pub trouble: Trouble,
+    /// When the last check of the key began that found it accepted.
+    pub key_accepted_at: tokio::sync::Mutex<Option<Instant>>,
+    /// Cancelled when nothing new may be sent.
+    pub stop: CancellationToken,
+    /// The ledger.
+    pub ledger: Arc<dyn Ledger>,
+}
+
+/// One step of a journey: go on, or the verdict.
+enum Step {
+    /// Wait until then, and try again; what for.
+    WaitUntil(Millis, &'static str),
+    /// The end.
+    Verdict(Verdict),
+}
+
+impl Journey {
+    /// Takes one copy of a job from its turn to a verdict.
+    ///
+    /// The turn comes back with the verdict: whoever carries it out may keep the next copy waiting.
+    pub async fn run(&self, ask: &Ask) -> (Verdict, Option<Turn<'_>>) {
+        let turn = tokio::select! {
+            turn = self.turns.take(&ask.key) => turn,
+            verdict = self.interrupted(ask) => return (verdict, None),
+        };
+        let travelled = AssertUnwindSafe(self.travel(ask)).catch_unwind().await;
+        let verdict = match travelled {
+            Ok(verdict) => verdict,
+            // The hook has logged it. One job is set aside; the others go on.
+            Err(_panic) => Verdict::Panicked,
+        };
+        (verdict, Some(turn))
+    }
+
+    async fn travel(&self, ask: &Ask) -> Verdict {
+        loop {
+            if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
+                return self.close(ask, problem).await;
+            }
+            let place = match self.admit(ask).await {
+                Admission::Admitted(place) => place,
+                Admission::LookAgain => continue,
+                Admission::Verdict(verdict) => return verdict,
+            };
+            match self.step(ask, place).await {
+                Step::Verdict(verdict) => return verdict,
+                Step::WaitUntil(until, why) => {
+                    let wait = as_duration(until - self.clock.now());
+                    if wait > LONGEST_IN_PLACE {
+                        return Verdict::Delay { wait, why };
+                    }
+                    tokio::select! {
+                        () = tokio::time::sleep(wait) => {}
+                        verdict = self.interrupted(ask) => return verdict,
+                    }
+                }
+            }
+        }
+    }
+
+    /// Resolves when this copy cannot or may not go on; nothing of it is under way then.
+    async fn interrupted(&self, ask: &Ask) -> Verdict {
+        tokio::select! {
+            biased;
+            () = ask.session.cancelled() => Verdict::Abandon,
+            () = self.stop.cancelled() => Verdict::GiveBack,
+            // A broker takes a delivery back that is held too long, and counts that against it.
+            () = tokio::time::sleep_until(ask.hold_until) => {
+                Verdict::Delay { wait: ASIDE, why: "held_too_long" }
+            }
+        }
+    }
+
+    /// Claims the job and, if it is free, asks Creem once.
+    async fn step(&self, ask: &Ask, place: Place) -> Step {
+        let started = Instant::now();
+        match self.claim(ask).await {
+            Ok(Claim::Granted(lease)) => {
+                let attempt = AssertUnwindSafe(self.attempt(ask, lease, place, started));
+                // The hook has logged it.
+                match attempt.catch_unwind().await {
+                    Ok(step) => step,
+                    Err(_panic) => self.panicked(ask, lease).await,
+                }
+            }
+            Ok(Claim::Settled(stored)) => Step::Verdict(Verdict::Reply(stored)),
+            Ok(Claim::Conflict(fields)) => Step::Verdict(Verdict::Conflict(fields)),
+            Ok(Claim::Busy { until }) => {
+                metrics::retry("busy");
+                let soonest = self.clock.now() + 100;
+                Step::WaitUntil(until.max(soonest), "busy")
+            }
+            Ok(Claim::Waiting { until }) => Step::WaitUntil(until, "retry_not_due"),
+            Err(LedgerError::DamagedRow(what)) => Step::Verdict(Verdict::Damaged(what)),
+            Err(error @ (LedgerError::Damaged(_) | LedgerError::Stopped(_))) => {
+                Step::Verdict(Verdict::Fatal(error))
+            }
+            // `claim` asks again until it gets an answer; this is its stop.
+            Err(LedgerError::Unavailable(_)) => Step::Verdict(self.interrupted(ask).await),
+        }
+    }
+}
