@@ -223,11 +223,8 @@ fn resolved_without_key(
     };
     let empty = |key: &secrecy::SecretString| secrecy::ExposeSecret::expose_secret(key).is_empty();
     if settings.creem.api_key.as_ref().is_none_or(empty) || !stand_in.is_empty() {
-        settings.creem.api_key = Some(config::secret(if stand_in.is_empty() {
-            "creem_test_stand_in"
-        } else {
-            stand_in
-        }));
+        let stand_in = if stand_in.is_empty() { "creem_test_stand_in" } else { stand_in };
+        settings.creem.api_key = Some(stand_in.to_owned().into());
         settings.creem.base_url = None;
     }
     config::resolve(&settings).map_err(Failure::Configuration)

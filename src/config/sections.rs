@@ -10,7 +10,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 use toml::Table;
 
-use super::check::Problem;
+use super::Problem;
 
 /// Longest duration of a setting: sums of two cannot overflow anything.
 pub const LONGEST: Duration = Duration::from_secs(3650 * 24 * 3600);

@@ -1,50 +1,28 @@
 //! Rules between the settings. Everything that is wrong is said at once, each with its fix.
 
+mod amqp;
 mod creem;
+mod job;
 mod ledger;
 
-use std::fmt;
+mod worker;
+
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::Problem;
 use super::sections::{self, Settings};
-use crate::job::request::is_extra_field;
-use crate::job::success_url;
-use crate::job::{Lane, Mode, Rules};
+use crate::job::{Mode, Rules};
 use crate::ledger::{OnUnknown, postgres};
 use crate::observe::logging::{self, Format};
 use crate::rabbit::envelope::ReplyRules;
-use crate::rabbit::link::Tls;
 use crate::rabbit::{self, Topology};
 use crate::retry::{Backoff, Policy};
+use crate::worker::LaneSize;
 use crate::worker::rules::{LaneRules, Rules as JourneyRules};
-use crate::worker::{LaneSize, SETTLING};
-
-/// RabbitMQ caps the prefetch of quorum queues here.
-const MAX_PREFETCH: i64 = 2_000;
-/// Longest `retry.longest`; the ledger takes a wait that is much longer for a clock that jumped.
-const LONGEST_RETRY: Duration = Duration::from_mins(30);
-
-/// Something that is wrong, and what to do about it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem {
-    what: String,
-    fix: String,
-}
-
-impl Problem {
-    /// A problem and its fix.
-    #[must_use]
-    pub fn new(what: impl Into<String>, fix: impl Into<String>) -> Self {
-        Self { what: what.into(), fix: fix.into() }
-    }
-}
-
-impl fmt::Display for Problem {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.what, self.fix)
-    }
-}
+use amqp::{check_amqp, check_topology};
+use job::{check_hosts, check_job};
+use worker::{check_lanes, check_retry, check_times};
 
 /// Where the ledger is.
 #[derive(Debug, Clone)]
@@ -168,67 +146,6 @@ fn journey(settings: &Settings, backoff: Backoff) -> JourneyRules {
     }
 }
 
-fn check_amqp(settings: &Settings, problems: &mut Vec<Problem>) -> rabbit::Options {
-    let options = rabbit::Options {
-        url: settings.amqp.url.clone(),
-        heartbeat: settings.amqp.heartbeat.0,
-        tls: amqp_tls(&settings.amqp, problems),
-    };
-    if !(1..=300).contains(&options.heartbeat.as_secs()) {
-        problems.push(Problem::new(
-            "`amqp.heartbeat` is out of bounds",
-            "give 1s to 300s; 10s to 15s are usual",
-        ));
-    }
-    match rabbit::link::uris(&options) {
-        Err(error) => problems
-            .push(Problem::new(error.to_string(), "give amqp://user:password@host:port/vhost")),
-        Ok(uris) => {
-            for uri in uris {
-                let loopback = is_local(&uri.authority.host);
-                let user = &uri.authority.userinfo;
-                if !loopback && user.username == "guest" && user.password == "guest" {
-                    problems.push(Problem::new(
-                        format!("`amqp.url` uses guest:guest for {}", uri.authority.host),
-                        "everybody knows that login, and RabbitMQ lets it in from loopback only unless told otherwise: make a user of the worker's own",
-                    ));
-                }
-            }
-        }
-    }
-    options
-}
-
-fn amqp_tls(amqp: &sections::Amqp, problems: &mut Vec<Problem>) -> Tls {
-    let mut read = |key: &str, path: Option<&Path>| -> Option<String> {
-        let bytes = pem(key, path?, problems)?;
-        let text = String::from_utf8(bytes).ok().filter(|text| text.contains("-----BEGIN "));
-        if text.is_none() {
-            let what = format!("`{key}` holds no PEM");
-            problems.push(Problem::new(what, "give a file that begins with -----BEGIN"));
-        }
-        text
-    };
-    let ca_pem = read("amqp.ca_file", amqp.ca_file.as_deref());
-    let certificate = read("amqp.client_cert_file", amqp.client_cert_file.as_deref());
-    let key = read("amqp.client_key_file", amqp.client_key_file.as_deref());
-    if amqp.client_cert_file.is_some() != amqp.client_key_file.is_some() {
-        problems.push(Problem::new(
-            "`amqp.client_cert_file` and `amqp.client_key_file` belong together",
-            "give both or none",
-        ));
-    }
-    let given = ca_pem.is_some() || certificate.is_some() || key.is_some();
-    if given && secrecy::ExposeSecret::expose_secret(&amqp.url).starts_with("amqp://") {
-        problems.push(Problem::new(
-            "`amqp.ca_file` and the client's certificate are for TLS, and `amqp.url` begins with amqp://",
-            "begin it with amqps://, or leave them out",
-        ));
-    }
-    let identity = certificate.zip(key).map(|(pem, key)| (pem.into_bytes(), key.into()));
-    Tls { ca_pem, identity }
-}
-
 fn is_local(host: &str) -> bool {
     host == "localhost"
         || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
@@ -243,191 +160,6 @@ fn pem(key: &str, path: &Path, problems: &mut Vec<Problem>) -> Option<Vec<u8>> {
             problems.push(Problem::new(what, "check the path"));
             None
         }
-    }
-}
-
-/// A host that is not written the way URLs write it would never match.
-fn check_hosts(key: &str, hosts: &[String], problems: &mut Vec<Problem>) {
-    for host in hosts {
-        let plain = |byte: u8| {
-            byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-:[]".contains(&byte)
-        };
-        let whole = host.bytes().all(plain) && !host.starts_with('.') && !host.ends_with('.');
-        if !whole || url::Host::parse(host).map(|parsed| parsed.to_string()).as_ref() != Ok(host) {
-            problems.push(Problem::new(
-                format!("`{key}` names {host:?}, which no URL's host ever equals"),
-                "give host names only: lower case, no https://, no port, no *",
-            ));
-        }
-    }
-}
-
-fn check_times(settings: &Settings, problems: &mut Vec<Problem>) {
-    let timeout = settings.creem.request_timeout.0;
-    let shown = humantime::format_duration;
-    if !(Duration::from_millis(100)..=Duration::from_mins(2)).contains(&timeout) {
-        problems.push(Problem::new(
-            format!("`creem.request_timeout` is {}", shown(timeout)),
-            "give 100ms to 120s",
-        ));
-    }
-    let grace = settings.shutdown.grace.0;
-    let least = timeout + SETTLING;
-    if grace < least {
-        problems.push(Problem::new(
-            format!("`shutdown.grace` is {}, shorter than `creem.request_timeout` ({}) and {} to settle", shown(grace), shown(timeout), shown(SETTLING)),
-            format!("give at least {}", shown(least)),
-        ));
-    }
-    let retention = settings.ledger.retention.0;
-    let longest = [settings.lanes.interactive, settings.lanes.bulk]
-        .map(|lane| lane.max_elapsed.0)
-        .into_iter()
-        .max()
-        .unwrap_or_default();
-    let least = longest + Duration::from_hours(24);
-    if retention < least {
-        problems.push(Problem::new(
-            format!(
-                "`ledger.retention` is {}, and jobs are tried for up to {}",
-                shown(retention),
-                shown(longest)
-            ),
-            format!(
-                "give at least {}: a job that outlives its row could get a second link",
-                shown(least)
-            ),
-        ));
-    }
-}
-
-fn check_retry(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Backoff> {
-    if !(1..=1000).contains(&settings.retry.max_attempts) {
-        problems.push(Problem::new(
-            format!("`retry.max_attempts` is {}", settings.retry.max_attempts),
-            "give 1 to 1000",
-        ));
-    }
-    let (first, longest) = (settings.retry.first.0, settings.retry.longest.0);
-    if longest > LONGEST_RETRY {
-        problems.push(Problem::new("`retry.longest` is longer than 30m", "give at most 30m"));
-    }
-    if first < Duration::from_millis(1) {
-        problems.push(Problem::new("`retry.first` is shorter than 1ms", "give at least 1ms"));
-        return None;
-    }
-    match Backoff::try_new(first, longest) {
-        Ok(backoff) => Some(backoff),
-        Err(why) => {
-            problems.push(Problem::new(
-                format!("`retry.first` and `retry.longest` do not fit: {why}"),
-                "give e.g. 250ms and 60s",
-            ));
-            None
-        }
-    }
-}
-
-fn check_lanes(settings: &Settings, problems: &mut Vec<Problem>) -> Vec<LaneSize> {
-    let lanes =
-        [(Lane::Interactive, settings.lanes.interactive), (Lane::Bulk, settings.lanes.bulk)];
-    let mut sizes = Vec::new();
-    for (lane, section) in lanes {
-        match u16::try_from(section.concurrency) {
-            Ok(concurrency) if (1..=MAX_PREFETCH).contains(&section.concurrency) => sizes.push(LaneSize { lane, concurrency }),
-            _ => problems.push(Problem::new(
-                format!("`lanes.{lane}.concurrency` is {}", section.concurrency),
-                format!("give 1 to {MAX_PREFETCH}, which is the most that a quorum queue lets out unacked"),
-            )),
-        }
-        if section.max_age.is_some_and(|age| age.0.is_zero()) {
-            problems.push(Problem::new(
-                format!("`lanes.{lane}.max_age` is zero"),
-                "leave it out, or every job with a timestamp expires",
-            ));
-        }
-        if section.max_elapsed.0.is_zero() {
-            problems.push(Problem::new(
-                format!("`lanes.{lane}.max_elapsed` is zero"),
-                "give the time a job may be tried",
-            ));
-        }
-    }
-    sizes
-}
-
-fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -> Topology {
-    let prefix = &settings.topology.prefix;
-    let name = |text: &str, most: usize| {
-        (1..=most).contains(&text.len())
-            && text.bytes().all(|byte| {
-                byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-' | b':')
-            })
-    };
-    if !name(prefix, 64) || prefix.starts_with("amq.") {
-        problems.push(Problem::new(
-            "`topology.prefix` is not usable",
-            "give 1-64 letters, digits, dots, dashes or underscores, not beginning with amq.",
-        ));
-    }
-    let topology =
-        Topology::new(prefix, settings.replies.queue.as_deref(), &settings.replies.exchange);
-    if !name(&topology.replies_queue, 255)
-        || topology.replies_queue.starts_with("amq.")
-        || topology.denies_replies_to(&topology.replies_queue)
-    {
-        problems.push(Problem::new(
-            "`replies.queue` is not usable",
-            "give a queue name that is none of the worker's own",
-        ));
-    }
-    let exchange = &topology.replies_exchange;
-    let own = [topology.dead_exchange(), topology.retry_exchange()].contains(exchange);
-    let usable = name(exchange, 255) && !exchange.starts_with("amq.");
-    if own || (!exchange.is_empty() && !usable) {
-        problems.push(Problem::new(
-            "`replies.exchange` is not usable",
-            "give an exchange name, or leave it empty for the default exchange",
-        ));
-    }
-    topology
-}
-
-fn check_job(settings: &Settings, mode: Mode, problems: &mut Vec<Problem>) -> Rules {
-    let job = &settings.job;
-    let mut bounded = |key: &str, value: i64, most: i64| {
-        if !(1..=most).contains(&value) {
-            problems
-                .push(Problem::new(format!("`job.{key}` is {value}"), format!("give 1 to {most}")));
-        }
-        value.clamp(1, most)
-    };
-    let max_bytes = bounded("max_bytes", job.max_bytes, 1024 * 1024);
-    let max_units = bounded("max_units", job.max_units, i64::from(u32::MAX));
-    for field in job.extra_fields.iter().filter(|field| !is_extra_field(field)) {
-        problems.push(Problem::new(
-            format!("`job.extra_fields` names {field:?}"),
-            "give names of a-z, 0-9 and _ that are no fields of Creem's request already",
-        ));
-    }
-    let loopback_http = mode == Mode::Test;
-    if let Some(url) = &job.success_url
-        && let Err(code) = success_url::check(url, loopback_http, &job.success_hosts)
-    {
-        problems.push(Problem::new(
-            format!("`job.success_url` would be refused in a job ({code})"),
-            "give an https URL as browsers write it",
-        ));
-    }
-    Rules {
-        max_bytes: usize::try_from(max_bytes).unwrap_or(64 * 1024),
-        max_units: u32::try_from(max_units).unwrap_or(u32::MAX),
-        extra_fields: job.extra_fields.clone(),
-        allow_custom_price: job.allow_custom_price,
-        allow_affiliate_code: job.allow_affiliate_code,
-        success_hosts: job.success_hosts.clone(),
-        default_success_url: job.success_url.clone(),
-        loopback_http,
     }
 }
 

@@ -1,0 +1,79 @@
+//! Secrets that are given as files.
+
+use std::path::Path;
+
+use toml::{Table, Value};
+
+use super::keys::{KEYS, Kind};
+use super::table::{get, remove, set};
+use super::{DEFAULTS, Problem};
+
+/// Replaces each `…_file` by the content of its file.
+pub(super) fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
+    for (key, kind) in KEYS {
+        let twin = format!("{key}_file");
+        if kind != Kind::Secret {
+            continue;
+        }
+        let path = match remove(table, &twin) {
+            None => continue,
+            Some(Value::String(path)) => path,
+            Some(_) => {
+                problems.push(Problem::new(format!("`{twin}` is not a text"), "give a path"));
+                continue;
+            }
+        };
+        let default =
+            DEFAULTS.parse::<Table>().ok().and_then(|defaults| get(&defaults, key).cloned());
+        if get(table, key).is_some_and(|value| Some(value) != default.as_ref()) {
+            problems.push(Problem::new(
+                format!("`{key}` and `{twin}` set the same thing"),
+                "set one of them only",
+            ));
+            continue;
+        }
+        match read_secret_file(Path::new(&path)) {
+            Ok(text) => {
+                // Editors and `kubectl create secret` leave a newline that no secret ends with.
+                let secret = text.strip_suffix('\n').unwrap_or(&text);
+                let secret = secret.strip_suffix('\r').unwrap_or(secret);
+                set(table, key, Value::String(secret.to_owned()));
+            }
+            Err(error) => {
+                problems.push(Problem::new(
+                    format!("`{twin}`: {} cannot be read: {error}", shown(&path)),
+                    "name a small text file that this user may read",
+                ));
+                // One complaint is enough.
+                if let Some(default) = default {
+                    set(table, key, default);
+                }
+            }
+        }
+    }
+}
+
+/// A path as it may be shown: somebody may have given the secret itself in its place.
+pub(super) fn shown(path: &str) -> String {
+    if path.starts_with("creem_") || path.contains("://") {
+        "its value, which looks like the secret itself and not like a path,".to_owned()
+    } else {
+        crate::job::printable(path, 200)
+    }
+}
+
+/// Largest file that may hold a secret.
+pub(super) const MAX_SECRET: u64 = 64 * 1024;
+
+/// Reads a regular, small, non-empty text file; a pipe would wait for ever.
+pub(super) fn read_secret_file(path: &Path) -> Result<String, String> {
+    let file = path.metadata().map_err(|error| error.to_string())?;
+    if !file.is_file() {
+        return Err("it is not a regular file".to_owned());
+    }
+    if file.len() > MAX_SECRET {
+        return Err(format!("it is larger than {MAX_SECRET} bytes"));
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+    if text.trim().is_empty() { Err("it is empty".to_owned()) } else { Ok(text) }
+}
