@@ -12,7 +12,7 @@ use super::{Failure, Outcome, block_on, count, resolved};
 use crate::clock::{SharedClock, SystemClock, as_millis};
 use crate::config::check::{self as config, Resolved};
 use crate::creem::Client;
-use crate::job::{FingerprintKey, Lane};
+use crate::job::{Lane, LedgerSecret};
 use crate::ledger::postgres::{self, Observation, PostgresLedger, Time};
 use crate::ledger::sqlite::SqliteLedger;
 use crate::ledger::{Budget, Ledger};
@@ -192,14 +192,14 @@ fn assemble(
             name: name("consume"),
             topology: settings.topology.clone(),
             declare: settings.declare,
-            guard: guard(settings, &identity.key),
+            guard: guard(settings, &identity.secret),
         },
         lanes,
         intake: Intake {
             rules: settings.job.clone(),
             replies: settings.replies.clone(),
             mode: settings.creem.mode,
-            secret: identity.key.clone(),
+            secret: identity.secret.clone(),
         },
         journey: Journey {
             rules: settings.journey,
@@ -223,8 +223,8 @@ fn assemble(
             backoff: Backoff::of_reconnects(),
             clock: clock.clone(),
             ledger,
-            secret: identity.key,
-            heals: settings.declare,
+            secret: identity.secret,
+            declares: settings.declare,
         },
         backoff: Backoff::of_reconnects(),
         health,
@@ -234,7 +234,7 @@ fn assemble(
 }
 
 /// Who else may serve the same queues.
-fn guard(settings: &Resolved, key: &FingerprintKey) -> Guard {
+fn guard(settings: &Resolved, key: &LedgerSecret) -> Guard {
     match (&settings.ledger, settings.declare) {
         (config::Ledger::File(_), _) => Guard::Alone,
         (config::Ledger::Database(_), false) => Guard::Nothing,

@@ -113,9 +113,9 @@ impl fmt::Display for Key {
 ///
 /// Keyed, because a bare hash of an e-mail address can be guessed back.
 #[derive(Clone)]
-pub struct FingerprintKey([u8; 32]);
+pub struct LedgerSecret([u8; 32]);
 
-impl FingerprintKey {
+impl LedgerSecret {
     /// Wraps the ledger's secret.
     #[must_use]
     pub const fn new(secret: [u8; 32]) -> Self {
@@ -135,9 +135,9 @@ impl FingerprintKey {
     }
 }
 
-impl fmt::Debug for FingerprintKey {
+impl fmt::Debug for LedgerSecret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("FingerprintKey(…)")
+        f.write_str("LedgerSecret(…)")
     }
 }
 
@@ -166,7 +166,7 @@ const MAC_LEN: usize = 16;
 impl Fingerprint {
     /// Takes the fingerprint of a job's top-level members; `customer` counts per member.
     #[must_use]
-    pub fn of(members: &[(String, Node)], key: &FingerprintKey) -> Self {
+    pub fn of(members: &[(String, Node)], key: &LedgerSecret) -> Self {
         let mut fields: Vec<(String, &Node)> = Vec::with_capacity(members.len() + 2);
         for (name, value) in members {
             match value {
@@ -261,7 +261,7 @@ mod tests {
 
     fn print(text: &str) -> Fingerprint {
         let node = Node::parse(text).unwrap();
-        Fingerprint::of(node.as_object().unwrap(), &FingerprintKey::new([7; 32]))
+        Fingerprint::of(node.as_object().unwrap(), &LedgerSecret::new([7; 32]))
     }
 
     #[test]
@@ -293,8 +293,7 @@ mod tests {
     #[test]
     fn another_ledgers_key_gives_another_fingerprint() {
         let node = Node::parse(r#"{"customer":{"email":"a@b.c"}}"#).unwrap();
-        let of =
-            |byte| Fingerprint::of(node.as_object().unwrap(), &FingerprintKey::new([byte; 32]));
+        let of = |byte| Fingerprint::of(node.as_object().unwrap(), &LedgerSecret::new([byte; 32]));
         assert_ne!(of(1), of(2));
     }
 

@@ -12,7 +12,7 @@ pub mod request;
 pub mod success_url;
 mod wire;
 
-pub use key::{Fingerprint, FingerprintKey, Key, Mode, RequestId};
+pub use key::{Fingerprint, Key, LedgerSecret, Mode, RequestId};
 pub use lane::Lane;
 pub use outcome::{Ending, Problem, Status};
 pub use printable::printable;

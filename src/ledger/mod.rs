@@ -34,7 +34,7 @@ pub mod transition;
 use futures::future::BoxFuture;
 
 use crate::clock::Millis;
-use crate::job::{FingerprintKey, Key};
+use crate::job::{Key, LedgerSecret};
 
 pub use budget::{Budget, Places};
 pub use command::*;
@@ -78,11 +78,9 @@ pub enum Standing {
 #[derive(Debug, Clone)]
 pub struct Identity {
     /// The secret of fingerprints and hops.
-    pub key: FingerprintKey,
-    /// Whether this ledger has never served a job.
-    pub empty: bool,
-    /// Whether it met jobs that another ledger may know, and no operator has decided since.
-    pub refused: bool,
+    pub secret: LedgerSecret,
+    /// Its right to serve, when it was opened.
+    pub standing: Standing,
     /// Ambiguous attempts recorded so far.
     pub ambiguous_attempts: u64,
     /// Orphan sessions recorded so far.

@@ -69,6 +69,10 @@ impl Delivery {
                 Ok(Ok(false) | Err(_)) => Acked::TooLate,
                 Err(_) => {
                     // Left alone, the delivery would keep its place in the prefetch window.
+                    tracing::warn!(
+                        seconds = ANSWER.as_secs(),
+                        "an ack did not go out in time: the session is given up"
+                    );
                     self.session.cancel();
                     Acked::TooLate
                 }

@@ -8,7 +8,7 @@ use super::headers;
 use super::hop::Hop;
 use super::topology::Topology;
 use crate::clock::Millis;
-use crate::job::{FingerprintKey, Lane};
+use crate::job::{Lane, LedgerSecret};
 
 /// Prefix of direct reply-to addresses.
 const DIRECT: &str = "amq.rabbitmq.reply-to";
@@ -72,7 +72,7 @@ impl Envelope {
     pub fn read(
         properties: &BasicProperties,
         body: &[u8],
-        key: &FingerprintKey,
+        key: &LedgerSecret,
         lane: Lane,
     ) -> (Self, Option<Broken>) {
         let mut broken = None;
@@ -280,8 +280,8 @@ mod tests {
     use super::headers::HOP;
     use super::*;
 
-    fn key() -> FingerprintKey {
-        FingerprintKey::new([3; 32])
+    fn key() -> LedgerSecret {
+        LedgerSecret::new([3; 32])
     }
 
     fn read(
@@ -361,7 +361,7 @@ mod tests {
             assert_eq!((envelope.hop, envelope.foreign_hop), (Some(hop), false));
             let flag = format!(";{};", u8::from(redelivered));
             for foreign in [
-                hop.write(&FingerprintKey::new([4; 32]), b"body", Lane::Bulk),
+                hop.write(&LedgerSecret::new([4; 32]), b"body", Lane::Bulk),
                 hop.write(&key(), b"other", Lane::Bulk),
                 hop.write(&key(), b"body", Lane::Interactive),
                 written.replacen("123", "122", 1),

@@ -7,7 +7,7 @@ use lapin::types::AMQPValue;
 
 use super::headers;
 use crate::clock::Millis;
-use crate::job::{FingerprintKey, Lane};
+use crate::job::{Lane, LedgerSecret};
 
 /// What the worker remembers of a job over a delay queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +22,7 @@ impl Hop {
     /// The header's text, signed with the ledger's key and bound to body and lane, so that no
     /// producer can write it.
     #[must_use]
-    pub fn write(self, key: &FingerprintKey, body: &[u8], lane: Lane) -> String {
+    pub fn write(self, key: &LedgerSecret, body: &[u8], lane: Lane) -> String {
         let Self { first_picked_up_at, redelivered } = self;
         let flag = u8::from(redelivered);
         let time = first_picked_up_at.to_le_bytes();
@@ -36,7 +36,7 @@ impl Hop {
 
     /// Reads such a text; nothing where the signature is not this ledger's over this body and lane.
     #[must_use]
-    pub fn read(text: &str, key: &FingerprintKey, body: &[u8], lane: Lane) -> Option<Self> {
+    pub fn read(text: &str, key: &LedgerSecret, body: &[u8], lane: Lane) -> Option<Self> {
         let hop = Self::unsigned(text)?;
         // Both texts are made from the same facts; comparing them whole compares the signatures.
         let expected = hop.write(key, body, lane);
@@ -69,12 +69,7 @@ impl Hop {
 
 /// Whether a message bears such a note of this ledger's: then this worker has published it before.
 #[must_use]
-pub fn has_hop(
-    properties: &BasicProperties,
-    body: &[u8],
-    key: &FingerprintKey,
-    lane: Lane,
-) -> bool {
+pub fn has_hop(properties: &BasicProperties, body: &[u8], key: &LedgerSecret, lane: Lane) -> bool {
     let value = properties.headers().as_ref().and_then(|all| all.inner().get(headers::HOP));
     let Some(AMQPValue::LongString(text)) = value else { return false };
     std::str::from_utf8(text.as_bytes())

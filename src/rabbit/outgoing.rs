@@ -12,7 +12,7 @@ use super::link::{LinkError, short};
 use super::topology::Topology;
 use crate::clock::Millis;
 use crate::job::reply::TYPE;
-use crate::job::{FingerprintKey, Lane, RequestId, reply};
+use crate::job::{Lane, LedgerSecret, RequestId, reply};
 
 /// Most bytes of a message's headers that are carried on: a header frame must fit one AMQP
 /// frame, and a broker refuses what does not.
@@ -109,7 +109,7 @@ impl Message {
         original: &BasicProperties,
         body: Arc<[u8]>,
         hop: Hop,
-        key: &FingerprintKey,
+        key: &LedgerSecret,
     ) -> Result<Self, LinkError> {
         let (properties, mut headers) = carried(original, has_hop(original, &body, key, lane));
         headers.insert(headers::HOP.into(), text(&hop.write(key, &body, lane)));
@@ -344,7 +344,7 @@ mod tests {
             &original(),
             Arc::from(&b"body"[..]),
             Hop { first_picked_up_at: 5, redelivered: false },
-            &FingerprintKey::new([0; 32]),
+            &LedgerSecret::new([0; 32]),
         )
         .unwrap();
         // A job that is parked after a hop still says what it said at first; a producer's own

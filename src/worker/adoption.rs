@@ -2,7 +2,7 @@
 //! that this one does not know.
 
 use super::{Fatal, Shared};
-use crate::ledger::{Adoption, Identity, LedgerError, OwnCommand, Standing};
+use crate::ledger::{Adoption, LedgerError, OwnCommand, Standing};
 use crate::rabbit::Delivery;
 
 /// How often the ledger is asked to remember a refusal.
@@ -14,18 +14,18 @@ impl Shared {
     /// ledger holds for every worker, and from then on.
     pub(super) async fn begin_with_the_ledger(&self) {
         let ledger = &self.worker.journey.ledger;
-        let Identity { empty, refused, .. } = *ledger.identity();
-        if self.worker.accept_empty_ledger && (empty || refused) {
+        let standing = ledger.identity().standing;
+        if self.worker.accept_empty_ledger && standing != Standing::Established {
             // Where this cannot be written, the next start needs the flag again.
             drop(ledger.tell(OwnCommand::Adopt(Adoption::Accepted)).await);
-        } else if refused {
+        } else if standing == Standing::Refused {
             self.end(Fatal::EmptyLedger);
         }
     }
 
     /// Whether this is a new ledger whose first session has yet to show that no other was lost.
     pub(super) async fn ledger_is_new(&self) -> bool {
-        self.worker.journey.ledger.identity().empty
+        self.worker.journey.ledger.identity().standing != Standing::Established
             && !self.worker.accept_empty_ledger
             && *self.adoption.lock().await != Some(Adoption::Adopted)
     }
@@ -47,7 +47,7 @@ impl Shared {
     /// redelivered in it was taken by a worker with another ledger. In later ones it was taken by this
     /// one, or by one that has refused the ledger since.
     pub(super) async fn may_serve(&self, delivery: &Delivery, fresh: bool) -> bool {
-        if !self.worker.journey.ledger.identity().empty {
+        if self.worker.journey.ledger.identity().standing == Standing::Established {
             return true;
         }
         // Held over the write, so that no lane's yes can come after another lane's no.

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use super::ask::{Ask, LONGEST_HOLD};
 use crate::clock::Millis;
-use crate::job::{CheckoutRequest, Fingerprint, FingerprintKey, Key, Mode, Refusal, Rules};
+use crate::job::{CheckoutRequest, Fingerprint, Key, LedgerSecret, Mode, Refusal, Rules};
 use crate::rabbit::envelope::ReplyRules;
 use crate::rabbit::{Delivery, Envelope};
 
@@ -21,7 +21,7 @@ pub struct Intake {
     /// Creem's world.
     pub mode: Mode,
     /// The ledger's secret.
-    pub secret: FingerprintKey,
+    pub secret: LedgerSecret,
 }
 
 /// A delivery, read.

@@ -123,7 +123,7 @@ impl Shared {
             Some(Ok(Some(error))) => error,
             _ if self.stop.is_cancelled() => LinkError::Broken("stopping".to_owned()),
             Some(Ok(None)) | None => LinkError::Broken(
-                "given up: an ack did not go out, or a queue of the worker's own is missing"
+                "the session was given up, for the reason that the log gives before this"
                     .to_owned(),
             ),
             Some(Err(error)) => LinkError::Broken(format!("a lane's task died: {error}")),

@@ -84,7 +84,7 @@ async fn a_second_worker_on_the_same_queues_waits_until_the_first_is_gone() {
     soon("it waits", second.logged("not consuming; trying again")).await;
     let (status, text) = second.get("/readyz").await;
     assert_eq!(status, 503);
-    assert!(text.contains("another worker with an embedded ledger"), "{text}");
+    assert!(text.contains("a ledger of their own"), "{text}");
     assert_eq!(second.get("/livez").await.0, 200);
 
     // On the same file it is refused outright, saying why.

@@ -93,7 +93,7 @@ impl Bench {
         let request = CheckoutRequest::parse(body("a").as_bytes(), &JobRules::default()).unwrap();
         Ask {
             key: key("a"),
-            fingerprint: Fingerprint::of(&request.members, &self.journey.ledger.identity().key),
+            fingerprint: Fingerprint::of(&request.members, &self.journey.ledger.identity().secret),
             request,
             lane: Lane::Interactive,
             campaign: None,

@@ -122,7 +122,7 @@ async fn workers_with_different_ledgers_never_serve_the_same_queues_at_once() {
         let second = world.worker_unready(&[]);
         soon("it waits", second.logged("not consuming")).await;
         let (status, text) = second.get("/readyz").await;
-        assert!(status == 503 && text.contains("an embedded ledger"), "{text}");
+        assert!(status == 503 && text.contains("a ledger of their own"), "{text}");
     }
 }
 

@@ -7,7 +7,7 @@ use super::connect::OpenError;
 use super::statements::durable;
 use super::{ADOPTION, HOUSEKEEPING};
 use crate::clock::{Millis, as_millis};
-use crate::job::FingerprintKey;
+use crate::job::LedgerSecret;
 use crate::ledger::{Adoption, Identity, OwnCommand, Standing};
 
 /// What all workers have recorded, and what holds for all.
@@ -149,7 +149,8 @@ pub(super) async fn identity(client: &Object, now: Millis) -> Result<Identity, O
         .await?;
     let secret: Option<&[u8]> = row.try_get(0)?;
     let secret = secret.and_then(|secret| secret.try_into().ok());
-    let key = secret.map(FingerprintKey::new).ok_or(OpenError::Damaged("its secret is missing"))?;
+    let secret =
+        secret.map(LedgerSecret::new).ok_or(OpenError::Damaged("its secret is missing"))?;
     let alive: Option<Millis> = row.try_get(1)?;
     if let Some(alive) = alive.filter(|alive| now - alive > 3 * as_millis(HOUSEKEEPING)) {
         // No worker ran: that time counts against nobody.
@@ -167,12 +168,5 @@ pub(super) async fn identity(client: &Object, now: Millis) -> Result<Identity, O
         .collect::<Result<_, tokio_postgres::Error>>()?;
     let Totals { ambiguous_attempts, orphan_sessions, .. } = totals(client, now).await?;
     let standing = standing(client, now).await?;
-    Ok(Identity {
-        key,
-        empty: standing == Standing::New,
-        refused: standing == Standing::Refused,
-        ambiguous_attempts,
-        orphan_sessions,
-        pauses,
-    })
+    Ok(Identity { secret, standing, ambiguous_attempts, orphan_sessions, pauses })
 }

@@ -88,8 +88,12 @@ impl Ledger for SqliteLedger {
     }
 
     fn standing(&self) -> BoxFuture<'static, Result<Standing, LedgerError>> {
-        // Nobody else can begin to serve with it while this process has it.
-        let standing = if self.identity.empty { Standing::New } else { Standing::Established };
+        // Nobody else can decide about it while this process has it, and this one goes on after a refusal
+        // only if an operator has said so.
+        let standing = match self.identity.standing {
+            Standing::New | Standing::Refused => Standing::New,
+            Standing::Established => Standing::Established,
+        };
         std::future::ready(Ok(standing)).boxed()
     }
 

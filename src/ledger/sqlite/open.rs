@@ -7,8 +7,8 @@ use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
 
 use super::{meta_number, record_pause, set_meta_number};
 use crate::clock::Millis;
-use crate::job::FingerprintKey;
-use crate::ledger::Identity;
+use crate::job::LedgerSecret;
+use crate::ledger::{Identity, Standing};
 
 const SCHEMA: &str = include_str!("../schema/sqlite.sql");
 /// `user_version` of the schema above.
@@ -208,7 +208,7 @@ fn create(connection: &mut Connection) -> rusqlite::Result<()> {
         .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
     transaction.execute_batch(SCHEMA)?;
-    transaction.execute("INSERT INTO meta VALUES ('key', ?1)", params![key.as_slice()])?;
+    transaction.execute("INSERT INTO meta VALUES ('secret', ?1)", params![key.as_slice()])?;
     transaction.pragma_update(None, "application_id", APPLICATION)?;
     transaction.pragma_update(None, "user_version", VERSION)?;
     transaction.commit()
@@ -229,20 +229,27 @@ pub(super) fn begin(connection: &mut Connection, now: Millis) -> rusqlite::Resul
     if let Some(alive) = meta_number(&transaction, "alive")? {
         record_pause(&transaction, alive, now)?;
     }
-    let key: Vec<u8> =
-        transaction.query_row("SELECT value FROM meta WHERE name = 'key'", [], |row| row.get(0))?;
-    let key: [u8; 32] = key.try_into().map_err(|key: Vec<u8>| {
+    let secret: Vec<u8> =
+        transaction
+            .query_row("SELECT value FROM meta WHERE name = 'secret'", [], |row| row.get(0))?;
+    let secret: [u8; 32] = secret.try_into().map_err(|secret: Vec<u8>| {
         rusqlite::Error::FromSqlConversionFailure(
-            key.len(),
+            secret.len(),
             rusqlite::types::Type::Blob,
             "its secret is not 32 bytes long".into(),
         )
     })?;
     let unsigned = |number: Option<i64>| u64::try_from(number.unwrap_or(0)).unwrap_or(0);
+    let standing = if meta_number(&transaction, "refused")?.is_some() {
+        Standing::Refused
+    } else if meta_number(&transaction, "adopted")?.is_none() {
+        Standing::New
+    } else {
+        Standing::Established
+    };
     let identity = Identity {
-        key: FingerprintKey::new(key),
-        empty: meta_number(&transaction, "adopted")?.is_none(),
-        refused: meta_number(&transaction, "refused")?.is_some(),
+        secret: LedgerSecret::new(secret),
+        standing,
         ambiguous_attempts: unsigned(meta_number(&transaction, "ambiguous_attempts")?),
         orphan_sessions: unsigned(meta_number(&transaction, "orphan_sessions")?),
         pauses: transaction

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use creem_checkout_worker::clock::{Clock as _, ManualClock, SharedClock};
 use creem_checkout_worker::job::json::Node;
-use creem_checkout_worker::job::{Ending, Fingerprint, FingerprintKey, Lane};
+use creem_checkout_worker::job::{Ending, Fingerprint, Lane, LedgerSecret};
 use creem_checkout_worker::ledger::postgres::{self, PostgresLedger};
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
 use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
@@ -127,7 +127,7 @@ impl Bench {
     }
 
     pub(super) fn claimant(&self, id: &str, units: u32) -> Claimant {
-        claimant(&self.ledger().identity().key, id, units, self.clock.now(), self.on_unknown)
+        claimant(&self.ledger().identity().secret, id, units, self.clock.now(), self.on_unknown)
     }
 
     pub(super) fn request(claimant: Claimant) -> ClaimRequest {
@@ -179,7 +179,7 @@ impl Bench {
 
 /// A copy of a job, picked up now.
 pub(super) fn claimant(
-    secret: &FingerprintKey,
+    secret: &LedgerSecret,
     id: &str,
     units: u32,
     now: i64,

@@ -1,14 +1,14 @@
 //! Carrying a verdict out: publish what replaces the message, know that it arrived, *then* ack.
 
+mod place;
+
 use std::sync::Arc;
 use std::time::Duration;
-
-use tokio::time::Instant;
 
 use super::intake::Unfit;
 use super::journey::Verdict;
 use crate::clock::{SharedClock, as_duration};
-use crate::job::{FingerprintKey, Key, Problem, Refusal, RequestId, Status, reply};
+use crate::job::{Key, LedgerSecret, Problem, Refusal, RequestId, Status, reply};
 use crate::ledger::{Ledger, Stored};
 use crate::observe::metrics;
 use crate::rabbit::consumer::Acked;
@@ -16,18 +16,12 @@ use crate::rabbit::hop::{Hop, has_hop};
 use crate::rabbit::outgoing::Parking;
 use crate::rabbit::publisher::Class;
 use crate::rabbit::topology::DELAYS;
-use crate::rabbit::{Delivery, Envelope, LinkError, Message, Published, Publisher, Topology};
-use crate::retry::{Backoff, backoff};
+use crate::rabbit::{Delivery, Envelope, LinkError, Message, Publisher, Topology};
+use crate::retry::Backoff;
+use place::{Placed, Sent};
 
-/// How often, and for how long at least, a reply queue that refuses is tried before the job is parked:
-/// longer than a cluster takes to elect the queue's next leader.
-const FULL_TRIES: u32 = 5;
-const FULL_FOR: Duration = Duration::from_secs(5);
 /// How often a direct reply may take its connection down before the job is parked.
 const DIRECT_TRIES: u32 = 2;
-
-/// How often one of the worker's own queues is tried before it is taken to be missing.
-const MISSING_TRIES: u32 = 4;
 
 /// What is needed to carry verdicts out.
 #[derive(Debug)]
@@ -46,9 +40,9 @@ pub struct Settler {
     /// For notes about parked copies.
     pub ledger: Arc<dyn Ledger>,
     /// Signs hops.
-    pub secret: FingerprintKey,
+    pub secret: LedgerSecret,
     /// Whether a new session declares a queue of the worker's own that is missing.
-    pub heals: bool,
+    pub declares: bool,
 }
 
 /// How a message left.
@@ -290,111 +284,6 @@ impl Settler {
         }
         placed
     }
-
-    /// Publishes to one of our own queues, for as long as that takes: there is no other place
-    /// for the job, so it is held, and after the session it comes again.
-    async fn place(
-        &self,
-        delivery: &Delivery,
-        message: Result<Message, LinkError>,
-        what: &str,
-    ) -> Placed {
-        let message = match message {
-            Ok(message) => message,
-            Err(error) => {
-                tracing::error!(%error, what);
-                return Placed::SessionOver;
-            }
-        };
-        let (mut tries, mut missing) = (0, 0);
-        loop {
-            match self
-                .publish(&self.publisher, delivery, Class::Internal, message.clone(), u32::MAX)
-                .await
-            {
-                Sent::Routed => return Placed::InQueue,
-                Sent::SessionOver => return Placed::SessionOver,
-                Sent::Full => {
-                    tracing::error!(what, "one of the worker's own queues is full");
-                    tries += 1;
-                    if !self.wait_before_retry(delivery, tries).await {
-                        return Placed::SessionOver;
-                    }
-                }
-                Sent::Nowhere(error) => {
-                    missing += 1;
-                    tracing::error!(
-                        error,
-                        what,
-                        "one of the worker's own queues does not take it; was it deleted?"
-                    );
-                    tries += 1;
-                    if self.heals && missing >= MISSING_TRIES {
-                        delivery.session.cancel();
-                        return Placed::SessionOver;
-                    }
-                    if !self.wait_before_retry(delivery, tries).await {
-                        return Placed::SessionOver;
-                    }
-                }
-            }
-        }
-    }
-
-    /// Publishes until the broker has said something final, or the delivery is not ours any more.
-    async fn publish(
-        &self,
-        by: &Publisher,
-        delivery: &Delivery,
-        class: Class,
-        message: Message,
-        most_lost: u32,
-    ) -> Sent {
-        let (mut lost, mut refused) = (0, 0);
-        let mut first_refused = None;
-        loop {
-            let published = tokio::select! {
-                published = by.publish(class, message.clone()) => published,
-                () = delivery.session.cancelled() => return Sent::SessionOver,
-            };
-            let tries = match published {
-                Ok(Published::Routed) => return Sent::Routed,
-                Ok(Published::Returned(reason)) => return Sent::Nowhere(reason),
-                Ok(Published::Refused) => {
-                    refused += 1;
-                    if class == Class::Replies {
-                        metrics::reply("refused");
-                    }
-                    let since = *first_refused.get_or_insert_with(Instant::now);
-                    if refused >= FULL_TRIES && since.elapsed() >= FULL_FOR {
-                        return Sent::Full;
-                    }
-                    refused
-                }
-                Err(reason) => {
-                    lost += 1;
-                    tracing::debug!(error = %reason, "publishing again");
-                    if lost >= most_lost {
-                        return Sent::Nowhere(format!(
-                            "publishing to it broke the channel {lost} times: {reason}"
-                        ));
-                    }
-                    lost
-                }
-            };
-            if !self.wait_before_retry(delivery, tries).await {
-                return Sent::SessionOver;
-            }
-        }
-    }
-
-    /// Waits before another try; says whether the delivery is still ours.
-    async fn wait_before_retry(&self, delivery: &Delivery, tries: u32) -> bool {
-        tokio::select! {
-            () = tokio::time::sleep(self.backoff.delay(tries, None, backoff::chance())) => true,
-            () = delivery.session.cancelled() => false,
-        }
-    }
 }
 
 async fn ack_if_placed(delivery: &Delivery, placed: Placed) -> Left {
@@ -409,23 +298,4 @@ async fn ack(delivery: &Delivery) -> Left {
         Acked::Sent => Left::Acked,
         Acked::TooLate => Left::ComesAgain,
     }
-}
-
-/// What became of a message for one of our own queues.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Placed {
-    /// Confirmed and routed; the delivery may be acked.
-    InQueue,
-    /// The delivery is not ours any more and will come again.
-    SessionOver,
-}
-
-/// What became of publishing.
-enum Sent {
-    Routed,
-    /// No queue was there, or it cannot be published to.
-    Nowhere(String),
-    /// A queue was there and refused it again and again.
-    Full,
-    SessionOver,
 }
