@@ -2,8 +2,7 @@
 //!
 //! The ceiling is kept by *places*: points in time, evenly spaced, of which each call takes one. One
 //! worker by itself makes its own; workers that share a budget are granted theirs in small blocks by
-//! whoever keeps it for all. The pacer is told only *pressure*, never an HTTP error: it must not know
-//! whom it paces.
+//! whoever keeps it for all. The pacer knows nothing of HTTP: it is told only for how long to be silent.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -82,8 +82,9 @@ fn held(ledger: &Path) -> Held {
     let report = inspector.report();
     let mut held = Held { damage: report.damage, ..Held::default() };
     inspector
-        .rows(|key, row| {
-            held.ambiguous.insert(key.request_id.to_string(), row.unwrap().ambiguous);
+        .rows(|row| {
+            let (key, row) = row.unwrap();
+            held.ambiguous.insert(key.request_id.to_string(), row.ambiguous);
             for orphan in inspector.orphans(&key).unwrap() {
                 held.orphans.push((key.request_id.to_string(), orphan.checkout_id));
             }

@@ -71,7 +71,7 @@ impl Inspector {
     /// See [`LedgerError`].
     pub fn rows(
         &self,
-        mut visit: impl FnMut(Key, Result<Row, LedgerError>),
+        mut visit: impl FnMut(Result<(Key, Row), LedgerError>),
     ) -> Result<(), LedgerError> {
         let mut query = || -> rusqlite::Result<()> {
             let mut statement = self.connection.prepare(
@@ -82,20 +82,12 @@ impl Inspector {
                 let (mode, id): (String, String) = (row.get(0)?, row.get(1)?);
                 let (Some(mode), Ok(request_id)) = (Mode::parse(&mode), RequestId::parse(&id))
                 else {
-                    let unknown = Key {
-                        mode: Mode::Test,
-                        request_id: RequestId::parse("damaged")
-                            .map_err(|_| rusqlite::Error::InvalidQuery)?,
-                    };
-                    visit(
-                        unknown,
-                        Err(LedgerError::DamagedRow("a row's key is not a job's".to_owned())),
-                    );
+                    visit(Err(LedgerError::DamagedRow("a row's key is not a job's".to_owned())));
                     continue;
                 };
                 let key = Key { mode, request_id };
                 let row = read(row, 2, &key).map_or_else(own_damage, |row| Ok(Ok(row)))?;
-                visit(key, row);
+                visit(row.map(|row| (key, row)));
             }
             Ok(())
         };
@@ -116,7 +108,7 @@ impl Inspector {
             Ok(lines) => report.damage.extend(lines.into_iter().filter(|line| line != "ok")),
             Err(error) => report.damage.push(error.to_string()),
         }
-        let visited = self.rows(|_, row| report.note(row));
+        let visited = self.rows(|row| report.note(row.map(|(_, row)| row)));
         if let Err(error) = visited {
             report.damage.push(error.to_string());
         }
