@@ -7,12 +7,11 @@ use anyhow::anyhow;
 
 use super::look::{Look, shown};
 use super::{Failure, Outcome, block_on, resolved_without_key, say};
-use crate::clock::{Clock as _, Millis, SystemClock};
+use crate::clock::{Clock as _, Millis, SharedClock, SystemClock};
 use crate::config::check;
 use crate::job::reply::rfc3339;
 use crate::ledger::postgres::{PostgresLedger, Time};
 use crate::ledger::sqlite::SqliteLedger;
-use crate::ledger::transition::DOUBT_LASTS;
 use crate::ledger::{Ledger, OwnCommand};
 
 /// Tell the ledger what only an operator knows.
@@ -32,31 +31,34 @@ enum Action {
     RestoredTo {
         /// RFC 3339, e.g. 2026-11-22T18:00:00Z, or `now`.
         #[arg(value_name = "TIME", value_parser = time)]
-        until: Millis,
+        until: When,
     },
 }
 
-fn time(text: &str) -> Result<Millis, String> {
-    let now = SystemClock.now();
+/// A time, or now by the ledger's own clock.
+#[derive(Debug, Clone, Copy)]
+enum When {
+    Now,
+    At(Millis),
+}
+
+fn time(text: &str) -> Result<When, String> {
     if text == "now" {
-        return Ok(now);
+        return Ok(When::Now);
     }
     let time: jiff::Timestamp =
         text.parse().map_err(|_| "give a time like 2026-11-22T18:00:00Z, or now".to_owned())?;
     let until = time.as_millisecond();
-    if until > now {
+    if until > SystemClock.now() {
         return Err("that is in the future: every job until then would end unresolved".to_owned());
     }
-    if until < now - DOUBT_LASTS {
-        return Err("that is more than 30 days ago, and no job is doubted for longer".to_owned());
-    }
-    Ok(until)
+    Ok(When::At(until))
 }
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let settings = resolved_without_key(file, None)?;
     let Action::RestoredTo { until } = arguments.action;
-    block_on(tell(&settings.ledger, OwnCommand::Restored { until }))??;
+    let until = block_on(tell(&settings.ledger, until))??;
     say(&format!(
         "{}: jobs published until {} that it does not know, or whose row is as old, end unresolved; `show REQUEST_ID` and the dead queue tell which",
         shown(&settings.ledger),
@@ -65,20 +67,27 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     Ok(())
 }
 
-async fn tell(ledger: &check::Ledger, command: OwnCommand) -> Result<(), Failure> {
+async fn tell(ledger: &check::Ledger, until: When) -> Result<Millis, Failure> {
     // Only one that is there: a mistyped name must not make a new one, and leave the right one untold.
     drop(Look::open(ledger).await?);
-    let ledger: Arc<dyn Ledger> = match ledger {
+    let (ledger, clock): (Arc<dyn Ledger>, SharedClock) = match ledger {
         check::Ledger::File(path) if !path.exists() => {
             return Err(Failure::Failed(anyhow!("there is no ledger at {}", path.display())));
         }
         check::Ledger::File(path) => {
-            Arc::new(SqliteLedger::open(path, Arc::new(SystemClock), |_| {})?)
+            let clock: SharedClock = Arc::new(SystemClock);
+            (Arc::new(SqliteLedger::open(path, clock.clone(), |_| {})?), clock)
         }
         check::Ledger::Database(options) => {
-            Arc::new(PostgresLedger::open(options, Time::Database, |_| {}).await?)
+            let ledger = PostgresLedger::open(options, Time::Database, |_| {}).await?;
+            let clock = ledger.clock();
+            (Arc::new(ledger), clock)
         }
     };
-    ledger.tell(command).await?;
-    Ok(())
+    let until = match until {
+        When::Now => clock.now(),
+        When::At(until) => until,
+    };
+    ledger.tell(OwnCommand::Restored { until }).await?;
+    Ok(until)
 }

@@ -12,10 +12,10 @@ use super::{Failure, Outcome, block_on, count, resolved};
 use crate::clock::{SharedClock, SystemClock, as_millis};
 use crate::config::check::{self as config, Resolved};
 use crate::creem::Client;
-use crate::job::{Lane, LedgerSecret};
+use crate::job::Lane;
 use crate::ledger::postgres::{self, Observation, PostgresLedger, Time};
 use crate::ledger::sqlite::SqliteLedger;
-use crate::ledger::{Budget, Ledger};
+use crate::ledger::{Budget, Identity, Ledger};
 use crate::lifecycle::Stages;
 use crate::observe::health::Health;
 use crate::observe::{admin, logging, metrics};
@@ -192,7 +192,7 @@ fn assemble(
             name: name("consume"),
             topology: settings.topology.clone(),
             declare: settings.declare,
-            guard: guard(settings, &identity.secret),
+            guard: guard(settings, &identity),
         },
         lanes,
         intake: Intake {
@@ -234,13 +234,15 @@ fn assemble(
 }
 
 /// Who else may serve the same queues.
-fn guard(settings: &Resolved, key: &LedgerSecret) -> Guard {
+fn guard(settings: &Resolved, identity: &Identity) -> Guard {
     match (&settings.ledger, settings.declare) {
         (config::Ledger::File(_), _) => Guard::Alone,
         (config::Ledger::Database(_), false) => Guard::Nothing,
         (config::Ledger::Database(_), true) => {
-            // It tells one ledger from another, and nothing of the secret.
-            let mac = key.mac(&[b"mark of the ledger"]);
+            // It tells one ledger from another, and a restored one from the one that it is a copy of,
+            // and nothing of the secret.
+            let restored = identity.restored.unwrap_or(0).to_le_bytes();
+            let mac = identity.secret.mac(&[b"mark of the ledger", &restored]);
             let mark = mac.first_chunk().map_or(0, |bytes| u128::from_le_bytes(*bytes));
             Guard::Sharing(format!("{mark:032x}"))
         }

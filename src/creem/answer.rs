@@ -121,14 +121,34 @@ pub fn of_create(response: &Response, expected: &Expected<'_>) -> Answer {
     }
 }
 
+/// What came of the question for a session's link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fetched {
+    /// That is how it is.
+    Certain(Answer),
+    /// Nobody knows yet; the question may be put again.
+    Later {
+        /// Creem's wish.
+        retry_after: Option<Duration>,
+        /// Whether Creem was asked too often.
+        throttled: bool,
+    },
+}
+
 /// Judges the answer to the question for a link; the session exists whatever is said.
 #[must_use]
-pub fn of_fetch(response: &Response, expected: &Expected<'_>, checkout_id: String) -> Answer {
-    if response.status.as_u16() != 200 {
-        return Answer::Linkless { checkout_id };
+pub fn of_fetch(response: &Response, expected: &Expected<'_>, checkout_id: &str) -> Fetched {
+    let checkout_id = checkout_id.to_owned();
+    match response.status.as_u16() {
+        200 => {}
+        code @ (408 | 425 | 429 | 500..=599) => {
+            let retry_after = response.retry_after.as_deref().and_then(retry_after);
+            return Fetched::Later { retry_after, throttled: code == 429 };
+        }
+        _ => return Fetched::Certain(Answer::Linkless { checkout_id }),
     }
     let answer = of_success(response, expected);
-    match &answer {
+    Fetched::Certain(match &answer {
         Answer::Made(checkout) if checkout.id != checkout_id => Answer::Mismatch {
             reason: "asked for one session, Creem answered with another".to_owned(),
             checkout_id: Some(checkout_id),
@@ -142,7 +162,7 @@ pub fn of_fetch(response: &Response, expected: &Expected<'_>, checkout_id: Strin
         | Answer::Unknown { .. }
         | Answer::Throttled { .. }
         | Answer::KeyRefused(_) => Answer::Linkless { checkout_id },
-    }
+    })
 }
 
 fn of_success(response: &Response, expected: &Expected<'_>) -> Answer {

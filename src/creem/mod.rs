@@ -16,7 +16,7 @@ use reqwest::{Method, StatusCode, Url};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::job::{Mode, RequestId};
-pub use answer::{Answer, Checkout, Expected};
+pub use answer::{Answer, Checkout, Expected, Fetched};
 
 /// Largest answer that is read, in bytes. A checkout is about 1 KiB.
 pub const MAX_ANSWER: usize = 256 * 1024;
@@ -153,8 +153,7 @@ impl Client {
         })
     }
 
-    /// Asks Creem to make a checkout: one POST, and where its answer names a session without a
-    /// link, one GET for the link. Both share one deadline; `at_most` clips it further.
+    /// Asks Creem to make a checkout: one POST, within the timeout; `at_most` clips it further.
     pub async fn create_checkout(
         &self,
         request_id: &RequestId,
@@ -170,29 +169,24 @@ impl Client {
             .header(CONTENT_TYPE, HeaderValue::from_static("application/json"))
             .header("Idempotency-Key", request_id.as_str())
             .body(body);
-        let answer = match exchange(request, deadline).await {
+        match exchange(request, deadline).await {
             Ok(response) => answer::of_create(&response, &expected),
             Err(failure) => failure.into_answer(timeout),
-        };
-        if let Answer::Linkless { checkout_id } = answer {
-            self.fetch_link(checkout_id, &expected, deadline).await
-        } else {
-            answer
         }
     }
 
-    /// A session exists; its link does not come with the answer.
-    async fn fetch_link(
+    /// Asks for the link of a session that exists: one GET, which changes nothing.
+    pub async fn fetch_link(
         &self,
-        checkout_id: String,
-        expected: &Expected<'_>,
+        request_id: &RequestId,
+        checkout_id: &str,
         deadline: tokio::time::Instant,
-    ) -> Answer {
+    ) -> Fetched {
         let mut url = self.checkouts.clone();
-        url.query_pairs_mut().append_pair("checkout_id", &checkout_id);
+        url.query_pairs_mut().append_pair("checkout_id", checkout_id);
         match exchange(self.http.request(Method::GET, url), deadline).await {
-            Ok(response) => answer::of_fetch(&response, expected, checkout_id),
-            Err(_) => Answer::Linkless { checkout_id },
+            Ok(response) => answer::of_fetch(&response, &self.expect(request_id), checkout_id),
+            Err(_) => Fetched::Later { retry_after: None, throttled: false },
         }
     }
 

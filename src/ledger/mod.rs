@@ -87,6 +87,8 @@ pub struct Identity {
     pub orphan_sessions: u64,
     /// Times in which nothing could be tried.
     pub pauses: Vec<(Millis, Millis)>,
+    /// Until when it was restored to, if it ever was.
+    pub restored: Option<Millis>,
 }
 
 /// A store of jobs' states. See the module's text for what it promises.

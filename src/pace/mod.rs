@@ -73,6 +73,8 @@ impl Drop for Waiting<'_> {
 #[derive(Debug, Clone, Copy)]
 pub struct Place {
     at: Instant,
+    /// After which it is lost.
+    latest: Instant,
 }
 
 impl Place {
@@ -128,14 +130,12 @@ impl Pacer {
         loop {
             let now = Instant::now();
             let earliest = now.max(*self.quiet_until());
+            // A place that was missed by a hair is still one.
+            let recent = now.checked_sub(HAIR).unwrap_or(now).max(*self.quiet_until());
             let at = match &*source {
                 Source::Free => Some(earliest),
-                // A place that was missed by a hair is still one.
-                Source::Own { next, .. } => {
-                    let recent = now.checked_sub(HAIR).unwrap_or(now);
-                    Some(recent.max(*next).max(*self.quiet_until()))
-                }
-                Source::Granted => self.next_place(earliest),
+                Source::Own { next, .. } => Some(recent.max(*next)),
+                Source::Granted => self.next_place(recent),
             };
             match at {
                 None => {
@@ -148,7 +148,7 @@ impl Pacer {
                         Source::Own { interval, next } => *next = at + *interval,
                         Source::Granted => drop(self.places().pop_front()),
                     }
-                    return Place { at };
+                    return Place { at, latest: at + LATENESS };
                 }
                 Some(at) => tokio::time::sleep_until(at - LEAD).await,
             }
@@ -170,16 +170,16 @@ impl Pacer {
     #[must_use]
     pub fn is_lost(&self, place: &Place) -> bool {
         let now = Instant::now();
-        (self.ceiling && now > place.at + LATENESS) || now < *self.quiet_until()
+        (self.ceiling && now > place.latest) || now < *self.quiet_until()
     }
 
-    /// The first granted place that can be kept from then on; those that cannot are lost.
+    /// The first granted place from then on; those before it are lost.
     fn next_place(&self, earliest: Instant) -> Option<Instant> {
         let mut places = self.places();
-        while places.front().is_some_and(|place| *place + LATENESS < earliest) {
+        while places.front().is_some_and(|place| *place < earliest) {
             places.pop_front();
         }
-        places.front().map(|place| earliest.max(*place))
+        places.front().copied()
     }
 
     /// Waits until somebody wants a granted place; how many callers wait, at least one.

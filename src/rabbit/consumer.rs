@@ -90,6 +90,11 @@ pub enum OpenError {
         "other workers serve these queues (their queue {0} exists), and they or this one have a ledger of their own: two ledgers would make two links for one request_id. Waiting until they are gone; several workers share a postgres:// ledger"
     )]
     Guarded(String),
+    /// Somebody consumes a queue that only this worker may serve.
+    #[error(
+        "{0} has a consumer already, and this worker has a ledger of its own: two ledgers would make two links for one request_id. Waiting until it is gone; several workers share a postgres:// ledger"
+    )]
+    Consumed(String),
     /// Workers with another ledger serve these queues, or did until a moment ago.
     #[error(
         "workers with another ledger serve these queues ({0} bears its mark); waiting until they are gone, and a minute more: two ledgers would make two links for one request_id. Give all workers the same ledger.url"
@@ -109,7 +114,7 @@ pub struct Session {
     /// Cancelled when the session is over.
     pub over: CancellationToken,
     /// Keeps workers with another ledger out until the session is over.
-    _guard: Option<Kept>,
+    guard: Option<Kept>,
 }
 
 impl std::fmt::Debug for Session {
@@ -161,12 +166,7 @@ impl Session {
             })
             .await?;
         }
-        Ok(Self {
-            connection,
-            channels: Mutex::default(),
-            over: CancellationToken::new(),
-            _guard: guard,
-        })
+        Ok(Self { connection, channels: Mutex::default(), over: CancellationToken::new(), guard })
     }
 
     /// Starts to consume a lane with at most `prefetch` unacked deliveries.
@@ -196,6 +196,15 @@ impl Session {
             Ok(Deliveries { lane, queue, channel, consumer, over: self.over.clone() })
         })
         .await
+    }
+
+    /// Resolves when the guard is gone, because somebody has deleted its queue: from then on workers with
+    /// another ledger are kept out no longer.
+    pub async fn guard_lost(&self) -> LinkError {
+        let Some(kept) = &self.guard else { return std::future::pending().await };
+        // Nobody publishes there; whatever comes all the same is no end.
+        while let Some(Ok(_)) = kept.consumer.lock().await.next().await {}
+        LinkError::Broken("the queue that keeps other ledgers' workers out is gone".to_owned())
     }
 
     /// Says goodbye to the broker, which then gives every unacked delivery to somebody else.
@@ -263,28 +272,50 @@ async fn guard(
         }
     });
     let Some(channel) = declared.await?? else { return Ok(None) };
-    let consumer = match guard {
-        Guard::Alone | Guard::Nothing => None,
-        // Nobody publishes there: replies may not go to it, and jobs do not.
-        Guard::Sharing(_) => Some(
-            in_time(async {
-                let options =
-                    BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
-                let consumer = channel
-                    .basic_consume(short(&name)?, short("")?, options, FieldTable::default())
-                    .await?;
-                Ok(consumer)
-            })
-            .await?,
-        ),
-    };
-    Ok(Some(Kept { _channel: channel, _consumer: consumer }))
+    if *guard == Guard::Nothing {
+        // That of a shared ledger's workers, which this one cannot tell from its own.
+        return Ok(None);
+    }
+    if *guard == Guard::Alone {
+        nobody_else_consumes(connection, topology).await?;
+    }
+    // Nobody publishes there: replies may not go to it, and jobs do not.
+    let consumer = in_time(async {
+        let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+        let arguments = FieldTable::default();
+        Ok(channel.basic_consume(short(&name)?, short("")?, options, arguments).await?)
+    });
+    let consumer = tokio::sync::Mutex::new(consumer.await?);
+    Ok(Some(Kept { _channel: channel, consumer }))
 }
 
 /// What the guard hangs on, as long as the session lasts.
 struct Kept {
     _channel: Channel,
-    _consumer: Option<Consumer>,
+    consumer: tokio::sync::Mutex<Consumer>,
+}
+
+/// Workers that may declare nothing keep nobody out, but their consumers are seen.
+async fn nobody_else_consumes(
+    connection: &Connection,
+    topology: &Topology,
+) -> Result<(), OpenError> {
+    for lane in Lane::ALL {
+        let queue = topology.jobs(lane);
+        let consumers = in_time(async {
+            let channel = connection.create_channel().await?;
+            let options = QueueDeclareOptions { passive: true, ..durable() };
+            match channel.queue_declare(short(&queue)?, options, FieldTable::default()).await {
+                Ok(queue) => Ok(queue.consumer_count()),
+                Err(error) if refusal(&error).is_some() => Ok(0),
+                Err(error) => Err(error.into()),
+            }
+        });
+        if consumers.await? > 0 {
+            return Err(OpenError::Consumed(queue));
+        }
+    }
+    Ok(())
 }
 
 /// One lane's deliveries.

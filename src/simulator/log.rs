@@ -54,9 +54,22 @@ pub struct Log {
     prefix: String,
     /// How many GETs were asked.
     pub gets: usize,
+    /// GETs for a session that are yet to be throttled.
+    throttled_gets: HashMap<String, usize>,
 }
 
 impl Log {
+    /// Has the next GETs for a session throttled.
+    pub fn throttle_gets(&mut self, id: &str, times: usize) {
+        self.throttled_gets.insert(id.to_owned(), times);
+    }
+
+    /// Whether this GET for a session is to be throttled; counts it.
+    pub fn throttles_get(&mut self, id: &str) -> bool {
+        let left = self.throttled_gets.get_mut(id);
+        left.and_then(|left| left.checked_sub(1).map(|less| *left = less)).is_some()
+    }
+
     /// Every POST, in the order of arrival.
     #[must_use]
     pub fn posts(&self) -> &[Post] {

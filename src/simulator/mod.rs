@@ -329,7 +329,10 @@ impl Simulator {
                 entity["checkout_url"] = json!("http://pay.example/x");
                 whole(&entity)
             }
-            Some(Kind::NoUrl) => {
+            Some(Kind::NoUrl { throttled_gets }) => {
+                if let Some(id) = entity["id"].as_str() {
+                    self.log().throttle_gets(id, throttled_gets);
+                }
                 entity.as_object_mut().map(|members| members.remove("checkout_url"));
                 whole(&entity)
             }
@@ -370,7 +373,7 @@ async fn before(kind: Option<&Kind>) -> Option<Response<Body>> {
         | Kind::WrongId
         | Kind::WrongMode
         | Kind::PlainUrl
-        | Kind::NoUrl => None,
+        | Kind::NoUrl { .. } => None,
     }
 }
 
@@ -430,6 +433,9 @@ async fn retrieve(
     let Some(id) = query.checkout_id else {
         return rules::error(StatusCode::BAD_REQUEST, Some(&["checkout_id must be a string"]));
     };
+    if simulator.log().throttles_get(&id) {
+        return rules::error(StatusCode::TOO_MANY_REQUESTS, None);
+    }
     let session = simulator.log().session(&id).cloned();
     match session {
         Some(session) => rules::json(StatusCode::OK, &simulator.entity(&session)),

@@ -54,7 +54,11 @@ pub enum Kind {
     /// The answer's link is plain http on another host.
     PlainUrl,
     /// The answer has no `checkout_url`; a GET for the session has.
-    NoUrl,
+    NoUrl {
+        /// How many such GETs are answered 429 first.
+        #[serde(default)]
+        throttled_gets: usize,
+    },
 }
 
 impl Kind {
@@ -78,7 +82,7 @@ impl Kind {
             Self::WrongId => "wrong_id",
             Self::WrongMode => "wrong_mode",
             Self::PlainUrl => "plain_url",
-            Self::NoUrl => "no_url",
+            Self::NoUrl { .. } => "no_url",
         }
     }
 }

@@ -115,6 +115,7 @@ impl Shared {
         let ended = tokio::select! {
             ended = lanes.join_next() => ended,
             () = self.follow(&mut subscriptions, expected) => None,
+            lost = session.guard_lost() => Some(Ok(Some(lost))),
             () = tokio::time::sleep(CLEAN_SESSION), if careful => {
                 Some(Ok(Some(LinkError::Broken("no message of this lane breaks the connection".to_owned()))))
             }

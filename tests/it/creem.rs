@@ -70,7 +70,7 @@ async fn each_fault_of_the_simulator_has_its_class() {
         (r#""kind":"wrong_id""#, "mismatch", 1),
         (r#""kind":"wrong_mode""#, "mismatch", 1),
         (r#""kind":"plain_url""#, "mismatch", 1),
-        (r#""kind":"no_url""#, "made", 1),
+        (r#""kind":"no_url""#, "linkless", 1),
     ] {
         let before = simulator.log().sessions().len();
         simulator.set_script(

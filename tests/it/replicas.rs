@@ -12,7 +12,8 @@ use creem_checkout_worker::ledger::{KnownOrphan, Row};
 use creem_checkout_worker::pace::Pacer;
 use creem_checkout_worker::worker::budget::grant;
 use futures::future::join_all;
-use lapin::options::QueueDeleteOptions;
+use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::FieldTable;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -97,6 +98,43 @@ async fn workers_behind_a_pooler_in_transaction_mode_share_a_ledger_all_the_same
     assert_eq!(server.ask("pooler", &[]).await.unwrap(), pooled);
     assert_eq!(next(&mut replies).await.status(), "succeeded");
     assert_eq!(look(&direct, "while_away").await.0.attempts, 1);
+}
+
+#[tokio::test]
+async fn a_worker_that_may_declare_nothing_is_seen_by_one_with_an_embedded_ledger() {
+    let Some((mut world, _)) = world("seen").await else { return };
+    world.worker().await.kill().await;
+    forget_the_ledger_of(&world).await;
+    world.set("topology.declare", "false");
+    let _first = world.worker().await;
+    let embedded = format!("sqlite:{}", world.ledger().display());
+    world.settings.insert("LEDGER_URL".into(), embedded);
+    let second = world.worker_unready(&[]);
+    soon("it waits", second.logged("not consuming")).await;
+    let (status, text) = second.get("/readyz").await;
+    assert!(status == 503 && text.contains("has a consumer already"), "{text}");
+}
+
+#[tokio::test]
+async fn a_queue_that_keeps_other_ledgers_out_is_made_again_when_somebody_deletes_it() {
+    let Some((world, _)) = world("guard").await else { return };
+    let worker = world.worker().await;
+    let guard = world.queue("run");
+    let delete =
+        || world.channel.queue_delete(guard.as_str().into(), QueueDeleteOptions::default());
+    delete().await.unwrap();
+    let gone = worker.event(|event| {
+        event["error"]
+            .as_str()
+            .is_some_and(|error| error.contains("keeps other ledgers' workers out"))
+    });
+    soon("it is noticed", gone).await;
+    eventually("it serves again", || async { worker.get("/readyz").await.0 == 200 }).await;
+    // With its mark: another ledger's worker would not be let in.
+    let plain = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    let channel = world.connection.create_channel().await.unwrap();
+    let declared = channel.queue_declare(guard.as_str().into(), plain, FieldTable::default()).await;
+    assert!(declared.unwrap_err().to_string().contains("PRECONDITION"));
 }
 
 #[tokio::test]

@@ -341,7 +341,8 @@ async fn an_answer_that_is_not_this_jobs_is_never_published() {
 
 #[tokio::test]
 async fn a_session_without_a_link_is_fetched() {
-    let Some(world) = World::new("no_url").await else { return };
+    let Some(mut world) = World::new("no_url").await else { return };
+    world.set("creem.request_timeout", "2s");
     let _worker = world.worker().await;
     let mut replies = world.replies().await;
     world.script(r#"{"faults":[{"request_id":"a","kind":"no_url"}]}"#);
@@ -349,6 +350,22 @@ async fn a_session_without_a_link_is_fetched() {
     let reply = next(&mut replies).await;
     assert_eq!(reply.status(), "succeeded");
     assert_eq!((world.posts(), world.simulator.log().gets), (1, 1));
+
+    // To ask for it again is harmless, so a throttled question is not the last.
+    world.script(r#"{"faults":[{"request_id":"b","kind":"no_url","throttled_gets":2}]}"#);
+    world.job("b").await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    assert_eq!((world.posts(), world.simulator.log().gets), (2, 4));
+
+    // But it has an end, within the time for the call.
+    world.script(r#"{"faults":[{"request_id":"c","kind":"no_url","throttled_gets":1000000}]}"#);
+    world.job("c").await;
+    let reply = next(&mut replies).await;
+    assert_eq!(
+        (reply.status(), reply.text("/error/code")),
+        ("unresolved".into(), "no_checkout_url".into())
+    );
+    assert_eq!(world.posts(), 3);
 }
 
 #[tokio::test]

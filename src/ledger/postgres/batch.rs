@@ -13,7 +13,7 @@ use super::statements::{self, Change, Changes, Versioned};
 use super::time::DatabaseClock;
 use crate::clock::{Clock, Millis};
 use crate::job::Key;
-use crate::ledger::transition::{self, Context, Orphan};
+use crate::ledger::transition::{self, Context, Forgotten, Orphan};
 use crate::ledger::{Answer, Command, JobCommand, LedgerError, Row, State};
 
 /// Rounds before a command is told to ask again: each lost one means that another worker wrote the
@@ -46,7 +46,8 @@ struct Slot {
     sum: Vec<u8>,
     guessed: bool,
     changed: bool,
-    ambiguous: Vec<(u64, Millis)>,
+    /// Attempts that became ambiguous: the how manieth of the row, and when the row was made.
+    ambiguous: Vec<(u32, Millis)>,
     orphans: Vec<Orphan>,
     /// The commands that this round has answered, if its write succeeds.
     answers: Vec<(usize, Answer)>,
@@ -68,11 +69,10 @@ impl Slot {
     }
 
     fn apply(&mut self, index: usize, command: &JobCommand, context: Context) {
-        let fence = self.row.as_ref().map_or(0, |row| row.fence);
         let effect = transition::apply(self.row.clone(), command, context);
-        if effect.ambiguous > 0 {
-            let created_at = effect.write.as_ref().map_or(0, |row| row.created_at);
-            self.ambiguous.push((fence, created_at));
+        if let Some(row) = &effect.write {
+            let more = row.ambiguous - effect.ambiguous + 1..=row.ambiguous;
+            self.ambiguous.extend(more.map(|number| (number, row.created_at)));
         }
         self.orphans.extend(effect.orphan);
         if let Some(row) = effect.write {
@@ -90,7 +90,7 @@ pub(super) struct Batch<'a> {
     heard: Option<&'a DatabaseClock>,
     memory: &'a std::sync::Mutex<Memory>,
     commands: &'a [Command],
-    restored: Option<Millis>,
+    forgotten: Forgotten,
     answers: Vec<Option<Result<Answer, LedgerError>>>,
 }
 
@@ -101,12 +101,12 @@ impl<'a> Batch<'a> {
         heard: Option<&'a DatabaseClock>,
         memory: &'a std::sync::Mutex<Memory>,
         commands: &'a [Command],
-        restored: Option<Millis>,
+        forgotten: Forgotten,
     ) -> Self {
         let done =
             |command: &Command| matches!(command, Command::Own(_)).then_some(Ok(Answer::Done));
         let answers = commands.iter().map(done).collect();
-        Self { client, clock, heard, memory, commands, restored, answers }
+        Self { client, clock, heard, memory, commands, forgotten, answers }
     }
 
     /// Carries the commands out that are about a row; the others have been.
@@ -116,7 +116,7 @@ impl<'a> Batch<'a> {
             if slots.is_empty() {
                 break;
             }
-            let context = Context { now: self.clock.now(), epoch: None, restored: self.restored };
+            let context = Context { now: self.clock.now(), epoch: None, forgotten: self.forgotten };
             for (index, command) in self.commands.iter().enumerate() {
                 if let Command::Job(command) = command
                     && self.answers[index].is_none()
@@ -198,7 +198,7 @@ impl<'a> Batch<'a> {
             if let Some(row) = slot.row.as_ref().filter(|_| slot.changed) {
                 changes.rows.push(Change::new(key, slot.version, &slot.sum, row));
                 changes.ambiguous.extend(
-                    slot.ambiguous.iter().map(|(fence, created_at)| (*key, *fence, *created_at)),
+                    slot.ambiguous.iter().map(|(number, created_at)| (*key, *number, *created_at)),
                 );
             }
             changes.orphans.extend(slot.orphans.iter().map(|orphan| (*key, orphan)));

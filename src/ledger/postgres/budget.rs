@@ -15,7 +15,8 @@ use crate::ledger::budget::Reckoning;
 type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
 /// How much earlier than the row's own time the clock may show, in microseconds, before the row is
-/// taken to be written under a clock that has since been set back: then nothing of it holds.
+/// taken to be written under a clock that has since been set back: then its times are as far ahead of the
+/// clock as they were. Places that were leased before are still to come, and silence is not over.
 macro_rules! set_back {
     () => {
         "1000000"
@@ -37,7 +38,11 @@ macro_rules! believed {
             now!(),
             " < b.written_at - ",
             set_back!(),
-            " THEN 0 ELSE b.",
+            " THEN b.",
+            $column,
+            " - b.written_at + ",
+            now!(),
+            " ELSE b.",
             $column,
             " END"
         )

@@ -8,6 +8,7 @@ use super::statements::durable;
 use super::{ADOPTION, HOUSEKEEPING};
 use crate::clock::{Millis, as_millis};
 use crate::job::LedgerSecret;
+use crate::ledger::transition::Forgotten;
 use crate::ledger::{Adoption, Identity, OwnCommand, Standing};
 
 /// What all workers have recorded, and what holds for all.
@@ -15,8 +16,7 @@ use crate::ledger::{Adoption, Identity, OwnCommand, Standing};
 pub(super) struct Totals {
     pub(super) ambiguous_attempts: u64,
     pub(super) orphan_sessions: u64,
-    /// Until when the ledger may have forgotten what was done.
-    pub(super) restored: Option<Millis>,
+    pub(super) forgotten: Forgotten,
 }
 
 /// Leaves a sign of life, and reads what all workers have recorded.
@@ -29,7 +29,8 @@ pub(super) async fn totals(client: &Object, now: Millis) -> Result<Totals, tokio
              )
              SELECT (SELECT count(*) FROM checkout_worker.ambiguous_attempt),
                     (SELECT count(*) FROM checkout_worker.orphan),
-                    (SELECT number FROM checkout_worker.meta WHERE name = 'restored')",
+                    (SELECT number FROM checkout_worker.meta WHERE name = 'restored'),
+                    (SELECT number FROM checkout_worker.meta WHERE name = 'swept')",
             &[(&now, Type::INT8)],
         )
         .await?;
@@ -37,7 +38,7 @@ pub(super) async fn totals(client: &Object, now: Millis) -> Result<Totals, tokio
     Ok(Totals {
         ambiguous_attempts: ambiguous.cast_unsigned(),
         orphan_sessions: orphans.cast_unsigned(),
-        restored: row.try_get(2)?,
+        forgotten: Forgotten { restored: row.try_get(2)?, swept: row.try_get(3)? },
     })
 }
 
@@ -166,7 +167,14 @@ pub(super) async fn identity(client: &Object, now: Millis) -> Result<Identity, O
         .iter()
         .map(|row| Ok((row.try_get(0)?, row.try_get(1)?)))
         .collect::<Result<_, tokio_postgres::Error>>()?;
-    let Totals { ambiguous_attempts, orphan_sessions, .. } = totals(client, now).await?;
+    let Totals { ambiguous_attempts, orphan_sessions, forgotten } = totals(client, now).await?;
     let standing = standing(client, now).await?;
-    Ok(Identity { secret, standing, ambiguous_attempts, orphan_sessions, pauses })
+    Ok(Identity {
+        secret,
+        standing,
+        ambiguous_attempts,
+        orphan_sessions,
+        pauses,
+        restored: forgotten.restored,
+    })
 }

@@ -30,6 +30,7 @@ use tokio_postgres::types::{ToSql, Type};
 
 use super::budget::Reckoning;
 use super::group::Commit;
+use super::transition::Forgotten;
 use super::{Answer, Budget, Command, Identity, Ledger, LedgerError, Places, Standing};
 use crate::clock::{Millis, SharedClock};
 use crate::job::Mode;
@@ -66,8 +67,15 @@ const SWEEP: &str = "
         WHERE ended_at IS NOT NULL AND ended_at < $1 AND state <> 'unresolved'
         ORDER BY ended_at LIMIT $2 FOR UPDATE SKIP LOCKED
     )
-    DELETE FROM checkout_worker.job AS j USING old
-    WHERE j.mode = old.mode AND j.request_id = old.request_id RETURNING 1";
+    , gone AS (
+        DELETE FROM checkout_worker.job AS j USING old
+        WHERE j.mode = old.mode AND j.request_id = old.request_id RETURNING 1
+    ), noted AS (
+        INSERT INTO checkout_worker.meta AS m (name, number)
+        SELECT 'swept', $1 WHERE EXISTS (SELECT FROM gone)
+        ON CONFLICT (name) DO UPDATE SET number = greatest(m.number, excluded.number)
+    )
+    SELECT count(*) FROM gone";
 
 /// Whose clock leases are measured on.
 #[derive(Debug, Clone)]
@@ -153,7 +161,7 @@ impl PostgresLedger {
             Time::Given(clock) => (clock, None),
         };
         let identity = identity(&client, clock.now()).await?;
-        let restored = totals(&client, clock.now()).await?.restored;
+        let forgotten = totals(&client, clock.now()).await?.forgotten;
         drop(client);
         let (queue, work) = mpsc::unbounded_channel();
         let parts = Arc::new(Parts {
@@ -161,7 +169,7 @@ impl PostgresLedger {
             clock: clock.clone(),
             heard,
             memory: Mutex::default(),
-            restored: Mutex::new(restored),
+            forgotten: Mutex::new(forgotten),
             work: tokio::sync::Mutex::new(work),
             observe: Box::new(observe),
         });
@@ -246,14 +254,14 @@ impl Ledger for PostgresLedger {
             ask(&pool, async |client| {
                 let old: [(&(dyn ToSql + Sync), Type); 2] =
                     [(&before, Type::INT8), (&SWEPT_AT_ONCE, Type::INT8)];
-                let swept = client.query_typed(SWEEP, &old).await?.len();
+                let swept: i64 = client.query_typed_one(SWEEP, &old).await?.try_get(0)?;
                 client
                     .query_typed(
                         "DELETE FROM checkout_worker.pause WHERE ended < $1",
                         &[(&before, Type::INT8)],
                     )
                     .await?;
-                Ok(swept)
+                Ok(usize::try_from(swept).unwrap_or(0))
             })
             .await
         }
@@ -291,8 +299,7 @@ struct Parts {
     /// To be told the database's time, where that is the clock.
     heard: Option<Arc<DatabaseClock>>,
     memory: Mutex<Memory>,
-    /// Until when the ledger may have forgotten what was done.
-    restored: Mutex<Option<Millis>>,
+    forgotten: Mutex<Forgotten>,
     work: tokio::sync::Mutex<mpsc::UnboundedReceiver<Work>>,
     observe: Box<dyn Fn(Observation) + Send + Sync>,
 }
@@ -357,8 +364,8 @@ impl Parts {
             }
         }
         let heard = self.heard.as_deref();
-        let restored = *self.restored.lock().unwrap_or_else(PoisonError::into_inner);
-        Batch::new(client, &*self.clock, heard, &self.memory, commands, restored).run().await
+        let forgotten = *self.forgotten.lock().unwrap_or_else(PoisonError::into_inner);
+        Batch::new(client, &*self.clock, heard, &self.memory, commands, forgotten).run().await
     }
 
     /// Leaves a sign of life, and reads what all workers have recorded.
@@ -366,8 +373,8 @@ impl Parts {
         loop {
             let now = self.clock.now();
             let totals = ask(&self.pool, async |client| totals(client, now).await).await;
-            if let Ok(Totals { ambiguous_attempts, orphan_sessions, restored }) = totals {
-                *self.restored.lock().unwrap_or_else(PoisonError::into_inner) = restored;
+            if let Ok(Totals { ambiguous_attempts, orphan_sessions, forgotten }) = totals {
+                *self.forgotten.lock().unwrap_or_else(PoisonError::into_inner) = forgotten;
                 (self.observe)(Observation::Totals { ambiguous_attempts, orphan_sessions });
             }
             tokio::time::sleep(HOUSEKEEPING).await;

@@ -51,10 +51,10 @@ const WRITE: &str = concat!(
          RETURNING j.mode, j.request_id
      ), counted AS (
          INSERT INTO checkout_worker.ambiguous_attempt
-             (mode, request_id, fence, created_at, found_at)
-         SELECT a.mode, a.request_id, a.fence, a.created_at, $13
+             (mode, request_id, number, created_at, found_at)
+         SELECT a.mode, a.request_id, a.number, a.created_at, $13
          FROM unnest($10::text[], $11::text[], $12::int8[], $20::int8[])
-             AS a (mode, request_id, fence, created_at)
+             AS a (mode, request_id, number, created_at)
          JOIN written AS w ON w.mode = a.mode AND w.request_id = a.request_id
          ON CONFLICT DO NOTHING
      ), orphaned AS (
@@ -157,8 +157,9 @@ impl<'a> Change<'a> {
 pub(super) struct Changes<'a> {
     /// Sorted by key, each key once.
     pub(super) rows: Vec<Change<'a>>,
-    /// Attempts that became ambiguous by a write above: key, fence, and when the row was made.
-    pub(super) ambiguous: Vec<(&'a Key, u64, i64)>,
+    /// Attempts that became ambiguous by a write above: key, the how manieth of the row, and when the row
+    /// was made.
+    pub(super) ambiguous: Vec<(&'a Key, u32, i64)>,
     /// Sessions nobody was given.
     pub(super) orphans: Vec<(&'a Key, &'a Orphan)>,
 }
@@ -197,7 +198,7 @@ pub(super) async fn write(
     let priors: Vec<&[u8]> = rows.iter().map(|change| change.read.1).collect();
     let lost = Arrays::of(changes.ambiguous.iter().map(|(key, ..)| *key));
     let fences: Vec<i64> =
-        changes.ambiguous.iter().map(|(_, fence, _)| fence.cast_signed()).collect();
+        changes.ambiguous.iter().map(|(_, number, _)| i64::from(*number)).collect();
     let created: Vec<i64> = changes.ambiguous.iter().map(|(.., created_at)| *created_at).collect();
     let orphans = Arrays::of(changes.orphans.iter().map(|(key, _)| *key));
     let sessions: Vec<&str> =

@@ -24,15 +24,15 @@ CREATE TABLE checkout_worker.job (
 -- Retention looks for old ended rows; unfinished rows are not in the index.
 CREATE INDEX job_ended ON checkout_worker.job (ended_at) WHERE ended_at IS NOT NULL;
 
--- Attempts after which a session may exist that nobody was given, one row each, named by the fence
--- of their claim and the time at which their row was made: fences begin anew when a row is swept.
+-- Attempts after which a session may exist that nobody was given, one row each: the how manieth of
+-- their job's row it is, and when that row was made, as the count begins anew when a row is swept.
 CREATE TABLE checkout_worker.ambiguous_attempt (
     mode        text COLLATE "C" NOT NULL,
     request_id  text COLLATE "C" NOT NULL,
-    fence       bigint NOT NULL,
+    number      bigint NOT NULL,
     created_at  bigint NOT NULL,
     found_at    bigint NOT NULL,
-    PRIMARY KEY (mode, request_id, fence, created_at)
+    PRIMARY KEY (mode, request_id, number, created_at)
 );
 
 -- Sessions that Creem is known to hold and that nobody was given.
@@ -54,7 +54,7 @@ CREATE TABLE checkout_worker.pause (
 );
 
 -- What the ledger knows of itself: `secret` (of fingerprints and hops), `adopted` and `refused` (the
--- guard of a new ledger), `alive` (some worker's last sign of life).
+-- guard of a new ledger), `restored` and `swept` (what it may have forgotten), `alive` (some worker's last sign of life).
 CREATE TABLE checkout_worker.meta (
     name  text PRIMARY KEY,
     value bytea,

@@ -18,7 +18,7 @@ use crate::clock::{Millis, SharedClock};
 use crate::job::Key;
 use crate::ledger::group::{Commit, Committed, Group, Store};
 use crate::ledger::row::{Columns, Row};
-use crate::ledger::transition::{self, Context, Effect};
+use crate::ledger::transition::{self, Context, Effect, Forgotten};
 use crate::ledger::{
     Adoption, Answer, Command, Identity, Ledger, LedgerError, OwnCommand, Standing,
 };
@@ -71,8 +71,9 @@ impl SqliteLedger {
                 | LedgerError::Stopped(_) => io(&error),
             }
         })?;
-        let restored = meta_number(&connection, "restored").map_err(|error| io(&error))?;
-        let store = SqliteStore { connection, clock, epoch, alive: 0, restored };
+        let swept = meta_number(&connection, "swept").map_err(|error| io(&error))?;
+        let forgotten = Forgotten { restored: identity.restored, swept };
+        let store = SqliteStore { connection, clock, epoch, alive: 0, forgotten };
         let group = Group::start(store, observe).map_err(|error| io(&error))?;
         Ok(Self { group, identity, _lock: lock })
     }
@@ -134,8 +135,9 @@ struct SqliteStore {
     clock: SharedClock,
     epoch: u64,
     alive: Millis,
-    /// As it was when the ledger was opened: the command that changes it is run without a worker.
-    restored: Option<Millis>,
+    /// `restored` as it was when the ledger was opened: the command that changes it is run without a
+    /// worker.
+    forgotten: Forgotten,
 }
 
 impl Store for SqliteStore {
@@ -146,18 +148,31 @@ impl Store for SqliteStore {
 
     fn sweep(&mut self, before: Millis) -> Result<usize, LedgerError> {
         self.abandon()?;
-        let swept = self.connection.execute(
-            "DELETE FROM job WHERE (mode, request_id) IN (
-                 SELECT mode, request_id FROM job
-                 WHERE ended_at IS NOT NULL AND ended_at < ?1 AND state <> 'unresolved'
-                 ORDER BY ended_at LIMIT ?2)",
-            [before, SWEEP],
-        );
-        self.connection
-            .execute("DELETE FROM pause WHERE ended < ?1", [before])
-            .map_err(|error| unavailable(&error))?;
-        swept.map_err(|error| unavailable(&error))
+        let swept = sweep(&mut self.connection, before).map_err(|error| unavailable(&error))?;
+        if swept > 0 {
+            self.forgotten.swept = self.forgotten.swept.max(Some(before));
+        }
+        Ok(swept)
     }
+}
+
+/// Removes old rows and says until when, in one transaction.
+fn sweep(connection: &mut Connection, before: Millis) -> rusqlite::Result<usize> {
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    let swept = transaction.execute(
+        "DELETE FROM job WHERE (mode, request_id) IN (
+             SELECT mode, request_id FROM job
+             WHERE ended_at IS NOT NULL AND ended_at < ?1 AND state <> 'unresolved'
+             ORDER BY ended_at LIMIT ?2)",
+        [before, SWEEP],
+    )?;
+    if swept > 0 {
+        let so_far = meta_number(&transaction, "swept")?.unwrap_or(before);
+        set_meta_number(&transaction, "swept", so_far.max(before))?;
+    }
+    transaction.execute("DELETE FROM pause WHERE ended < ?1", [before])?;
+    transaction.commit()?;
+    Ok(swept)
 }
 
 impl SqliteStore {
@@ -173,7 +188,7 @@ impl SqliteStore {
         let now = self.clock.now();
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let context = Context { now, epoch: Some(self.epoch), restored: self.restored };
+        let context = Context { now, epoch: Some(self.epoch), forgotten: self.forgotten };
         let (mut ambiguous, mut orphans) = (0_i64, 0_i64);
         let mut answers = Vec::with_capacity(batch.len());
         for command in batch {

@@ -256,6 +256,7 @@ pub(super) fn begin(connection: &mut Connection, now: Millis) -> rusqlite::Resul
             .prepare("SELECT started, ended FROM pause ORDER BY started")?
             .query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?
             .collect::<Result<_, _>>()?,
+        restored: meta_number(&transaction, "restored")?,
     };
     transaction.commit()?;
     Ok((identity, u64::try_from(epoch).unwrap_or(0)))

@@ -1,17 +1,15 @@
 //! Jobs that the ledger may have forgotten: it was restored, or another one may know them.
 
-use super::arrival::open;
+use super::arrival::{keeps, open};
 use super::end;
 use super::{Context, Effect};
 use crate::clock::Millis;
+use crate::job::key::Comparison;
 use crate::job::{Ending, Problem, Status};
 use crate::ledger::row::{Row, State};
 use crate::ledger::{Answer, Claim, Claimant, OnUnknown};
 
-/// How long a restored ledger is doubted, in milliseconds: 30 days.
-pub const DOUBT_LASTS: Millis = 30 * 24 * 3_600_000;
-
-/// How far a producer's clock may run ahead, in milliseconds.
+/// How far a producer's clock may be off, in milliseconds.
 pub(super) const CLOCKS_DIFFER: Millis = 5 * 60_000;
 
 /// How long after a restore a redelivered job without a timestamp counts as older, in milliseconds.
@@ -28,11 +26,13 @@ pub(super) fn is_for_a_person(code: Option<&str>) -> bool {
     matches!(code, Some(OTHER_LEDGER | LEDGER_RESTORED))
 }
 
-/// What a restored ledger says of a job.
+/// What a ledger that may have forgotten something says of a job.
 pub(super) enum Doubted {
     /// It is believed; where the row may be older than what was told, that counts as an attempt
     /// whose outcome nobody knows.
     Believed(Option<Row>),
+    /// Outcomes of its age have been removed.
+    Swept(Row),
     /// This copy may have been answered already, with a link that this ledger does not know; the
     /// `error.code` and the reason.
     Lost(Row, &'static str, &'static str),
@@ -46,33 +46,56 @@ pub(super) fn doubt(row: Option<Row>, who: &Claimant, context: Context) -> Doubt
             "the job comes from a delay queue of another ledger, which may know a link for it";
         return Doubted::Lost(doubted(open(who, context)), OTHER_LEDGER, text);
     }
-    let Some(until) = context.restored.filter(|until| context.now <= until + DOUBT_LASTS) else {
-        return Doubted::Believed(row);
-    };
-    // What ended with a link did so before the backup was made, and stays so; what is unresolved says
-    // so already.
-    let told = |row: &Row| {
-        matches!(row.state, State::Ended(Status::Succeeded | Status::Unresolved))
-            || row.updated_at > until
-    };
-    if row.as_ref().is_some_and(told) {
-        return Doubted::Believed(row);
+    if row.is_none() && is_swept(who, context) {
+        return Doubted::Swept(open(who, context));
     }
-    let old = match who.published_at {
+    let Some(until) = context.forgotten.restored else { return Doubted::Believed(row) };
+    let text = "the ledger was restored from a backup and may have forgotten this job's link";
+    let Some(row) = row else {
+        return if was_about(who, until, context) {
+            Doubted::Lost(doubted(open(who, context)), LEDGER_RESTORED, text)
+        } else {
+            Doubted::Believed(None)
+        };
+    };
+    if row.updated_at > until || tells_the_same_for_ever(&row, who) {
+        return Doubted::Believed(Some(row));
+    }
+    match row.fingerprint.compare(&who.fingerprint) {
+        Comparison::Same => Doubted::Lost(doubted(row), LEDGER_RESTORED, text),
+        // Its id is not free for another body: the job may have been given a link since.
+        Comparison::Differs(_) => Doubted::Believed(Some(doubted(row))),
+        Comparison::Unknown => Doubted::Believed(Some(row)),
+    }
+}
+
+/// Whether rows of jobs that are as old as this copy may have been swept. Those of a longer retention
+/// than the one that is configured now are refused before they come here.
+fn is_swept(who: &Claimant, context: Context) -> bool {
+    let stamped = who.published_at.unwrap_or(who.picked_up_at);
+    let swept = context.forgotten.swept.filter(|swept| *swept <= context.now);
+    swept.is_some_and(|swept| stamped <= swept + CLOCKS_DIFFER)
+}
+
+/// Whether a copy may have been about when the ledger knew more than it does now.
+fn was_about(who: &Claimant, until: Millis, context: Context) -> bool {
+    let published = match who.published_at {
         Some(published) => published <= until + if who.redelivered { CLOCKS_DIFFER } else { 0 },
         // Nobody can say how old it is; what was delivered before soon after the restore counts.
-        None if who.redelivered => context.now <= until + UNTIMED,
-        None => who.picked_up_at <= until,
+        None => who.redelivered && context.now <= until + UNTIMED,
     };
-    match row {
-        row if old => {
-            let text =
-                "the ledger was restored from a backup and may have forgotten this job's link";
-            let row = row.unwrap_or_else(|| open(who, context));
-            Doubted::Lost(doubted(row), LEDGER_RESTORED, text)
+    published || who.picked_up_at <= until
+}
+
+/// Whether an old row still answers this copy as it would if nothing had been forgotten.
+fn tells_the_same_for_ever(row: &Row, who: &Claimant) -> bool {
+    match row.state {
+        State::Ended(Status::Succeeded) => true,
+        State::Ended(status @ Status::Unresolved) => {
+            is_for_a_person(row.code.as_deref())
+                || row.ended_at.is_some_and(|ended_at| keeps(status, who, ended_at))
         }
-        Some(row) => Doubted::Believed(Some(doubted(row))),
-        None => Doubted::Believed(None),
+        State::Ended(_) | State::Sending | State::Waiting => false,
     }
 }
 
@@ -91,6 +114,16 @@ pub(super) fn lost(
     row.fence += 1;
     let ending = Ending::Unresolved(Problem::new(code, text));
     end(row, &who.key, ending, OnUnknown::Park, context, |stored| {
+        Answer::Claim(Claim::Settled(stored))
+    })
+}
+
+/// Nobody can say whether such a job has been given a link, and its producer was told that outcomes are
+/// kept for so long only.
+pub(super) fn swept(row: Row, who: &Claimant, context: Context) -> Effect {
+    let text = "the job is older than the outcomes that the ledger has removed, so it may have a link already";
+    let ending = Ending::Expired(Problem::new("older_than_retention", text));
+    end(row, &who.key, ending, who.on_unknown, context, |stored| {
         Answer::Claim(Claim::Settled(stored))
     })
 }

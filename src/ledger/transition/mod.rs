@@ -16,8 +16,7 @@ use crate::job::reply::{self, Facts};
 use crate::job::{Ending, Key, Problem};
 pub use arrival::MOST_CRASHES;
 use arrival::{Arrival, LONGEST_WAIT, arrive, last_word_of_a_takeover, lease_of, open, take_over};
-pub use doubt::DOUBT_LASTS;
-use doubt::{Doubted, doubt, lost};
+use doubt::{Doubted, doubt, lost, swept};
 
 /// What the back-end knows besides the row.
 #[derive(Debug, Clone, Copy)]
@@ -27,8 +26,17 @@ pub struct Context {
     /// This worker process, where the ledger belongs to one process at a time: leases of other
     /// epochs are void at once. `None` where many workers share it and only time voids a lease.
     pub epoch: Option<u64>,
-    /// Until when the ledger may have forgotten what was done, because it was restored.
+    /// What it may have forgotten.
+    pub forgotten: Forgotten,
+}
+
+/// What a ledger may have forgotten.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Forgotten {
+    /// Whatever was done until then, because it was restored.
     pub restored: Option<Millis>,
+    /// What ended before that, because it was swept.
+    pub swept: Option<Millis>,
 }
 
 /// A session that Creem is known to hold and that nobody is given.
@@ -95,6 +103,7 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
     }
     let row = match doubt(row, who, context) {
         Doubted::Believed(row) => row,
+        Doubted::Swept(row) => return swept(row, who, context),
         Doubted::Lost(row, code, text) => return lost((row, code, text), who, context),
     };
     let row = match arrive(row, who, context) {
@@ -215,6 +224,7 @@ fn close(row: Option<Row>, request: &CloseRequest, context: Context) -> Effect {
     let who = &request.claimant;
     let row = match doubt(row, who, context) {
         Doubted::Believed(row) => row,
+        Doubted::Swept(row) => return swept(row, who, context),
         Doubted::Lost(row, code, text) => return lost((row, code, text), who, context),
     };
     let row = match arrive(row, who, context) {

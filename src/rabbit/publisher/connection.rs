@@ -9,6 +9,7 @@ use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{Channel, Connection, Event};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 
 use super::batch::{Orders, serve};
 use super::{Shape, State};
@@ -19,6 +20,9 @@ pub(super) const CLOSE: Duration = Duration::from_secs(1);
 
 /// How long it may take to open a channel: a node that is losing its neighbours may never answer.
 pub(super) const OPEN: Duration = Duration::from_secs(10);
+
+/// How long a channel is tried to be replaced.
+pub(super) const REPLACE: Duration = Duration::from_secs(30);
 
 /// A connection that lived so long was a good one.
 pub(super) const STABLE_AFTER: Duration = Duration::from_secs(30);
@@ -173,8 +177,8 @@ pub(super) async fn open(
     Ok(())
 }
 
-/// Opens a channel in the place of one on which a queue refused, however long that takes, and publishes on
-/// it: a queue in trouble takes no other's connection with it.
+/// Opens a channel in the place of one on which a queue refused, and publishes on it: a queue in trouble
+/// takes no other's connection with it. A node that opens none for a while is left for another one.
 pub(super) fn replace(
     connection: &Arc<Connection>,
     class: usize,
@@ -185,9 +189,13 @@ pub(super) fn replace(
 ) {
     let (connection, orders, told) = (connection.clone(), orders[class].clone(), told.clone());
     channels.spawn(async move {
+        let began = Instant::now();
         loop {
             match confirming(&connection).await {
                 Ok(channel) => return (class, serve(&channel, &orders, &told, batch).await),
+                Err(error) if began.elapsed() >= REPLACE => {
+                    return (class, Ended::Broke(error));
+                }
                 Err(error) => {
                     tracing::warn!(%error, "there is no other publishing channel yet; trying again");
                     tokio::time::sleep(MIN_CHANNEL_AGE).await;

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::record::LEASE_MARGIN;
 use super::{Journey, Step, Verdict};
 use crate::clock::as_millis;
-use crate::creem::{Answer, KeyCheck};
+use crate::creem::{Answer, Fetched, KeyCheck};
 use crate::job::{Ending, Problem};
 use crate::ledger::{Attempt, Lease, Next};
 use crate::observe::metrics;
@@ -53,6 +53,11 @@ impl Journey {
         metrics::creem_request(answer.label(), asked.elapsed());
         self.trouble.note(&answer);
         tracing::debug!(job.key = %ask.key, attempt = lease.attempt, answer = answer.label(), "creem answered");
+        let answer = if let Answer::Linkless { checkout_id } = answer {
+            self.fetch_link(ask, checkout_id, asked + self.rules.request_timeout).await
+        } else {
+            answer
+        };
         let (attempt, next) = self.judge(ask, lease, answer, asked).await;
         self.settle(ask, lease, attempt, next).await
     }
@@ -61,6 +66,38 @@ impl Journey {
     /// is waited for, as long as the lease can spare; says whether the call may be made.
     async fn in_time(&self, place: Place) -> bool {
         tokio::time::timeout(SPARE, self.pacer.pass(place)).await.is_ok()
+    }
+
+    /// A session exists, and its link did not come with the answer. To ask for it changes nothing, so that
+    /// is done until the call's deadline; each time is a call like others, at a place of its own.
+    async fn fetch_link(&self, ask: &Ask, checkout_id: String, deadline: Instant) -> Answer {
+        let mut tries = 0;
+        let fetching = async {
+            loop {
+                let place = self.pacer.admit().await;
+                self.pacer.pass(place).await;
+                let id = &ask.request.request_id;
+                let asked = Instant::now();
+                let fetched = self.creem.fetch_link(id, &checkout_id, deadline).await;
+                let (retry_after, throttled) = match fetched {
+                    Fetched::Certain(answer) => {
+                        metrics::creem_request(answer.label(), asked.elapsed());
+                        return answer;
+                    }
+                    Fetched::Later { retry_after, throttled } => (retry_after, throttled),
+                };
+                let label = if throttled { "throttled" } else { "unknown" };
+                metrics::creem_request(label, asked.elapsed());
+                if let Some(delay) = retry_after.filter(|_| throttled) {
+                    self.pacer.quiet(backoff::clamp_retry_after(delay));
+                }
+                tries += 1;
+                let backoff = self.rules.of(ask.lane).policy.backoff;
+                tokio::time::sleep(backoff.delay(tries, retry_after, backoff::chance())).await;
+            }
+        };
+        let fetched = tokio::time::timeout_at(deadline, fetching).await;
+        fetched.unwrap_or(Answer::Linkless { checkout_id })
     }
 
     /// Turns an answer into what is written down.

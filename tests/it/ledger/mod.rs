@@ -70,7 +70,9 @@ on_every_ledger! {
     totals_and_pauses_survive_the_process,
     retention_removes_old_outcomes_but_nothing_that_may_hide_a_session,
     a_parked_copy_is_noted_for_its_own_outcome_only,
+    what_is_as_old_as_swept_outcomes_gets_no_link_whatever_retention_is_now,
     a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_forgotten,
+    a_restored_ledger_gives_no_link_for_an_old_outcome_that_is_sent_again,
     an_id_that_is_used_again_after_retention_counts_its_attempts_anew,
     a_job_of_another_ledgers_delay_queue_is_unresolved_unless_it_is_known,
 }

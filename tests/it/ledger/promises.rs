@@ -287,6 +287,28 @@ pub(super) async fn retention_removes_old_outcomes_but_nothing_that_may_hide_a_s
     }
 }
 
+pub(super) async fn what_is_as_old_as_swept_outcomes_gets_no_link_whatever_retention_is_now(
+    backend: &Backend,
+) {
+    let mut bench = Bench::new(backend, OnUnknown::Retry).await;
+    bench.end("old", link("ch_1")).await;
+    bench.clock.advance(Duration::from_secs(86_400));
+    assert_eq!(bench.ledger().sweep(START + 3_600_000).await.unwrap(), 1);
+    // Neither an earlier sweep nor one without a find takes it back.
+    assert_eq!(bench.ledger().sweep(START).await.unwrap(), 0);
+    bench.reopen().await;
+    let copy = Claimant { published_at: Some(START), ..bench.claimant("old", 1) };
+    let late = CloseRequest { claimant: copy.clone(), ending: expired() };
+    for claimed in [bench.claim_as(copy).await, bench.ledger().close(late).await.unwrap()] {
+        let Claim::Settled(stored) = claimed else { panic!("it may have a link: {claimed:?}") };
+        let told = (stored.status, stored.code.as_deref());
+        assert_eq!(told, (Status::Expired, Some("older_than_retention")));
+    }
+    let waited = Claimant { published_at: Some(START + 7_200_000), ..bench.claimant("waited", 1) };
+    assert!(matches!(bench.claim_as(waited).await, Claim::Granted(_)));
+    assert!(matches!(bench.claim("unstamped").await, Claim::Granted(_)));
+}
+
 pub(super) async fn a_parked_copy_is_noted_for_its_own_outcome_only(backend: &Backend) {
     let bench = Bench::new(backend, OnUnknown::Retry).await;
     let stored = bench.end("a", rejected()).await;
@@ -306,6 +328,7 @@ pub(super) async fn an_id_that_is_used_again_after_retention_counts_its_attempts
         bench.end("a", link("ch_1")).await;
         bench.clock.advance(Duration::from_secs(3600));
         assert_eq!(bench.ledger().sweep(bench.clock.now()).await.unwrap(), 1);
+        bench.clock.advance(Duration::from_secs(3600));
         bench.reopen().await;
         assert_eq!(bench.ledger().identity().ambiguous_attempts, round);
     }
@@ -322,6 +345,34 @@ pub(super) async fn a_job_of_another_ledgers_delay_queue_is_unresolved_unless_it
     let stored = bench.end("b", link("ch_1")).await;
     bench.later();
     assert_eq!(bench.claim_as(elsewhere("b")).await, Claim::Settled(stored));
+}
+
+pub(super) async fn a_restored_ledger_gives_no_link_for_an_old_outcome_that_is_sent_again(
+    backend: &Backend,
+) {
+    let mut bench = Bench::new(backend, OnUnknown::Retry).await;
+    // As an old backup has them: each may have been sent again since, and have got a link.
+    bench.end("failed", failed()).await;
+    let lease = bench.lease("given_up").await;
+    bench.settle("given_up", lease, unknown(), Next::End(failed())).await;
+    let until = bench.clock.now();
+    bench.ledger().tell(OwnCommand::Restored { until }).await.unwrap();
+    bench.reopen().await;
+    bench.later();
+    // A copy of before repeats what it was told; the producer then sends again.
+    let copy = Claimant { redelivered: true, ..bench.claimant("given_up", 1) };
+    let Claim::Settled(stored) = bench.claim_as(copy).await else { panic!("it is settled") };
+    assert_eq!(stored.code.as_deref(), Some("attempts_exhausted"));
+    for id in ["failed", "given_up"] {
+        let anew = Claimant { published_at: Some(bench.clock.now()), ..bench.claimant(id, 1) };
+        let Claim::Settled(stored) = bench.claim_as(anew).await else { panic!("{id}") };
+        assert_eq!(stored.code.as_deref(), Some("ledger_restored"), "{id}");
+    }
+    // Each doubt counts as a session that nobody was given.
+    let counts = [bench.row("failed").await.ambiguous, bench.row("given_up").await.ambiguous];
+    assert_eq!(counts, [1, 2]);
+    bench.reopen().await;
+    assert_eq!(bench.ledger().identity().ambiguous_attempts, 3);
 }
 
 pub(super) async fn a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_forgotten(
@@ -353,6 +404,14 @@ pub(super) async fn a_restored_ledger_gives_no_link_to_a_job_that_it_may_have_fo
         assert_eq!(told, (Status::Unresolved, Some("ledger_restored")));
     }
     assert_eq!(bench.row("old").await.ambiguous, 1);
+    // A copy that was picked up before, whatever its producer's clock said.
+    let ahead = Claimant {
+        published_at: Some(until + 60_000),
+        picked_up_at: until,
+        ..bench.claimant("ahead", 1)
+    };
+    let Claim::Settled(stored) = bench.claim_as(ahead).await else { panic!("it may have a link") };
+    assert_eq!(stored.code.as_deref(), Some("ledger_restored"));
     bench.clock.advance(Duration::from_secs(60));
     for id in ["waiting", "sending", "failed"] {
         let again =
