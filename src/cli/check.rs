@@ -9,6 +9,7 @@ use super::{Failure, Outcome, block_on, resolved, say};
 use crate::config::check::{Ledger, Resolved};
 use crate::creem::{Client, KeyCheck};
 use crate::job::Lane;
+use crate::job::reply::rfc3339;
 use crate::ledger::postgres::{self, ready::Ready};
 use crate::ledger::sqlite::inspect::Inspector;
 use crate::observe::admin::LIVEZ;
@@ -139,10 +140,19 @@ async fn broker(settings: &Resolved, publish: bool) -> Vec<(&'static str, Result
         }
     };
     let mut found = vec![("broker", Ok("connected".to_owned()))];
-    found.push(match settings.topology.compare(&connection, settings.declare, publish).await {
-        Ok(found) => ("topology", judge(&found, settings.declare)),
-        Err(error) => ("topology", Err(error.to_string())),
-    });
+    let (topology, nothing_wrong) =
+        match settings.topology.compare(&connection, settings.declare, publish).await {
+            Ok(found) => {
+                let nothing_wrong = found.wrong.is_empty();
+                let topology = ("topology", judge(&found, settings.declare));
+                (topology, nothing_wrong)
+            }
+            Err(error) => (("topology", Err(error.to_string())), false),
+        };
+    found.push(topology);
+    if publish && nothing_wrong {
+        found.push(("publishing", Ok("every exchange takes messages of this user".to_owned())));
+    }
     for (what, queue) in [
         ("jobs", settings.topology.jobs(Lane::Interactive)),
         ("bulk jobs", settings.topology.jobs(Lane::Bulk)),
@@ -214,6 +224,12 @@ fn whole_ledger(settings: &Resolved) -> Outcome {
     }
     say(&format!("  ambiguous attempts: {}", report.ambiguous_attempts));
     say(&format!("  orphan sessions known: {}", report.orphan_sessions));
+    if let Some(until) = report.restored {
+        let until = rfc3339(until);
+        say(&format!(
+            "  restored to {until}: it may have forgotten jobs that were published until then"
+        ));
+    }
     if report.damage.is_empty() {
         say("no damage found");
         return Ok(());

@@ -19,7 +19,8 @@ use crate::job::Lane;
 use crate::job::json::Node;
 use crate::rabbit::envelope::is_campaign;
 use crate::rabbit::headers;
-use crate::rabbit::publisher::{Class, Shape};
+use crate::rabbit::link::{self, LinkError};
+use crate::rabbit::publisher::{Class, Shape, State};
 use crate::rabbit::replies::{Received, ReplyQueue};
 use crate::rabbit::{Message, Published, Publisher};
 use crate::retry::Backoff;
@@ -143,17 +144,25 @@ async fn enqueue(settings: &Resolved, arguments: &Arguments, jobs: Jobs) -> Outc
     Ok(())
 }
 
+/// How long a broker that is not there is waited for.
+const REACHABLE: Duration = Duration::from_secs(10);
+
 async fn reachable(settings: &Resolved, publisher: &Publisher) -> Outcome {
-    let mut state = publisher.state();
-    let up = state.wait_for(|state| matches!(state, crate::rabbit::publisher::State::Up));
-    match tokio::time::timeout(Duration::from_secs(10), up).await {
-        Ok(_) => Ok(()),
-        Err(_) => {
-            match crate::rabbit::link::connect(&settings.amqp, "checkout-worker enqueue").await {
-                Ok(_) => Ok(()),
-                Err(error) => Err(Failure::Failed(anyhow!("{error}; check AMQP_URL"))),
-            }
+    let no = |error: LinkError| Failure::Failed(anyhow!("{error}; check AMQP_URL"));
+    let asked = || link::connect(&settings.amqp, "checkout-worker enqueue");
+    match asked().await {
+        Ok(_) => {}
+        // It may be starting.
+        Err(error @ LinkError::Unreachable { .. }) => {
+            say_error(&format!("{error}; trying for {}", humantime::format_duration(REACHABLE)));
         }
+        Err(error) => return Err(no(error)),
+    }
+    let mut state = publisher.state();
+    let up = state.wait_for(|state| matches!(state, State::Up));
+    match tokio::time::timeout(REACHABLE, up).await {
+        Ok(_) => Ok(()),
+        Err(_) => asked().await.map(|_| ()).map_err(no),
     }
 }
 

@@ -96,7 +96,7 @@ async fn open_database(
             Err(error) => return Err(error.into()),
         };
         tries += 1;
-        let delay = Backoff::of_reconnects().delay(tries, None, backoff::chance());
+        let delay = Backoff::of_reconnects().reconnect(tries, backoff::chance());
         tracing::warn!(%error, delay_ms = as_millis(delay), "the ledger is not there; trying again");
         health.set_ledger(Err(error.to_string()));
         tokio::select! {
@@ -116,7 +116,12 @@ async fn serve(
     let mut background = JoinSet::new();
     let (address, admin) = admin::bind(settings.listen, health.clone(), handle)
         .await
-        .with_context(|| format!("http.listen: {} cannot be bound", settings.listen))?;
+        .with_context(|| {
+            format!(
+                "http.listen: {} cannot be bound; a second worker on one machine needs an address of its own, e.g. CHECKOUT_WORKER__HTTP__LISTEN=127.0.0.1:0",
+                settings.listen
+            )
+        })?;
     background.spawn(admin);
     background.spawn(
         stages

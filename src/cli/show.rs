@@ -91,7 +91,7 @@ impl Known {
             "campaign": row.campaign,
             "product_id": row.product_id,
             "attempts": row.attempts,
-            "throttled": row.throttled,
+            "free": row.free,
             "ambiguous_attempts": row.ambiguous,
             "fence": row.fence,
             "first_seen_at": rfc3339(row.created_at),
@@ -118,7 +118,10 @@ impl Known {
         }
         line("first seen", &rfc3339(row.created_at));
         line("last change", &rfc3339(row.updated_at));
-        line("calls to Creem", &format!("{} ({} throttled)", row.attempts, row.throttled));
+        line(
+            "calls to Creem",
+            &format!("{} ({} of them throttled or not sent)", row.attempts, row.free),
+        );
         line("ambiguous calls", &row.ambiguous.to_string());
         for (name, path) in [
             ("link", "/checkout_url"),

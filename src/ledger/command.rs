@@ -75,8 +75,8 @@ pub struct Lease {
     pub token: Token,
     /// This call's number, from 1.
     pub attempt: u32,
-    /// How many calls were throttled so far.
-    pub throttled: u32,
+    /// How many calls were free so far: see [`Attempt::Free`].
+    pub free: u32,
     /// Earlier calls whose outcome nobody knows.
     pub ambiguous: u32,
     /// When the job was first picked up for this outcome.
@@ -133,8 +133,8 @@ pub enum Attempt {
     GivenBack,
     /// It counts, and what came of it is known: the link of the ending, or certainly no session.
     Counted,
-    /// It counts as a throttled one, which eats time but no attempt; certainly no session.
-    Throttled,
+    /// Creem was not reached, or said "slow down": it costs time, but no attempt; certainly no session.
+    Free,
     /// It counts, and a session may exist; its id, if it could be read.
     Ambiguous {
         /// The session that nobody is given.

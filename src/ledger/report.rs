@@ -30,6 +30,8 @@ pub struct Report {
     pub ambiguous_attempts: u64,
     /// Orphan sessions recorded.
     pub orphan_sessions: u64,
+    /// Until when it was restored to, if it ever was.
+    pub restored: Option<Millis>,
     /// What is wrong, at most a hundred lines.
     pub damage: Vec<String>,
 }

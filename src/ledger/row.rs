@@ -67,8 +67,8 @@ pub struct Row {
     pub product_id: String,
     /// Calls counted for this outcome.
     pub attempts: u32,
-    /// How many of them were throttled.
-    pub throttled: u32,
+    /// How many of them cost no attempt.
+    pub free: u32,
     /// Calls, ever, after which a session may exist that nobody was given.
     pub ambiguous: u32,
     /// How often a process ended while it was sending this job.
@@ -132,7 +132,7 @@ impl Row {
         for time in [self.lease_until, self.not_before, self.opened_at, self.created_at] {
             out.0.extend_from_slice(&time.to_le_bytes());
         }
-        for count in [self.attempts, self.throttled, self.crashes] {
+        for count in [self.attempts, self.free, self.crashes] {
             out.0.extend_from_slice(&count.to_le_bytes());
         }
         out.0.push(u8::from(self.parked));
@@ -162,7 +162,7 @@ impl Row {
         let mut time = || Ok::<_, &'static str>(Millis::from_le_bytes(body.array()?));
         let (lease_until, not_before, opened_at, created_at) = (time()?, time()?, time()?, time()?);
         let mut count = || Ok::<_, &'static str>(u32::from_le_bytes(body.array()?));
-        let (attempts, throttled, crashes) = (count()?, count()?, count()?);
+        let (attempts, free, crashes) = (count()?, count()?, count()?);
         let parked = body.take(1)? == [1];
         let lane = Lane::parse(body.text()?).ok_or("an unknown lane")?;
         let row = Self {
@@ -180,7 +180,7 @@ impl Row {
             code: body.optional_text()?,
             reply: body.optional()?.map(<[u8]>::to_vec),
             attempts,
-            throttled,
+            free,
             ambiguous: columns.ambiguous,
             crashes,
             opened_at,
@@ -314,7 +314,7 @@ mod tests {
             campaign: Some("autumn".into()),
             product_id: "prod_1".into(),
             attempts: 2,
-            throttled: 1,
+            free: 1,
             ambiguous: 1,
             crashes: 0,
             opened_at: 5,

@@ -1,5 +1,6 @@
 //! What is on the broker, compared with what should be; nothing is made, taken or left behind.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use lapin::options::{
@@ -63,8 +64,9 @@ impl Topology {
                     // Of a queue that is there this changes nothing, and the broker compares.
                     let name = queue.name;
                     let declared = channel.queue_declare(short(&name)?, durable(), queue.arguments);
-                    if let Err(error) = declared.await {
-                        found.wrong.push(differs(&name, &error).to_string());
+                    match declared.await {
+                        Ok(_) => try_binding(connection, self, &name, &mut found).await?,
+                        Err(error) => found.wrong.push(differs(&name, &error).to_string()),
                     }
                 }
                 Ok(_) => {}
@@ -104,10 +106,38 @@ impl Topology {
                 try_publishing(connection, &exchange, &mut found).await?;
             }
         }
+        if declare && !found.missing.is_empty() {
+            self.try_declaring(connection, &mut found).await?;
+        }
         if publish && self.replies_exchange.is_empty() {
             try_publishing(connection, "", &mut found).await?;
         }
         Ok(found)
+    }
+
+    /// Makes a queue of a random name under the prefix, which goes with the connection: what is missing can
+    /// only be declared by a user who may do that.
+    async fn try_declaring(
+        &self,
+        connection: &Connection,
+        found: &mut Differences,
+    ) -> Result<(), LinkError> {
+        let name = format!("{}.check.{:016x}", self.jobs(Lane::Interactive), random());
+        let channel = connection.create_channel().await?;
+        let options = QueueDeclareOptions {
+            exclusive: true,
+            auto_delete: true,
+            ..QueueDeclareOptions::default()
+        };
+        match channel.queue_declare(short(&name)?, options, FieldTable::default()).await {
+            Ok(_) => {}
+            Err(error) if refusal(&error).is_some() => found.wrong.push(format!(
+                "{} is not there, and this user may declare nothing under its name ({error}); give it configure, or import the definitions and set topology.declare = false",
+                found.missing.join(", ")
+            )),
+            Err(error) => return Err(error.into()),
+        }
+        Ok(())
     }
 
     /// How many messages wait in a queue, or `None` if it is not there.
@@ -123,6 +153,41 @@ impl Topology {
             Err(error) => Err(error.into()),
         }
     }
+}
+
+/// Takes away bindings that nobody has made, which changes nothing: it needs the rights that making them
+/// does, write on the queue and read on the exchange.
+async fn try_binding(
+    connection: &Connection,
+    topology: &Topology,
+    queue: &str,
+    found: &mut Differences,
+) -> Result<(), LinkError> {
+    let bindings = topology.bindings().into_iter().filter(|(bound, ..)| bound == queue);
+    let exchanges: BTreeSet<String> = bindings.map(|(_, exchange, _)| exchange).collect();
+    for exchange in exchanges {
+        let channel = connection.create_channel().await?;
+        let key = short(&format!("checkout-worker.check.{:016x}", random()))?;
+        let (name, from) = (short(queue)?, short(&exchange)?);
+        let unbound = channel.queue_unbind(name, from, key, FieldTable::default()).await;
+        match unbound {
+            Err(error) if refusal(&error) == Some(AMQPSoftError::ACCESSREFUSED) => {
+                found.wrong.push(format!(
+                    "binding {queue} to {exchange}: {error}; give this user write on the queue and read on the exchange, or set topology.declare = false"
+                ));
+            }
+            // An exchange that is missing is noted as such.
+            Ok(()) => {}
+            Err(error) if refusal(&error).is_some() => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn random() -> u64 {
+    // Only a name that nobody else has; without randomness any other is as good.
+    getrandom::u64().unwrap_or(0)
 }
 
 /// Asks for messages with an argument that no broker takes: whether this user may read is judged before
@@ -159,8 +224,7 @@ async fn try_publishing(
     found: &mut Differences,
 ) -> Result<(), LinkError> {
     let name = if exchange.is_empty() { "the default exchange" } else { exchange };
-    let random = getrandom::u64().unwrap_or(0);
-    let key = short(&format!("checkout-worker.check.{random:016x}"))?;
+    let key = short(&format!("checkout-worker.check.{:016x}", random()))?;
     let exchange = short(exchange)?;
     let sent = async {
         let channel = connection.create_channel().await?;

@@ -152,7 +152,7 @@ impl Topology {
     }
 
     /// Queue, exchange and routing key of every binding.
-    fn bindings(&self) -> Vec<(String, String, String)> {
+    pub(super) fn bindings(&self) -> Vec<(String, String, String)> {
         let mut bindings = vec![(self.dead(), self.dead_exchange(), self.dead())];
         for lane in Lane::ALL {
             for (delay, _) in DELAYS {

@@ -65,6 +65,13 @@ impl Backoff {
         ceiling.min(self.longest)
     }
 
+    /// The delay before something is reached for again after `failures` failed tries: between half of the
+    /// ceiling and the ceiling. A login that is refused must not be tried several times a second.
+    #[must_use]
+    pub fn reconnect(&self, failures: u32, chance: f64) -> Duration {
+        self.ceiling(failures) / 2 + self.delay(failures, None, chance) / 2
+    }
+
     /// The delay before the next try after `failures` failed ones.
     ///
     /// Full jitter: `chance`, in `0.0..1.0`, picks the point between nothing and the ceiling, so
@@ -111,6 +118,15 @@ mod tests {
     fn the_ceiling_doubles_up_to_the_longest() {
         let ceilings: Vec<u128> = (1..=10).map(|n| schedule().ceiling(n).as_millis()).collect();
         assert_eq!(ceilings, [250, 500, 1000, 2000, 4000, 8000, 16_000, 32_000, 60_000, 60_000]);
+    }
+
+    #[test]
+    fn nothing_is_reached_for_again_at_once() {
+        for failures in 1..20 {
+            let ceiling = schedule().ceiling(failures);
+            assert_eq!(schedule().reconnect(failures, 0.0), ceiling / 2);
+            assert!(schedule().reconnect(failures, 0.999) <= ceiling);
+        }
     }
 
     #[test]

@@ -11,7 +11,7 @@ pub const LONGEST_IN_PLACE: Duration = Duration::from_secs(2);
 /// The retry policy of one lane.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Policy {
-    /// Most calls for one outcome, throttled ones apart.
+    /// Most calls for one outcome, free ones apart.
     pub max_attempts: u32,
     /// How long a job is tried from its first pickup, pauses apart.
     pub max_elapsed: Duration,
@@ -35,8 +35,9 @@ pub enum Next {
 pub struct Tried {
     /// Calls sent, this one included.
     pub attempts: u32,
-    /// How many of them were throttled: those cost time, but no attempt.
-    pub throttled: u32,
+    /// How many of them were free: Creem was not reached, or said "slow down". Those cost time, but no
+    /// attempt.
+    pub free: u32,
     /// Time since the first pickup that counts.
     pub elapsed: Duration,
 }
@@ -45,8 +46,8 @@ impl Policy {
     /// Decides after a failed attempt.
     #[must_use]
     pub fn next(&self, tried: Tried, retry_after: Option<Duration>, chance: f64) -> Next {
-        // "Slow down" is no failure of the job: being throttled eats time, never attempts.
-        let counted = tried.attempts.saturating_sub(tried.throttled);
+        // Neither "slow down" nor a Creem that cannot be reached is a failure of the job.
+        let counted = tried.attempts.saturating_sub(tried.free);
         if counted >= self.max_attempts {
             return Next::AttemptsExhausted;
         }
@@ -70,8 +71,8 @@ mod tests {
         }
     }
 
-    fn tried(attempts: u32, throttled: u32, seconds: u64) -> Tried {
-        Tried { attempts, throttled, elapsed: Duration::from_secs(seconds) }
+    fn tried(attempts: u32, free: u32, seconds: u64) -> Tried {
+        Tried { attempts, free, elapsed: Duration::from_secs(seconds) }
     }
 
     #[test]

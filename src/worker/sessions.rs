@@ -65,7 +65,7 @@ impl Shared {
                 Err(error) => error.to_string(),
             };
             failures += 1;
-            let delay = self.worker.backoff.delay(failures, None, backoff::chance()).min(longest);
+            let delay = self.worker.backoff.reconnect(failures, backoff::chance()).min(longest);
             self.worker.health.set_broker(Err(reason.clone()));
             tracing::warn!(
                 error = reason,

@@ -40,7 +40,7 @@ impl Trouble {
             tracing::warn!(
                 error = reason,
                 calls = state.in_a_row,
-                "Creem gives no usable answers; jobs are tried again within lanes.*.max_elapsed. Check creem.base_url, the network and Creem's status page"
+                "Creem gives no usable answers; jobs are tried again within retry.max_attempts and lanes.*.max_elapsed. Check creem.base_url, the network and Creem's status page"
             );
             state.said = Some(Instant::now());
         }

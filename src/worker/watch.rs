@@ -61,12 +61,8 @@ async fn ledger(shared: Arc<Shared>) {
                 Err(error @ LedgerError::Unavailable(_)) => {
                     shared.worker.health.set_ledger(Err(error.to_string()));
                     tries += 1;
-                    tokio::time::sleep(Backoff::of_reconnects().delay(
-                        tries,
-                        None,
-                        backoff::chance(),
-                    ))
-                    .await;
+                    let delay = Backoff::of_reconnects().reconnect(tries, backoff::chance());
+                    tokio::time::sleep(delay).await;
                 }
             }
         }

@@ -278,6 +278,8 @@ async fn after_a_restore_a_job_that_may_be_forgotten_is_unresolved_and_a_new_one
         command(&["ledger", "restored-to", "now"], world.environment(), "").await;
     assert_eq!(code, 0, "{error}");
     assert!(output.contains("end unresolved"), "{output}");
+    let (_, output, _) = command(&["check", "--ledger"], world.environment(), "").await;
+    assert!(output.contains("restored to 20"), "{output}");
 
     let mut worker = world.worker().await;
     let (mut replies, mut dead) = (world.replies().await, world.dead().await);

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::support::broker::ctl;
 use crate::support::postgres::{database, shared};
-use crate::support::private::{BROKER, root};
+use crate::support::private::{BROKER, Private, root};
 use crate::support::{World, body, next, persistent, soon};
 
 fn read_json(path: &Path) -> Value {
@@ -153,6 +153,30 @@ async fn intake(connection: &Connection, queue: &str, id: &str, properties: Basi
     assert!(confirmed.is_ack() && confirmed.take_message().is_none());
 }
 
+/// Whether `check --publish` found nothing wrong, and what it said.
+async fn check(world: &World) -> (bool, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_checkout-worker"));
+    command.args(["check", "--publish"]).env_clear().envs(world.environment());
+    let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
+    (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
+}
+
+async fn a_worker_that_declares_needs_more(world: &mut World, broker: &Private) {
+    let user = ["set_permissions", "-p", "checkout"];
+    world.set("topology.declare", "true");
+    ctl(broker, &[&user[..], &["checkout-worker", ".*", "^$", ".*"]].concat()).await;
+    let (ready, said) = check(world).await;
+    assert!(!ready && said.contains("binding checkout.dead to checkout.dlx"), "{said}");
+    world.set("topology.prefix", "fresh");
+    ctl(broker, &[&user[..], &["checkout-worker", "^$", ".*", ".*"]].concat()).await;
+    let (ready, said) = check(world).await;
+    assert!(!ready && said.contains("may declare nothing under its name"), "{said}");
+    ctl(broker, &[&user[..], &["checkout-worker", "^(fresh|checkout.reply)", ".*", ".*"]].concat())
+        .await;
+    let (ready, said) = check(world).await;
+    assert!(ready && said.contains("`run` declares what is missing"), "{said}");
+}
+
 #[tokio::test]
 async fn a_user_with_the_least_rights_is_enough_for_the_worker() {
     let Some(server) = shared("least_rights").await else { return };
@@ -204,14 +228,8 @@ async fn a_user_with_the_least_rights_is_enough_for_the_worker() {
     let mut dead = consume(&owner, "checkout.dead").await;
     assert_eq!(next(&mut dead).await.text("/request_id"), "unanswerable");
 
-    let check = async || {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_checkout-worker"));
-        command.args(["check", "--publish"]).env_clear().envs(world.environment());
-        let output = tokio::task::spawn_blocking(move || command.output()).await.unwrap().unwrap();
-        (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
-    };
-    let (ready, said) = check().await;
-    assert!(ready, "{said}");
+    let (ready, said) = check(&world).await;
+    assert!(ready && said.contains("ok       publishing"), "{said}");
     let log = std::fs::read_to_string(broker.directory.join("rabbit.log")).unwrap();
     assert!(!log.contains("refused for user 'checkout-worker'"), "{log}");
     drop(worker);
@@ -222,14 +240,16 @@ async fn a_user_with_the_least_rights_is_enough_for_the_worker() {
         let write = format!("^checkout\\.({})$", others.collect::<Vec<_>>().join("|"));
         let user = ["set_permissions", "-p", "checkout", "checkout-worker"];
         ctl(&broker, &[&user[..], &["^$", &write, ".*"]].concat()).await;
-        let (ready, said) = check().await;
+        let (ready, said) = check(&world).await;
         assert!(!ready && said.contains(&format!("publishing to checkout.{exchange}")), "{said}");
     }
     let user = ["set_permissions", "-p", "checkout", "checkout-worker", "^$", ".*"];
     ctl(&broker, &[&user[..], &["^checkout\\.jobs$"]].concat()).await;
-    let (ready, said) = check().await;
+    let (ready, said) = check(&world).await;
     assert!(!ready && said.contains("queue checkout.jobs.bulk: "), "{said}");
     assert!(!said.contains("queue checkout.jobs: "), "{said}");
+
+    a_worker_that_declares_needs_more(&mut world, &broker).await;
 }
 
 /// An object of a kind, of the rendered ones.

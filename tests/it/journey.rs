@@ -11,6 +11,7 @@ use creem_checkout_worker::job::{
     CheckoutRequest, Fingerprint, Lane, Mode, Rules as JobRules, Status,
 };
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
+use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
 use creem_checkout_worker::ledger::{
     Answer, Command, Identity, JobCommand, Ledger, LedgerError, OnUnknown, Standing, State,
 };
@@ -114,9 +115,7 @@ impl Bench {
         let (verdict, _) = travelled.unwrap_or_else(|_| panic!("{what}: held too long"));
         assert!(matches!(verdict, Verdict::Delay { .. }), "{what}: {verdict:?}");
         assert_eq!(began.elapsed().as_secs(), time.as_secs(), "{what}");
-        let inspector = creem_checkout_worker::ledger::sqlite::inspect::Inspector::open(
-            &self.directory.path().join("ledger.db"),
-        );
+        let inspector = Inspector::open(&self.directory.path().join("ledger.db"));
         assert_eq!(inspector.unwrap().row(&key("a")).unwrap(), None, "{what}: no attempt");
     }
 }
@@ -142,6 +141,21 @@ async fn a_job_in_a_full_lane_makes_room_while_the_key_is_refused_but_not_at_onc
     let hurried =
         Ask { permits: Arc::new(Semaphore::new(0)), deadline: Some(i64::MAX), ..bench.ask() };
     bench.held("a job with a deadline keeps its place", hurried, LONGEST_HOLD).await;
+}
+
+#[tokio::test]
+async fn a_creem_that_cannot_be_reached_costs_time_and_no_attempt() {
+    let bench = bench();
+    let ask = bench.ask();
+    let path = bench.directory.path().join("ledger.db");
+    let tried = crate::support::eventually("it is tried", || async {
+        let row = Inspector::open(&path).unwrap().row(&key("a")).unwrap();
+        row.is_some_and(|row| row.state == State::Waiting && (row.attempts, row.free) == (1, 1))
+    });
+    tokio::select! {
+        (verdict, _) = bench.journey.run(&ask) => panic!("it is not given up: {verdict:?}"),
+        () = tried => {}
+    }
 }
 
 /// A ledger whose first settle meets a bug of ours, before or after it has taken effect.

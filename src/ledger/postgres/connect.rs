@@ -109,6 +109,13 @@ impl From<tokio_postgres::Error> for OpenError {
     fn from(error: tokio_postgres::Error) -> Self {
         let text = describe(&error);
         match error.code() {
+            // Neither is mended by waiting.
+            None if text.contains("invalid configuration") => {
+                Self::Refused(format!("{text} (ledger.url gives none)"))
+            }
+            None if text.contains("does not support TLS") => Self::Refused(format!(
+                "{text}: switch it on there, or end ledger.url in ?sslmode=disable where the way is safe"
+            )),
             None => Self::Unreachable(text),
             Some(code) if passes(code) => Self::Unreachable(text),
             Some(_) => Self::Refused(text),
@@ -215,6 +222,14 @@ pub(super) fn pool_error(error: deadpool_postgres::PoolError) -> OpenError {
         deadpool_postgres::PoolError::Backend(error) => error.into(),
         error => OpenError::Unreachable(error.to_string()),
     }
+}
+
+/// What a pool's error comes down to.
+pub(super) fn describe_pool(error: &deadpool_postgres::PoolError) -> String {
+    if let deadpool_postgres::PoolError::Backend(error) = error {
+        return describe(error);
+    }
+    error.to_string()
 }
 
 /// An error with its cause; neither holds a value of a row, and the database's detail, which may,

@@ -94,12 +94,17 @@ impl Inspector {
             }
             last = end;
         }
-        let orphans = ask(&self.pool, async |client| {
-            let count = "SELECT count(*) FROM checkout_worker.orphan";
-            client.query_typed_one(count, &[]).await?.try_get::<_, i64>(0)
+        let about_all = ask(&self.pool, async |client| {
+            const ABOUT_ALL: &str = "SELECT (SELECT count(*) FROM checkout_worker.orphan),
+                        (SELECT number FROM checkout_worker.meta WHERE name = 'restored')";
+            let row = client.query_typed_one(ABOUT_ALL, &[]).await?;
+            Ok((row.try_get::<_, i64>(0)?, row.try_get(1)?))
         });
-        match orphans.await {
-            Ok(orphans) => report.orphan_sessions = orphans.cast_unsigned(),
+        match about_all.await {
+            Ok((orphans, restored)) => {
+                report.orphan_sessions = orphans.cast_unsigned();
+                report.restored = restored;
+            }
             Err(error) => report.damage.push(format!("orphan sessions: {error}")),
         }
         Ok(report)

@@ -36,7 +36,7 @@ use crate::clock::{Millis, SharedClock};
 use crate::job::Mode;
 use batch::{Batch, Memory};
 pub use connect::{OpenError, Options};
-use connect::{pool, pool_error, unavailable};
+use connect::{describe_pool, pool, pool_error, unavailable};
 use itself::{Totals, about_itself, identity, standing, totals};
 pub use time::DatabaseClock;
 
@@ -274,7 +274,8 @@ async fn ask<T>(
     pool: &Pool,
     question: impl AsyncFnOnce(&Object) -> Result<T, tokio_postgres::Error>,
 ) -> Result<T, LedgerError> {
-    let client = pool.get().await.map_err(|error| LedgerError::Unavailable(error.to_string()))?;
+    let client =
+        pool.get().await.map_err(|error| LedgerError::Unavailable(describe_pool(&error)))?;
     let error = match tokio::time::timeout(STATEMENT, question(&client)).await {
         Ok(Ok(answer)) => return Ok(answer),
         Ok(Err(error)) => unavailable(&error),
@@ -331,7 +332,7 @@ impl Parts {
         let failed = |error: LedgerError| commands.iter().map(|_| Err(error.clone())).collect();
         let client = match self.pool.get().await {
             Ok(client) => client,
-            Err(error) => return failed(LedgerError::Unavailable(error.to_string())),
+            Err(error) => return failed(LedgerError::Unavailable(describe_pool(&error))),
         };
         let started = Instant::now();
         let carried = tokio::time::timeout(STATEMENT, self.batch(&client, commands)).await;

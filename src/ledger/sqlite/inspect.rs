@@ -118,6 +118,10 @@ impl Inspector {
             Ok(orphans) => report.orphan_sessions = i64::cast_unsigned(orphans),
             Err(error) => report.damage.push(format!("orphan sessions: {error}")),
         }
+        match super::meta_number(&self.connection, "restored") {
+            Ok(restored) => report.restored = restored,
+            Err(error) => report.damage.push(format!("what it knows of itself: {error}")),
+        }
         report
     }
 }

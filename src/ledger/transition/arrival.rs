@@ -42,7 +42,7 @@ pub(super) fn last_word_of_a_takeover(row: &Row, request: &ClaimRequest) -> Opti
         let text = format!("the worker ended {} times while it was sending this job", row.crashes);
         return Some(Ending::Unresolved(Problem::new("crashes_worker", text)));
     }
-    if row.attempts.saturating_sub(row.throttled) >= request.max_attempts {
+    if row.attempts.saturating_sub(row.free) >= request.max_attempts {
         let text = format!("{} attempts were made, and the last one was cut off", row.attempts);
         return Some(Ending::Unresolved(Problem::new("attempts_exhausted", text)));
     }
@@ -136,7 +136,7 @@ pub(super) fn open(who: &Claimant, context: Context) -> Row {
         campaign: who.campaign.clone(),
         product_id: who.product_id.clone(),
         attempts: 0,
-        throttled: 0,
+        free: 0,
         ambiguous: 0,
         crashes: 0,
         opened_at: who.picked_up_at.min(context.now),
@@ -161,7 +161,7 @@ pub(super) fn lease_of(row: &Row) -> Lease {
         fence: row.fence,
         token: row.token,
         attempt: row.attempts,
-        throttled: row.throttled,
+        free: row.free,
         ambiguous: row.ambiguous,
         opened_at: row.opened_at,
     }

@@ -165,7 +165,7 @@ fn settle(row: Option<Row>, request: &SettleRequest, context: Context) -> Effect
     match &request.attempt {
         Attempt::Counted => {}
         Attempt::GivenBack => row.attempts = row.attempts.saturating_sub(1),
-        Attempt::Throttled => row.throttled += 1,
+        Attempt::Free => row.free += 1,
         Attempt::Ambiguous { .. } => row.ambiguous += 1,
     }
     let ambiguous = matches!(request.attempt, Attempt::Ambiguous { .. });

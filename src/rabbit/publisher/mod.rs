@@ -122,7 +122,7 @@ impl Publisher {
                 blocked |= matches!(*told.state.borrow(), State::Blocked(_));
                 blocked &= !matches!(*told.state.borrow(), State::Up);
                 failures = if began.elapsed() > STABLE_AFTER { 1 } else { failures + 1 };
-                let delay = backoff.delay(failures, None, backoff::chance());
+                let delay = backoff.reconnect(failures, backoff::chance());
                 tracing::warn!(connection = name, error = %reason, delay_ms = as_millis(delay), "the publishing connection is down");
                 told.say(State::Down(reason.to_string()));
                 tokio::select! {

@@ -124,8 +124,9 @@ impl Journey {
                 (attempt, Next::End(Ending::Unresolved(problem)))
             }
             Answer::NotMade { reason } => {
+                let lease = Lease { free: lease.free + 1, ..lease };
                 let next = self.again(ask, lease, None, "creem_unreachable", &reason);
-                (Attempt::Counted, next)
+                (Attempt::Free, next)
             }
             Answer::Unknown { reason, retry_after } => {
                 let next = self.again(ask, lease, retry_after, "outcome_unknown", &reason);
@@ -148,7 +149,7 @@ impl Journey {
                 if let Some(delay) = retry_after {
                     self.pacer.quiet(backoff::clamp_retry_after(delay));
                 }
-                let lease = Lease { throttled: lease.throttled + 1, ..lease };
+                let lease = Lease { free: lease.free + 1, ..lease };
                 let next = self.again(
                     ask,
                     lease,
@@ -156,7 +157,7 @@ impl Journey {
                     "throttled",
                     "Creem said 429, too many requests",
                 );
-                (Attempt::Throttled, next)
+                (Attempt::Free, next)
             }
             Answer::KeyRefused(problem) => self.key_refused(problem, asked).await,
         }
@@ -173,7 +174,7 @@ impl Journey {
     ) -> Next {
         let tried = Tried {
             attempts: lease.attempt,
-            throttled: lease.throttled,
+            free: lease.free,
             elapsed: self.gate.counted_since(lease.opened_at),
         };
         let lane = &self.rules.of(ask.lane).policy;

@@ -128,7 +128,7 @@ const fn waits_for(attempt: &Attempt) -> &'static str {
     match attempt {
         Attempt::GivenBack => "not_sent",
         Attempt::Counted => "creem_unreachable",
-        Attempt::Throttled => "throttled",
+        Attempt::Free => "throttled",
         Attempt::Ambiguous { .. } => "outcome_unknown",
     }
 }

@@ -64,7 +64,7 @@ on_every_ledger! {
     unresolved_is_tried_afresh_with_the_same_body_only_and_with_park_not_at_all,
     with_park_a_call_that_was_cut_off_is_not_repeated,
     a_retry_waits_for_its_time_and_gives_its_lease_back_at_once,
-    an_attempt_that_was_not_sent_is_given_back_and_a_throttled_one_is_counted_apart,
+    an_attempt_that_was_not_sent_is_given_back_and_a_free_one_is_counted_apart,
     test_and_live_are_different_jobs,
     many_racing_claims_of_one_job_grant_one,
     totals_and_pauses_survive_the_process,

@@ -223,7 +223,7 @@ pub(super) async fn a_retry_waits_for_its_time_and_gives_its_lease_back_at_once(
     assert_eq!(bench.lease("a").await.attempt, 2);
 }
 
-pub(super) async fn an_attempt_that_was_not_sent_is_given_back_and_a_throttled_one_is_counted_apart(
+pub(super) async fn an_attempt_that_was_not_sent_is_given_back_and_a_free_one_is_counted_apart(
     backend: &Backend,
 ) {
     let bench = Bench::new(backend, OnUnknown::Retry).await;
@@ -231,9 +231,9 @@ pub(super) async fn an_attempt_that_was_not_sent_is_given_back_and_a_throttled_o
     bench.settle("a", lease, Attempt::GivenBack, wait(START)).await;
     let lease = bench.lease("a").await;
     assert_eq!(lease.attempt, 1);
-    bench.settle("a", lease, Attempt::Throttled, wait(START)).await;
+    bench.settle("a", lease, Attempt::Free, wait(START)).await;
     let lease = bench.lease("a").await;
-    assert_eq!((lease.attempt, lease.throttled), (2, 1));
+    assert_eq!((lease.attempt, lease.free), (2, 1));
 }
 
 pub(super) async fn test_and_live_are_different_jobs(backend: &Backend) {
