@@ -97,6 +97,8 @@ async fn accept(listener: TcpListener, router: Router) {
                 hyper::service::service_fn(move |request| router.clone().oneshot(request));
             let served = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
+                // A place is held for one question: idle connections must not shut probes out.
+                .keep_alive(false)
                 .header_read_timeout(SLOWEST)
                 .serve_connection(TokioIo::new(stream), service);
             // How a connection ends is its client's business.

@@ -212,10 +212,21 @@ fn moment(value: &AMQPValue) -> Option<Millis> {
         }
         AMQPValue::LongInt(_) | AMQPValue::LongUInt(_) => None,
         value => {
-            let time: jiff::Timestamp = as_text(value)?.parse().ok()?;
-            Some(time.as_millisecond())
+            let text = as_text(value)?;
+            match text.parse::<jiff::Timestamp>() {
+                Ok(time) => Some(time.as_millisecond()),
+                Err(_) => is_the_end_of_time(text).then_some(LAST_MILLIS),
+            }
         }
     }
+}
+
+/// Whether it is one of the last days of the year 9999: what some languages write for "never" lies a little
+/// behind the last moment that is known here.
+fn is_the_end_of_time(text: &str) -> bool {
+    jiff::fmt::temporal::Pieces::parse(text).is_ok_and(|pieces| {
+        pieces.date().year() == 9999 && pieces.time().is_some() && pieces.offset().is_some()
+    })
 }
 
 #[expect(clippy::wildcard_enum_match_arm, reason = "a foreign enum: the rest is one case")]
@@ -334,8 +345,13 @@ mod tests {
             let (envelope, code) = read(with_header("checkout-deadline", value));
             assert_eq!((envelope.deadline, code), (Some(1_795_370_400_000), None));
         }
+        for never in ["9999-12-31T23:59:59Z", "9999-12-31T23:59:59.9999999Z"] {
+            let (envelope, code) = read(with_header("checkout-deadline", text(never)));
+            assert_eq!((envelope.deadline, code), (Some(LAST_MILLIS), None), "{never}");
+        }
         for value in [
             text("soon"),
+            text("9999-12-31T23:59:59"),
             AMQPValue::Boolean(true),
             AMQPValue::Timestamp(u64::MAX),
             AMQPValue::Void,

@@ -81,7 +81,10 @@ pub enum LinkError {
     Broken(String),
     /// The broker sent what lapin cannot read, for instance a message whose properties are not
     /// UTF-8; it will be sent again.
-    #[error("a frame from the broker cannot be read: {0}")]
+    #[error(
+        "a frame from the broker cannot be read ({0}): as a rule a message with a property that is not UTF-8, which goes to the dead queue after {limit} deliveries",
+        limit = super::topology::DELIVERY_LIMIT
+    )]
     Garbled(String),
 }
 

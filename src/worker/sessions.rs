@@ -53,7 +53,13 @@ impl Shared {
                         return Some(session);
                     }
                     session.close().await;
+                    // Nothing went wrong in a careful session that lasted: the next one may begin.
+                    let clean = care.lane(lanes).is_some() && began.elapsed() >= CLEAN_SESSION;
                     care.note(&ended, began.elapsed(), lanes);
+                    if clean {
+                        failures = 0;
+                        continue;
+                    }
                     if began.elapsed() > LONG_SESSION {
                         failures = 0;
                     }

@@ -52,6 +52,8 @@ fn odd_path(path: &str) -> bool {
         || path.chars().any(char::is_control)
         || path.starts_with('~')
         || path.starts_with("//")
+        // Another kind's URL: what it holds must not become a file's name.
+        || path.contains("://")
         || path.ends_with('/')
         || path.starts_with("file:")
 }

@@ -209,6 +209,7 @@ mod tests {
             (&[("LEDGER_URL", "sqlite:~/x.db")], "another file"),
             (&[("LEDGER_URL", "sqlite: /tmp/x")], "another file"),
             (&[("LEDGER_URL", "sqlite://data/x.db")], "another file"),
+            (&[("LEDGER_URL", "sqlite:postgres://u:canary@h/d")], "another file"),
             (&[("CHECKOUT_WORKER__CREEM__CHECKOUT_HOSTS", "https://creem.io")], "checkout_hosts"),
             (&[("CHECKOUT_WORKER__JOB__SUCCESS_HOSTS", "Shop.example")], "success_hosts"),
             (&[("CHECKOUT_WORKER__CREEM__CHECKOUT_HOSTS", "*.creem.io")], "checkout_hosts"),

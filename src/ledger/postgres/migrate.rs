@@ -22,10 +22,17 @@ pub(super) async fn migrate(client: &mut Client, secret: &[u8; 32]) -> Result<()
     let transaction = client.transaction().await?;
     // Freed with the transaction, so a pooler may sit in between.
     transaction.query_typed("SELECT pg_advisory_xact_lock($1)", &[(&LOCK, Type::INT8)]).await?;
+    // Even with IF NOT EXISTS it takes the right to make schemas, which whoever was given one lacks.
+    let there: bool = transaction
+        .query_typed_one("SELECT to_regnamespace('checkout_worker') IS NOT NULL", &[])
+        .await?
+        .try_get(0)?;
+    if !there {
+        transaction.batch_execute("CREATE SCHEMA checkout_worker").await?;
+    }
     transaction
         .batch_execute(
-            "CREATE SCHEMA IF NOT EXISTS checkout_worker;
-             CREATE TABLE IF NOT EXISTS checkout_worker.schema_step (
+            "CREATE TABLE IF NOT EXISTS checkout_worker.schema_step (
                  version int PRIMARY KEY, least_reader int NOT NULL, applied_at timestamptz NOT NULL
              );",
         )

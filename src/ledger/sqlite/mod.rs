@@ -7,7 +7,6 @@
 pub mod inspect;
 mod open;
 
-use std::fs::File;
 use std::path::Path;
 
 use futures::FutureExt as _;
@@ -37,7 +36,7 @@ pub struct SqliteLedger {
     group: Group,
     identity: Identity,
     /// Held as long as the ledger is open; the operating system frees it when the process dies.
-    _lock: File,
+    _lock: open::Lock,
 }
 
 impl SqliteLedger {

@@ -1,6 +1,7 @@
 //! Opening a ledger file: recognised before it is touched, locked, durable, and set up.
 
 use std::fs::{File, OpenOptions, TryLockError};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use rusqlite::{Connection, ErrorCode, TransactionBehavior, params};
@@ -78,27 +79,41 @@ pub(super) fn recognise(path: &Path) -> Result<(), OpenError> {
     match read {
         Ok(()) if start == *b"SQLite format 3\0" => Ok(()),
         Ok(()) => Err(foreign("it is no SQLite database")),
+        Err(error) if error.kind() == std::io::ErrorKind::UnexpectedEof => {
+            Err(foreign("it is no SQLite database"))
+        }
         Err(error) => Err(OpenError::Io(path.to_owned(), error.to_string())),
     }
 }
 
-pub(super) fn lock(path: &Path) -> Result<File, OpenError> {
-    // By whichever name it is called, there is one lock.
+/// Holds a ledger for one process, as long as it is kept.
+#[derive(Debug)]
+pub(super) struct Lock {
+    /// Beside the ledger: it stays where the ledger is removed and made anew.
+    _beside: File,
+    /// On the ledger itself: a file may have two names. SQLite's own locks are of another kind, and are let
+    /// go with any of a file's descriptors; so this one is closed last.
+    _itself: File,
+}
+
+/// Locks a ledger; the file is made where it is missing, for nobody else to read: links are in it.
+pub(super) fn lock(path: &Path) -> Result<Lock, OpenError> {
+    // By whichever path it is called, there is one lock.
     let whole = std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let mut name = whole.into_os_string();
     name.push(".lock");
     let io = |error: std::io::Error| OpenError::Io(path.to_owned(), error.to_string());
-    let file = OpenOptions::new()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(PathBuf::from(name))
-        .map_err(io)?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(OpenError::Locked(path.to_owned())),
-        Err(TryLockError::Error(error)) => Err(io(error)),
-    }
+    let locked = |name: &Path| {
+        let mut options = OpenOptions::new();
+        let file = options.create(true).truncate(false).write(true).mode(0o600).open(name);
+        let file = file.map_err(io)?;
+        match file.try_lock() {
+            Ok(()) => Ok(file),
+            Err(TryLockError::WouldBlock) => Err(OpenError::Locked(path.to_owned())),
+            Err(TryLockError::Error(error)) => Err(io(error)),
+        }
+    };
+    Ok(Lock { _beside: locked(Path::new(&name))?, _itself: locked(path)? })
 }
 
 /// Refuses network file systems, as far as `/proc/mounts` knows them.

@@ -1,5 +1,6 @@
 //! What only the embedded ledger has to stand.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,6 +24,12 @@ async fn a_second_worker_on_the_same_file_is_refused_while_readers_are_not() {
     let bench = Bench::new(&Backend::Sqlite, OnUnknown::Retry).await;
     bench.end("a", link("ch_1")).await;
     assert!(matches!(open(&bench.path()), Err(OpenError::Locked(_))));
+    // Nor by another name of the same file.
+    let other_name = bench.path().with_file_name("other.db");
+    std::fs::hard_link(bench.path(), &other_name).unwrap();
+    assert!(matches!(open(&other_name), Err(OpenError::Locked(_))));
+    let mode = std::fs::metadata(bench.path()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600, "links are in it");
     assert_eq!(bench.row("a").await.state, State::Ended(Status::Succeeded));
     assert_eq!(Inspector::open(&bench.path()).unwrap().report().damage, Vec::<String>::new());
 }
@@ -31,7 +38,8 @@ async fn a_second_worker_on_the_same_file_is_refused_while_readers_are_not() {
 fn what_is_not_this_programs_ledger_is_refused_and_left_as_it_was() {
     let directory = TempDir::new().unwrap();
     let path = directory.path().join("ledger.db");
-    let cases: [(&str, &dyn Fn()); 4] = [
+    let cases: [(&str, &dyn Fn()); 5] = [
+        ("short", &|| std::fs::write(&path, "hello").unwrap()),
         ("empty", &|| std::fs::write(&path, "").unwrap()),
         ("garbage", &|| std::fs::write(&path, "x".repeat(5000)).unwrap()),
         ("foreign", &|| {

@@ -41,6 +41,13 @@ async fn each_right_that_is_missing_is_named_before_a_worker_starts() {
     let nothing = "SELECT 1 FROM pg_namespace WHERE nspname = 'checkout_worker'";
     assert!(owner.query_opt(nothing, &[]).await.unwrap().is_none(), "asking changes nothing");
 
+    // A schema that was made for it is enough.
+    tell("REVOKE CREATE ON DATABASE FROM ROLE; CREATE SCHEMA checkout_worker").await;
+    tell("GRANT USAGE, CREATE ON SCHEMA checkout_worker TO ROLE").await;
+    assert_eq!(ready(&options(&theirs)).await.unwrap(), Ready::ToBeMade);
+    PostgresLedger::open(&options(&theirs), Time::Database, |_| {}).await.unwrap();
+    tell("DROP SCHEMA checkout_worker CASCADE").await;
+
     // Somebody else has made it.
     drop(PostgresLedger::open(&options(&url), Time::Database, |_| {}).await.unwrap());
     assert_eq!(ready(&options(&url)).await.unwrap(), Ready::Ledger);
