@@ -12,12 +12,13 @@ const PATIENCE: Duration = Duration::from_secs(90);
 
 /// A connection, as soon as there is a broker to connect to.
 pub(crate) async fn connect(url: &str) -> Connection {
+    const HANDSHAKE: Duration = Duration::from_secs(5);
     let connected = tokio::time::timeout(PATIENCE, async {
         loop {
             for url in each_host(url) {
-                if let Ok(connection) =
-                    Connection::connect(&url, ConnectionProperties::default()).await
-                {
+                // A broker that is just starting may take a connection and never answer.
+                let connect = Connection::connect(&url, ConnectionProperties::default());
+                if let Ok(Ok(connection)) = tokio::time::timeout(HANDSHAKE, connect).await {
                     return connection;
                 }
             }
