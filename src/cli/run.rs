@@ -209,9 +209,9 @@ fn assemble(
         journey: Journey {
             rules: settings.journey,
             creem: Client::new(&settings.creem)?,
-            pacer: match (&budget, settings.per_second) {
-                (Some(_), Some(_)) => Pacer::shared(),
-                (_, per_second) => Pacer::new(per_second),
+            pacer: match (&budget, settings.limits.ceiling) {
+                (Some(_), Some(_)) => Pacer::shared(settings.limits),
+                _ => Pacer::new(settings.limits),
             },
             gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
             turns: Turns::default(),
@@ -233,7 +233,7 @@ fn assemble(
         },
         backoff: Backoff::of_reconnects(),
         health,
-        budget: budget.map(|store| SharedBudget { store, per_second: settings.per_second }),
+        budget: budget.map(|store| SharedBudget { store, per_second: settings.limits.ceiling }),
         accept_empty_ledger,
     })
 }

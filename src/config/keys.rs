@@ -17,7 +17,7 @@ pub(super) enum Kind {
 }
 
 /// Every key there is.
-pub(super) const KEYS: [(&str, Kind); 41] = [
+pub(super) const KEYS: [(&str, Kind); 42] = [
     ("amqp.url", Kind::Secret),
     ("amqp.heartbeat", Kind::Text),
     ("amqp.ca_file", Kind::Text),
@@ -40,6 +40,7 @@ pub(super) const KEYS: [(&str, Kind); 41] = [
     ("lanes.bulk.max_elapsed", Kind::Text),
     ("lanes.bulk.max_age", Kind::Text),
     ("rate_limit.per_second", Kind::Float),
+    ("rate_limit.bulk_share", Kind::Float),
     ("retry.max_attempts", Kind::Integer),
     ("retry.first", Kind::Text),
     ("retry.longest", Kind::Text),

@@ -175,6 +175,8 @@ pub struct Lane {
 pub struct RateLimit {
     /// Calls a second.
     pub per_second: Option<f64>,
+    /// What part of them bulk is sure of.
+    pub bulk_share: f64,
 }
 
 /// `[retry]`

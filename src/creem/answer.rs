@@ -50,6 +50,8 @@ pub enum Answer {
         reason: String,
         /// When Creem wants to be asked again.
         retry_after: Option<Duration>,
+        /// Whether Creem said that it has too much to do (503).
+        overloaded: bool,
     },
     /// Not made: too fast.
     Throttled {
@@ -67,7 +69,34 @@ pub enum Answer {
     },
 }
 
+/// What an answer says of how fast Creem may be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pressure {
+    /// It took the call.
+    Taken,
+    /// It said "slow down".
+    SlowDown,
+}
+
 impl Answer {
+    /// What the answer says of how fast Creem may be asked, if anything. One that never came says nothing:
+    /// Creem's latency and its faults have other reasons.
+    #[must_use]
+    pub const fn pressure(&self) -> Option<Pressure> {
+        match self {
+            Self::Throttled { .. } | Self::Unknown { overloaded: true, .. } => {
+                Some(Pressure::SlowDown)
+            }
+            Self::Made(_)
+            | Self::Linkless { .. }
+            | Self::Mismatch { .. }
+            | Self::Refused(_)
+            | Self::Duplicate(_)
+            | Self::KeyRefused(_) => Some(Pressure::Taken),
+            Self::NotMade { .. } | Self::Unknown { overloaded: false, .. } => None,
+        }
+    }
+
     /// The answer's name in metrics and logs.
     #[must_use]
     pub const fn label(&self) -> &'static str {
@@ -102,7 +131,8 @@ pub struct Expected<'a> {
 #[must_use]
 pub fn of_create(response: &Response, expected: &Expected<'_>) -> Answer {
     let retry_after = response.retry_after.as_deref().and_then(retry_after);
-    let unknown = |reason: String| Answer::Unknown { reason, retry_after };
+    let overloaded = response.status.as_u16() == 503;
+    let unknown = |reason: String| Answer::Unknown { reason, retry_after, overloaded };
     match response.status.as_u16() {
         200 | 201 => of_success(response, expected),
         429 => Answer::Throttled { retry_after },
@@ -169,6 +199,7 @@ fn of_success(response: &Response, expected: &Expected<'_>) -> Answer {
     let unknown = |reason: &str| Answer::Unknown {
         reason: format!("HTTP {}, but {reason}", response.status.as_u16()),
         retry_after: None,
+        overloaded: false,
     };
     let Some(body) = &response.body else { return unknown("its body is too large or was cut off") };
     let Ok(text) = std::str::from_utf8(body) else { return unknown("its body is not UTF-8") };

@@ -16,7 +16,7 @@ use reqwest::{Method, StatusCode, Url};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::job::{Mode, RequestId};
-pub use answer::{Answer, Checkout, Expected, Fetched};
+pub use answer::{Answer, Checkout, Expected, Fetched, Pressure};
 
 /// Largest answer that is read, in bytes. A checkout is about 1 KiB.
 pub const MAX_ANSWER: usize = 256 * 1024;
@@ -256,7 +256,9 @@ impl Failure {
         let reason = self.text(timeout);
         match self {
             Self::NotSent(_) => Answer::NotMade { reason },
-            Self::Unknown(_) | Self::Late => Answer::Unknown { reason, retry_after: None },
+            Self::Unknown(_) | Self::Late => {
+                Answer::Unknown { reason, retry_after: None, overloaded: false }
+            }
         }
     }
 }

@@ -1,8 +1,14 @@
-//! How fast Creem may be asked: a ceiling on calls a second, and silence where Creem asked for it.
+//! How fast Creem may be asked, by whom first, and silence where Creem asked for it.
 //!
-//! The ceiling is kept by *places*: points in time, evenly spaced, of which each call takes one. One
-//! worker by itself makes its own; workers that share a budget are granted theirs in small blocks by
-//! whoever keeps it for all. The pacer knows nothing of HTTP: it is told only for how long to be silent.
+//! Calls have *places*: points in time, of which each call takes one. How far apart they are is what was
+//! learned from Creem (see [`rate`]) or, if that is further, a ceiling. A ceiling of one worker by itself is
+//! kept here; workers that share one are granted places in small blocks by whoever keeps it for all. The
+//! pacer knows nothing of HTTP: it is told that a call was taken, or "slow down".
+//!
+//! Interactive callers come first. Bulk takes the rest, and where both wait a small share of its own, so
+//! that it is never starved.
+
+pub mod rate;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,60 +18,89 @@ use std::time::Duration;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
-/// How late a call may be for its place. Places are that much further apart in a second, so that late
-/// calls and those that are in time still keep the ceiling together.
+use crate::job::Lane;
+use rate::Rate;
+
+/// How late a call may be for its place, where there is a ceiling. Places are that much further apart in a
+/// second, so that late calls and those that are in time still keep the ceiling together.
 const LATENESS: Duration = Duration::from_millis(25);
 /// Where places are granted, the workers' ideas of the time differ as well: that comes on top.
 const CLOCKS: Duration = Duration::from_millis(35);
 /// How old a place may be when it is given out: most of its lateness is for what comes then.
 const HAIR: Duration = Duration::from_millis(8);
+/// Without a ceiling: for how long places that nobody took are kept, so that a few callers who come together
+/// after an idle moment need not wait for each other.
+const SAVED: Duration = Duration::from_millis(250);
 /// How long before its time a place is given out: what a caller must do before its call it does then.
 const LEAD: Duration = Duration::from_millis(25);
 
-/// Where places come from.
-#[derive(Debug)]
-enum Source {
-    /// No ceiling.
-    Free,
-    /// Made here.
-    Own { interval: Duration, next: Instant },
-    /// Granted.
-    Granted,
+/// What a pacer is to keep.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Most calls a second.
+    pub ceiling: Option<f64>,
+    /// What part of the calls is bulk's where both lanes wait, above 0 and below 1.
+    pub bulk_share: f64,
 }
 
 /// Gives out the right to make calls.
 #[derive(Debug)]
 pub struct Pacer {
-    /// Whether there is a ceiling at all.
-    ceiling: bool,
-    /// Whoever waits for a place holds this, so that one timer serves them all, and the others stand
-    /// in line.
-    line: tokio::sync::Mutex<Source>,
-    /// Granted places that nobody has taken.
-    places: Mutex<VecDeque<Instant>>,
-    /// How many callers wait.
-    waiting: AtomicUsize,
+    limits: Limits,
+    /// Whether places are granted by whoever keeps a budget for all.
+    granted: bool,
+    /// Who waits for a place holds its lane's, so that one timer serves them all, and the others stand in line.
+    lines: [tokio::sync::Mutex<()>; 2],
+    /// How many callers wait in each lane.
+    waiting: [AtomicUsize; 2],
+    state: Mutex<State>,
+    /// Whoever waits may look again.
+    changed: watch::Sender<()>,
     wanted: Notify,
-    granted: Notify,
-    /// Until when nobody may call at all.
-    quiet_until: Mutex<Instant>,
     /// Until when Creem has told this worker, and not another one, to be quiet.
     told: watch::Sender<Option<Instant>>,
 }
 
+#[derive(Debug)]
+struct State {
+    rate: Rate,
+    /// When the next place is, as far as this worker alone decides.
+    next: Instant,
+    /// Granted places that nobody has taken.
+    places: VecDeque<Instant>,
+    /// Until when nobody may call at all.
+    quiet_until: Instant,
+    /// How many places bulk is owed; at one it is its turn.
+    owed: f64,
+}
+
+/// What a caller at the head of its line does next.
+enum Step {
+    Take(Place),
+    /// The time of a place is not yet near.
+    Sleep(Instant),
+    /// The other lane comes first, or no place is granted yet.
+    Wait,
+}
+
 /// Counts a caller as long as it waits.
-struct Waiting<'a>(&'a AtomicUsize);
+struct Waiting<'a> {
+    pacer: &'a Pacer,
+    lane: usize,
+}
 
 impl<'a> Waiting<'a> {
-    fn new(count: &'a AtomicUsize) -> Self {
-        count.fetch_add(1, Ordering::Relaxed);
-        Self(count)
+    fn new(pacer: &'a Pacer, lane: usize) -> Self {
+        pacer.waiting[lane].fetch_add(1, Ordering::Relaxed);
+        Self { pacer, lane }
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
+        self.pacer.waiting[self.lane].fetch_sub(1, Ordering::Relaxed);
+        // It may have been the other lane's turn all along.
+        self.pacer.changed.send_replace(());
     }
 }
 
@@ -74,7 +109,8 @@ impl Drop for Waiting<'_> {
 pub struct Place {
     at: Instant,
     /// After which it is lost.
-    latest: Instant,
+    latest: Option<Instant>,
+    lane: Lane,
 }
 
 impl Place {
@@ -84,31 +120,42 @@ impl Place {
     }
 }
 
+const fn index(lane: Lane) -> usize {
+    match lane {
+        Lane::Interactive => 0,
+        Lane::Bulk => 1,
+    }
+}
+
 impl Pacer {
-    /// A pacer with a ceiling of its own in calls a second, or without one.
+    /// A pacer that keeps its limits by itself.
     #[must_use]
-    pub fn new(per_second: Option<f64>) -> Self {
-        Self::with(per_second.map_or(Source::Free, |rate| Source::Own {
-            interval: interval(rate, LATENESS),
-            next: Instant::now(),
-        }))
+    pub fn new(limits: Limits) -> Self {
+        Self::with(limits, false)
     }
 
     /// A pacer whose places are granted, [`Pacer::shared_interval`] apart.
     #[must_use]
-    pub fn shared() -> Self {
-        Self::with(Source::Granted)
+    pub fn shared(limits: Limits) -> Self {
+        Self::with(limits, true)
     }
 
-    fn with(source: Source) -> Self {
+    fn with(limits: Limits, granted: bool) -> Self {
+        let now = Instant::now();
         Self {
-            ceiling: !matches!(source, Source::Free),
-            line: tokio::sync::Mutex::new(source),
-            places: Mutex::default(),
-            waiting: AtomicUsize::new(0),
+            limits,
+            granted,
+            lines: Default::default(),
+            waiting: Default::default(),
+            state: Mutex::new(State {
+                rate: Rate::new(limits.ceiling, now),
+                next: now,
+                places: VecDeque::new(),
+                quiet_until: now,
+                owed: 0.0,
+            }),
+            changed: watch::Sender::new(()),
             wanted: Notify::new(),
-            granted: Notify::new(),
-            quiet_until: Mutex::new(Instant::now()),
             told: watch::Sender::new(None),
         }
     }
@@ -119,40 +166,75 @@ impl Pacer {
         interval(per_second, LATENESS + CLOCKS)
     }
 
-    /// Waits for the right to make one call, first come, first served; it comes a little before the
-    /// time of the call.
+    /// Waits for the right to make one call: in each lane first come, first served. It comes a little before
+    /// the time of the call.
     ///
     /// Calls are spaced evenly, so that no second holds more than the ceiling (rounded up to whole
     /// calls), after an idle time neither. A caller that gives up while it waits has taken nothing.
-    pub async fn admit(&self) -> Place {
-        let _waiting = Waiting::new(&self.waiting);
-        let mut source = self.line.lock().await;
+    pub async fn admit(&self, lane: Lane) -> Place {
+        let _waiting = Waiting::new(self, index(lane));
+        let _line = self.lines[index(lane)].lock().await;
         loop {
-            let now = Instant::now();
-            let earliest = now.max(*self.quiet_until());
-            // A place that was missed by a hair is still one.
-            let recent = now.checked_sub(HAIR).unwrap_or(now).max(*self.quiet_until());
-            let at = match &*source {
-                Source::Free => Some(earliest),
-                Source::Own { next, .. } => Some(recent.max(*next)),
-                Source::Granted => self.next_place(recent),
-            };
-            match at {
-                None => {
-                    self.wanted.notify_one();
-                    self.granted.notified().await;
-                }
-                Some(at) if at <= now + LEAD => {
-                    match &mut *source {
-                        Source::Free => {}
-                        Source::Own { interval, next } => *next = at + *interval,
-                        Source::Granted => drop(self.places().pop_front()),
+            let mut changed = self.changed.subscribe();
+            match self.step(lane) {
+                Step::Take(place) => return place,
+                Step::Sleep(until) => {
+                    tokio::select! {
+                        () = tokio::time::sleep_until(until) => {}
+                        _ = changed.changed() => {}
                     }
-                    return Place { at, latest: at + LATENESS };
                 }
-                Some(at) => tokio::time::sleep_until(at - LEAD).await,
+                Step::Wait => drop(changed.changed().await),
             }
         }
+    }
+
+    fn step(&self, lane: Lane) -> Step {
+        let now = Instant::now();
+        let mut state = self.state();
+        let saved = if self.limits.ceiling.is_some() { HAIR } else { SAVED };
+        let recent = now.checked_sub(saved).unwrap_or(now).max(state.quiet_until);
+        let own = recent.max(state.next);
+        if own > now {
+            state.rate.press(now);
+        }
+        if own > now + LEAD {
+            return Step::Sleep(own - LEAD);
+        }
+        let at = if self.granted {
+            while state.places.front().is_some_and(|place| *place < own) {
+                state.places.pop_front();
+            }
+            state.places.front().copied()
+        } else {
+            Some(own)
+        };
+        let Some(at) = at else {
+            self.wanted.notify_one();
+            return Step::Wait;
+        };
+        let contested = self.waiting[1 - index(lane)].load(Ordering::Relaxed) > 0;
+        if contested && (lane == Lane::Bulk) != (state.owed >= 1.0) {
+            return Step::Wait;
+        }
+        if at > now + LEAD {
+            return Step::Sleep(at - LEAD);
+        }
+        if self.granted {
+            state.places.pop_front();
+        }
+        let own_ceiling = self.limits.ceiling.filter(|_| !self.granted);
+        let least = own_ceiling.map_or(Duration::ZERO, |rate| interval(rate, LATENESS));
+        state.next = at + state.rate.interval().max(least);
+        if contested {
+            let share = self.limits.bulk_share;
+            state.owed += match lane {
+                Lane::Interactive => share / (1.0 - share),
+                Lane::Bulk => -1.0,
+            };
+        }
+        let latest = self.limits.ceiling.map(|_| at + LATENESS);
+        Step::Take(Place { at, latest, lane })
     }
 
     /// Waits for the time of the call; if its place is lost by then, for another one.
@@ -162,7 +244,7 @@ impl Pacer {
             if !self.is_lost(&place) {
                 return;
             }
-            place = self.admit().await;
+            place = self.admit(place.lane).await;
         }
     }
 
@@ -170,28 +252,29 @@ impl Pacer {
     #[must_use]
     pub fn is_lost(&self, place: &Place) -> bool {
         let now = Instant::now();
-        (self.ceiling && now > place.latest) || now < *self.quiet_until()
-    }
-
-    /// The first granted place from then on; those before it are lost.
-    fn next_place(&self, earliest: Instant) -> Option<Instant> {
-        let mut places = self.places();
-        while places.front().is_some_and(|place| *place < earliest) {
-            places.pop_front();
-        }
-        places.front().copied()
+        place.latest.is_some_and(|latest| now > latest) || now < self.state().quiet_until
     }
 
     /// Waits until somebody wants a granted place; how many callers wait, at least one.
     pub async fn wanted(&self) -> usize {
         self.wanted.notified().await;
-        self.waiting.load(Ordering::Relaxed).max(1)
+        self.waiting.iter().map(|count| count.load(Ordering::Relaxed)).sum::<usize>().max(1)
     }
 
     /// Grants places.
     pub fn grant(&self, places: impl IntoIterator<Item = Instant>) {
-        self.places().extend(places);
-        self.granted.notify_one();
+        self.state().places.extend(places);
+        self.changed.send_replace(());
+    }
+
+    /// Creem took a call that was made at `asked`.
+    pub fn taken(&self, asked: Instant) {
+        self.state().rate.taken(asked, Instant::now());
+    }
+
+    /// Creem said "slow down" to a call that was made at `asked`.
+    pub fn slow_down(&self, asked: Instant) {
+        self.state().rate.slow_down(asked, Instant::now());
     }
 
     /// Creem asked this worker for silence: nobody calls until it is over.
@@ -203,8 +286,8 @@ impl Pacer {
 
     /// Creem asked another worker for silence.
     pub fn hear(&self, until: Instant) {
-        let mut quiet_until = self.quiet_until();
-        *quiet_until = (*quiet_until).max(until);
+        let mut state = self.state();
+        state.quiet_until = state.quiet_until.max(until);
     }
 
     /// Until when Creem has asked this worker for silence, and when that changes.
@@ -213,12 +296,8 @@ impl Pacer {
         self.told.subscribe()
     }
 
-    fn quiet_until(&self) -> MutexGuard<'_, Instant> {
-        self.quiet_until.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn places(&self) -> MutexGuard<'_, VecDeque<Instant>> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -230,6 +309,14 @@ fn interval(per_second: f64, slack: Duration) -> Duration {
 mod tests {
     use super::*;
     use futures::FutureExt as _;
+
+    fn own(ceiling: Option<f64>) -> Pacer {
+        Pacer::new(Limits { ceiling, bulk_share: 0.05 })
+    }
+
+    fn granted() -> Pacer {
+        Pacer::shared(Limits { ceiling: Some(1e6), bulk_share: 0.05 })
+    }
 
     /// The most calls that any second holds.
     fn most_in_a_second(calls: &[Duration]) -> usize {
@@ -243,7 +330,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn no_second_holds_more_calls_than_the_ceiling() {
         for (rate, most) in [(1.0, 1), (10.0, 10), (333.0, 333), (0.5, 1), (2.5, 3)] {
-            let pacer = Pacer::new(Some(rate));
+            let pacer = own(Some(rate));
             let started = Instant::now();
             let mut calls = Vec::new();
             let count = if rate < 5.0 { 20 } else { 700 };
@@ -255,7 +342,7 @@ mod tests {
                 if call % 3 == 0 {
                     tokio::time::advance(Duration::from_millis(7)).await;
                 }
-                pacer.admit().await.come().await;
+                pacer.admit(Lane::Interactive).await.come().await;
                 calls.push(started.elapsed());
             }
             assert!(most_in_a_second(&calls) <= most, "{rate}: {}", most_in_a_second(&calls));
@@ -267,10 +354,14 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_gives_up_in_line_takes_nothing_and_those_behind_keep_their_places() {
-        let pacer = Pacer::new(Some(1.0));
-        pacer.admit().await;
+        let pacer = own(Some(1.0));
+        pacer.admit(Lane::Interactive).await;
         let started = Instant::now();
-        let (first, second, third) = (pacer.admit(), pacer.admit(), pacer.admit());
+        let (first, second, third) = (
+            pacer.admit(Lane::Interactive),
+            pacer.admit(Lane::Interactive),
+            pacer.admit(Lane::Interactive),
+        );
         let given_up = async {
             drop(tokio::time::timeout(Duration::from_millis(500), second).await);
         };
@@ -280,11 +371,11 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn silence_holds_for_everybody() {
-        let pacer = Pacer::new(None);
+        let pacer = own(None);
         pacer.quiet(Duration::from_secs(3));
-        assert!(pacer.admit().now_or_never().is_none());
+        assert!(pacer.admit(Lane::Interactive).now_or_never().is_none());
         let started = Instant::now();
-        pacer.admit().await.come().await;
+        pacer.admit(Lane::Interactive).await.come().await;
         assert!(started.elapsed() >= Duration::from_secs(3));
     }
 
@@ -318,14 +409,14 @@ mod tests {
     async fn workers_that_share_a_budget_keep_it_together_and_share_it_fairly() {
         for workers in [1_usize, 4, 16] {
             let rate = 100.0;
-            let pacers: Vec<Pacer> = (0..workers).map(|_| Pacer::shared()).collect();
+            let pacers: Vec<Pacer> = (0..workers).map(|_| granted()).collect();
             let calls = Mutex::new(vec![Vec::new(); workers]);
             let started = Instant::now();
             let call = |worker: usize| {
                 let (pacers, calls) = (&pacers, &calls);
                 async move {
                     loop {
-                        pacers[worker].admit().await.come().await;
+                        pacers[worker].admit(Lane::Interactive).await.come().await;
                         calls.lock().unwrap()[worker].push(started.elapsed());
                         tokio::time::sleep(Duration::from_millis(200)).await;
                     }
@@ -351,46 +442,99 @@ mod tests {
         }
     }
 
+    /// Lets a backlog of bulk callers and interactive ones compete; how long each interactive one waited, and
+    /// how many calls bulk had in a second.
+    async fn compete(pacer: &Pacer, every: Duration, interactive: u32) -> (Vec<Duration>, f64) {
+        let bulk = AtomicUsize::new(0);
+        let started = Instant::now();
+        let backlogs = futures::future::join_all((0..64).map(|_| async {
+            loop {
+                pacer.admit(Lane::Bulk).await.come().await;
+                bulk.fetch_add(1, Ordering::Relaxed);
+            }
+        }));
+        let buyers = futures::future::join_all((0..interactive).map(|number| async move {
+            tokio::time::sleep(every * number).await;
+            let came = Instant::now();
+            pacer.admit(Lane::Interactive).await.come().await;
+            came.elapsed()
+        }));
+        let waited = tokio::select! {
+            _ = backlogs => unreachable!("it never ends"),
+            waited = buyers => waited,
+        };
+        let calls = f64::from(u32::try_from(bulk.load(Ordering::Relaxed)).unwrap());
+        (waited, calls / started.elapsed().as_secs_f64())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_buyer_waits_for_two_places_at_most_whatever_the_backlog() {
+        let pacer = own(Some(100.0));
+        let (waited, bulk) = compete(&pacer, Duration::from_millis(50), 200).await;
+        let longest = waited.iter().max().unwrap();
+        // The place under way, its own, and now and then one that bulk is owed.
+        assert!(*longest <= Duration::from_millis(60), "{longest:?}");
+        assert!(bulk >= 75.0, "bulk takes all the rest: {bulk}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_flood_of_buyers_leaves_bulk_its_share() {
+        let pacer = Pacer::new(Limits { ceiling: Some(100.0), bulk_share: 0.1 });
+        let (_, bulk) = compete(&pacer, Duration::from_millis(1), 2_000).await;
+        assert!((8.0..=12.0).contains(&bulk), "{bulk}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bulk_goes_on_when_a_buyer_gives_up() {
+        let pacer = own(Some(1.0));
+        pacer.admit(Lane::Bulk).await;
+        let started = Instant::now();
+        let buyer =
+            tokio::time::timeout(Duration::from_millis(500), pacer.admit(Lane::Interactive));
+        let (buyer, _) = tokio::join!(buyer, pacer.admit(Lane::Bulk));
+        assert!(buyer.is_err() && started.elapsed() < Duration::from_millis(1_100));
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_granted_place_that_is_over_is_not_taken() {
-        let pacer = Pacer::shared();
+        let pacer = granted();
         let now = Instant::now();
         pacer.grant([now, now + Duration::from_millis(100)]);
         tokio::time::advance(Duration::from_millis(50)).await;
-        pacer.admit().await.come().await;
+        pacer.admit(Lane::Interactive).await.come().await;
         assert_eq!(now.elapsed(), Duration::from_millis(100), "the first one is lost");
-        assert!(pacer.admit().now_or_never().is_none());
+        assert!(pacer.admit(Lane::Interactive).now_or_never().is_none());
         assert_eq!(pacer.wanted().now_or_never(), Some(1));
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_another_worker_was_told_is_not_told_on() {
-        let pacer = Pacer::new(None);
+        let pacer = own(None);
         let mut told = pacer.told();
         pacer.hear(Instant::now() + Duration::from_secs(3));
         assert!(!told.has_changed().unwrap());
         pacer.quiet(Duration::from_secs(5));
         assert_eq!(*told.borrow_and_update(), Some(Instant::now() + Duration::from_secs(5)));
         let started = Instant::now();
-        pacer.admit().await.come().await;
+        pacer.admit(Lane::Interactive).await.come().await;
         assert_eq!(started.elapsed(), Duration::from_secs(5));
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_place_is_lost_when_its_time_is_over_or_creem_asks_for_silence() {
-        let pacer = Pacer::new(Some(10.0));
-        let place = pacer.admit().await;
+        let pacer = own(Some(10.0));
+        let place = pacer.admit(Lane::Interactive).await;
         assert!(!pacer.is_lost(&place));
         tokio::time::advance(LATENESS + Duration::from_millis(2)).await;
         assert!(pacer.is_lost(&place));
-        let place = pacer.admit().await;
+        let place = pacer.admit(Lane::Interactive).await;
         place.come().await;
         assert!(!pacer.is_lost(&place));
         pacer.quiet(Duration::from_secs(1));
         assert!(pacer.is_lost(&place));
 
-        let free = Pacer::new(None);
-        let place = free.admit().await;
+        let free = own(None);
+        let place = free.admit(Lane::Interactive).await;
         tokio::time::advance(Duration::from_secs(60)).await;
         assert!(!free.is_lost(&place), "where there is no ceiling, no call is late");
     }

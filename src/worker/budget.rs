@@ -120,6 +120,9 @@ mod tests {
 
     use super::*;
     use crate::ledger::Places;
+    use crate::pace::Limits;
+
+    const LIMITS: Limits = Limits { ceiling: Some(100.0), bulk_share: 0.05 };
 
     /// A budget that loses the first word of silence.
     #[derive(Default)]
@@ -156,7 +159,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn silence_is_told_until_it_is_heard() {
-        let (pacer, budget) = (Pacer::shared(), Forgetful::default());
+        let (pacer, budget) = (Pacer::shared(LIMITS), Forgetful::default());
         pacer.quiet(Duration::from_secs(10));
         assert!(listen(&pacer, &budget, Mode::Test).await.is_err());
         tokio::time::advance(Duration::from_secs(1)).await;

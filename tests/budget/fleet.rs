@@ -4,10 +4,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use creem_checkout_worker::job::Mode;
+use creem_checkout_worker::job::{Lane, Mode};
 use creem_checkout_worker::ledger::budget::Reckoning;
 use creem_checkout_worker::ledger::{Budget, LedgerError, Places};
-use creem_checkout_worker::pace::Pacer;
+use creem_checkout_worker::pace::{Limits, Pacer};
 use creem_checkout_worker::worker::budget::{grant, listen};
 use fastrand::Rng;
 use futures::FutureExt as _;
@@ -202,7 +202,8 @@ impl Fleet {
         started: Instant,
         random: Rng,
     ) -> (Arc<Pacer>, JoinSet<()>) {
-        let pacer = Arc::new(Pacer::shared());
+        let limits = Limits { ceiling: Some(self.per_second), bulk_share: 0.05 };
+        let pacer = Arc::new(Pacer::shared(limits));
         let random = Arc::new(Mutex::new(random));
         let mut tasks = JoinSet::new();
         let seat = || Seat {
@@ -222,7 +223,7 @@ impl Fleet {
             let (pacer, calls, random) = (pacer.clone(), calls.clone(), random.clone());
             tasks.spawn(async move {
                 loop {
-                    pacer.pass(pacer.admit().await).await;
+                    pacer.pass(pacer.admit(Lane::Interactive).await).await;
                     calls.lock().unwrap().push((started.elapsed(), number));
                     let answer = random.lock().unwrap().u32(ANSWER_MS);
                     tokio::time::sleep(Duration::from_millis(answer.into())).await;

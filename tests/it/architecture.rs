@@ -10,7 +10,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
         ("job", &[][..]),
         ("clock", &[]),
         ("retry", &["clock"]),
-        ("pace", &[]),
+        ("pace", &["job"]),
         ("lifecycle", &["clock"]),
         ("ledger", &["job", "clock"]),
         ("creem", &["job"]),

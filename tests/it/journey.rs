@@ -15,7 +15,7 @@ use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
 use creem_checkout_worker::ledger::{
     Answer, Command, Identity, JobCommand, Ledger, LedgerError, OnUnknown, Standing, State,
 };
-use creem_checkout_worker::pace::Pacer;
+use creem_checkout_worker::pace::{Limits, Pacer};
 use creem_checkout_worker::retry::{Backoff, Policy};
 use creem_checkout_worker::simulator::{Options as SimulatorOptions, Simulator};
 use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD};
@@ -77,7 +77,7 @@ fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -
             retention: Duration::from_hours(7 * 24),
         },
         creem: Client::new(&creem).unwrap(),
-        pacer: Pacer::new(None),
+        pacer: Pacer::new(Limits { ceiling: None, bulk_share: 0.05 }),
         gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
         turns: Turns::default(),
         trouble: Trouble::default(),

@@ -5,11 +5,11 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use creem_checkout_worker::job::Mode;
+use creem_checkout_worker::job::{Lane, Mode};
 use creem_checkout_worker::ledger::postgres::inspect::Inspector;
 use creem_checkout_worker::ledger::postgres::{Options, PostgresLedger, Time};
 use creem_checkout_worker::ledger::{KnownOrphan, Row};
-use creem_checkout_worker::pace::Pacer;
+use creem_checkout_worker::pace::{Limits, Pacer};
 use creem_checkout_worker::worker::budget::grant;
 use futures::future::join_all;
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
@@ -338,13 +338,13 @@ async fn one_budget_holds_for_one_four_and_sixteen_workers() {
         let started = Instant::now();
         let mut tasks = JoinSet::new();
         for ledger in ledgers {
-            let pacer = Arc::new(Pacer::shared());
+            let pacer = Arc::new(Pacer::shared(Limits { ceiling: Some(200.0), bulk_share: 0.05 }));
             // Each could use the whole budget by itself.
             for _ in 0..40 {
                 let (pacer, calls) = (pacer.clone(), calls.clone());
                 tasks.spawn(async move {
                     loop {
-                        pacer.pass(pacer.admit().await).await;
+                        pacer.pass(pacer.admit(Lane::Interactive).await).await;
                         let at = started.elapsed().as_micros();
                         calls.lock().unwrap().push(u64::try_from(at).unwrap());
                         // The call itself.

@@ -15,6 +15,7 @@ use super::sections::{self, Settings};
 use crate::job::{Mode, Rules};
 use crate::ledger::{OnUnknown, postgres};
 use crate::observe::logging::{self, Format};
+use crate::pace::Limits;
 use crate::rabbit::envelope::ReplyRules;
 use crate::rabbit::{self, Topology};
 use crate::retry::{Backoff, Policy};
@@ -54,8 +55,8 @@ pub struct Resolved {
     pub journey: JourneyRules,
     /// The lanes and their sizes.
     pub lanes: Vec<LaneSize>,
-    /// Calls a second.
-    pub per_second: Option<f64>,
+    /// Calls a second, and whose they are.
+    pub limits: Limits,
     /// The HTTP server.
     pub listen: std::net::SocketAddr,
     /// The end.
@@ -95,6 +96,13 @@ pub fn resolve(settings: &Settings) -> Result<Resolved, Vec<Problem>> {
             "give 0.001 to 1000000, or leave it out",
         ));
     }
+    let share = settings.rate_limit.bulk_share;
+    if !(share.is_finite() && (0.001..=0.5).contains(&share)) {
+        problems.push(Problem::new(
+            format!("`rate_limit.bulk_share` is {share}"),
+            "give 0.001 to 0.5: a part of the calls, e.g. 0.05",
+        ));
+    }
     let (Some(creem), Some(ledger), Some(backoff), true) =
         (creem, ledger, backoff, problems.is_empty())
     else {
@@ -110,7 +118,10 @@ pub fn resolve(settings: &Settings) -> Result<Resolved, Vec<Problem>> {
         ledger,
         job,
         lanes,
-        per_second: settings.rate_limit.per_second,
+        limits: Limits {
+            ceiling: settings.rate_limit.per_second,
+            bulk_share: settings.rate_limit.bulk_share,
+        },
         listen: settings.http.listen,
         grace: settings.shutdown.grace.0,
         log: (log_format(settings), settings.log.level.clone()),

@@ -35,7 +35,7 @@ impl Journey {
         let paced = async {
             self.gate.opened().await;
             let waited = Instant::now();
-            let place = self.pacer.admit().await;
+            let place = self.pacer.admit(ask.lane).await;
             metrics::rate_limit_wait(ask.lane, waited.elapsed());
             place
         };

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::record::LEASE_MARGIN;
 use super::{Journey, Step, Verdict};
 use crate::clock::as_millis;
-use crate::creem::{Answer, Fetched, KeyCheck};
+use crate::creem::{Answer, Fetched, KeyCheck, Pressure};
 use crate::job::{Ending, Problem};
 use crate::ledger::{Attempt, Lease, Next};
 use crate::observe::metrics;
@@ -52,6 +52,11 @@ impl Journey {
             .await;
         metrics::creem_request(answer.label(), asked.elapsed());
         self.trouble.note(&answer);
+        match answer.pressure() {
+            Some(Pressure::Taken) => self.pacer.taken(asked),
+            Some(Pressure::SlowDown) => self.pacer.slow_down(asked),
+            None => {}
+        }
         tracing::debug!(job.key = %ask.key, attempt = lease.attempt, answer = answer.label(), "creem answered");
         let answer = if let Answer::Linkless { checkout_id } = answer {
             self.fetch_link(ask, checkout_id, asked + self.rules.request_timeout).await
@@ -74,7 +79,7 @@ impl Journey {
         let mut tries = 0;
         let fetching = async {
             loop {
-                let place = self.pacer.admit().await;
+                let place = self.pacer.admit(ask.lane).await;
                 self.pacer.pass(place).await;
                 let id = &ask.request.request_id;
                 let asked = Instant::now();
@@ -88,6 +93,9 @@ impl Journey {
                 };
                 let label = if throttled { "throttled" } else { "unknown" };
                 metrics::creem_request(label, asked.elapsed());
+                if throttled {
+                    self.pacer.slow_down(asked);
+                }
                 if let Some(delay) = retry_after.filter(|_| throttled) {
                     self.pacer.quiet(backoff::clamp_retry_after(delay));
                 }
@@ -128,7 +136,7 @@ impl Journey {
                 let next = self.again(ask, lease, None, "creem_unreachable", &reason);
                 (Attempt::Free, next)
             }
-            Answer::Unknown { reason, retry_after } => {
+            Answer::Unknown { reason, retry_after, .. } => {
                 let next = self.again(ask, lease, retry_after, "outcome_unknown", &reason);
                 (Attempt::Ambiguous { checkout_id: None, reason }, next)
             }

@@ -1,0 +1,428 @@
+//! How fast Creem takes calls, learned from nothing but its "slow down".
+//!
+//! Additive increase and multiplicative decrease, the way of TCP (RFC 5681): where calls wait for the
+//! rate, it grows; where Creem says "slow down" (429, 503), it is cut. Below what Creem was last seen to
+//! take it grows fast, and near that slowly, so that most of the time it lies a little below. How long an
+//! answer takes is no sign: Creem's latency says more about a product's images than about its load.
+//!
+//! Pure: time comes in as an argument.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Where nobody has said how fast: calls a second to begin with.
+const START: f64 = 50.0;
+/// However often it is cut: calls a second that remain.
+const LEAST: f64 = 1.0;
+/// What a cut leaves.
+const CUT: f64 = 0.93;
+/// What a cut leaves of the rate that comes soon after another: the limit lies much lower.
+const DEEP_CUT: f64 = 0.7;
+/// What part of the rate must have been taken for the rate to have been about right.
+const CLOSE: f64 = 0.85;
+/// The least part of the rate that is believed to be what Creem takes: few may have been asked for.
+const LEAST_BELIEVED: f64 = 0.5;
+/// What part of the rate is then taken for the limit.
+const AGAIN: f64 = 0.9;
+/// One cut may follow another after so long: Creem may count calls by the second, and says "slow down" for
+/// the rest of one that is used up.
+const BETWEEN_CUTS: Duration = Duration::from_secs(1);
+/// How soon after a cut another one is a deep one.
+const SOON: Duration = Duration::from_secs(3);
+/// What part of the last limit is reached fast.
+const FAST_UNTIL: f64 = 0.93;
+/// So far above the last limit nothing is known any more.
+const FORGET_ABOVE: f64 = 1.4;
+/// Growth in a second near the limit, as a part of it; the longer ago Creem said "slow down", the faster.
+const SLOWLY: f64 = 0.006;
+/// After so long it is twice as fast, after twice that three times, and so on.
+const PATIENCE: Duration = Duration::from_secs(4);
+/// While Creem takes none: how far apart calls are that show whether it does again.
+const BETWEEN_PROBES: Duration = Duration::from_millis(50);
+/// How often the rate grows.
+const TICK: Duration = Duration::from_millis(100);
+/// Ticks of which the calls are counted: a second.
+const TICKS: usize = 10;
+
+/// What holds the rate where it is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Held {
+    /// Nothing: there are fewer calls than it would allow.
+    Demand,
+    /// `rate_limit.per_second`.
+    Ceiling,
+    /// Nobody knows yet how fast Creem can be asked; it is being tried out.
+    Unknown,
+    /// Creem said "slow down" at so many calls a second, so long ago.
+    Limit {
+        /// Calls a second.
+        per_second: f64,
+        /// How long ago.
+        ago: Duration,
+    },
+}
+
+/// The rate at which calls are made.
+#[derive(Debug, Clone)]
+pub struct Rate {
+    per_second: f64,
+    ceiling: Option<f64>,
+    /// The rate at which Creem last said "slow down".
+    limit: Option<f64>,
+    cut_at: Option<Instant>,
+    tick_at: Instant,
+    /// Whether a call had to wait for the rate since the last tick, and in the one before.
+    pressed: [bool; 2],
+    /// When Creem last said "slow down", until it takes a call that was made after that: in between it is
+    /// only asked now and then whether it takes calls again.
+    refused_at: Option<Instant>,
+    /// Calls that were taken in the last ticks, the current one first.
+    taken: [u32; TICKS],
+}
+
+impl Rate {
+    /// A rate that stays below a ceiling, if there is one: whoever gave it knows more than this does, so it
+    /// begins there.
+    #[must_use]
+    pub fn new(ceiling: Option<f64>, now: Instant) -> Self {
+        Self {
+            per_second: ceiling.unwrap_or(START),
+            ceiling,
+            limit: None,
+            cut_at: None,
+            tick_at: now,
+            pressed: [false; 2],
+            refused_at: None,
+            taken: [0; TICKS],
+        }
+    }
+
+    /// Calls a second.
+    #[must_use]
+    pub fn per_second(&self) -> f64 {
+        self.per_second
+    }
+
+    /// How far apart calls are, by what was learned.
+    #[must_use]
+    pub fn interval(&self) -> Duration {
+        let interval = Duration::from_secs_f64(1.0 / self.per_second);
+        if self.refused_at.is_some() { interval.max(BETWEEN_PROBES) } else { interval }
+    }
+
+    /// A call had to wait for the rate.
+    pub fn press(&mut self, now: Instant) {
+        self.grow(now);
+        self.pressed[0] = true;
+    }
+
+    /// Creem took a call that was made at `asked`.
+    pub fn taken(&mut self, asked: Instant, now: Instant) {
+        self.grow(now);
+        self.taken[0] = self.taken[0].saturating_add(1);
+        if self.refused_at.is_some_and(|refused_at| asked > refused_at) {
+            self.refused_at = None;
+        }
+    }
+
+    /// Creem said "slow down" to a call that was made at `asked`.
+    pub fn slow_down(&mut self, asked: Instant, now: Instant) {
+        self.grow(now);
+        self.refused_at = Some(now);
+        // What was asked before the last cut says nothing about the rate since.
+        if self.cut_at.is_some_and(|cut_at| asked < cut_at || now < cut_at + BETWEEN_CUTS) {
+            return;
+        }
+        let again = self.cut_at.is_some_and(|cut_at| now < cut_at + SOON);
+        // What Creem took is what it takes, whatever was asked of it; where the two are close, the one that
+        // is counted in whole ticks and by late answers is the less exact.
+        let taken = self.taken_in_a_second();
+        let (limit, cut) = if taken < self.per_second * CLOSE {
+            (taken.max(self.per_second * LEAST_BELIEVED).max(LEAST), CUT)
+        } else if again {
+            // Twice within a moment: what was taken for the limit lies above it.
+            (self.per_second * AGAIN, DEEP_CUT / AGAIN)
+        } else {
+            (self.per_second, CUT)
+        };
+        self.limit = Some(limit);
+        self.cut_at = Some(now);
+        self.set(limit * cut);
+    }
+
+    /// After an outage: from a small part of what was taken before, growing fast.
+    pub fn restart(&mut self, now: Instant) {
+        self.grow(now);
+        self.limit = Some(self.limit.unwrap_or(self.per_second).max(self.per_second));
+        self.set(self.per_second / 10.0);
+    }
+
+    /// What holds the rate where it is.
+    #[must_use]
+    pub fn held(&self, now: Instant) -> Held {
+        if !self.pressed.contains(&true) {
+            return Held::Demand;
+        }
+        if self.ceiling.is_some_and(|ceiling| self.per_second >= ceiling) {
+            return Held::Ceiling;
+        }
+        match self.limit.zip(self.cut_at) {
+            Some((per_second, cut_at)) => {
+                Held::Limit { per_second, ago: now.saturating_duration_since(cut_at) }
+            }
+            None => Held::Unknown,
+        }
+    }
+
+    /// Calls a second that were taken of late; while it grows, the last ticks say more than the whole second.
+    fn taken_in_a_second(&self) -> f64 {
+        let second = f64::from(self.taken.iter().sum::<u32>());
+        let lately = f64::from(self.taken[1..4].iter().sum::<u32>()) * 10.0 / 3.0;
+        if self.limit.is_some() { second } else { second.max(lately) }
+    }
+
+    fn grow(&mut self, now: Instant) {
+        let mut ticks = 0;
+        while now >= self.tick_at + TICK {
+            self.tick_at += TICK;
+            ticks += 1;
+            if ticks > TICKS {
+                // A long silence: nothing waited in it.
+                self.tick_at = now;
+                self.pressed = [false; 2];
+            }
+            if self.pressed[0] && self.refused_at.is_none() {
+                self.grow_once();
+            }
+            self.pressed = [false, self.pressed[0]];
+            self.taken.rotate_right(1);
+            self.taken[0] = 0;
+        }
+    }
+
+    fn grow_once(&mut self) {
+        let second = TICK.as_secs_f64();
+        let fast = self.per_second * 2_f64.powf(second);
+        let next = match self.limit {
+            Some(limit) if self.per_second < limit * FAST_UNTIL => fast.min(limit * FAST_UNTIL),
+            Some(limit) if self.per_second < limit * FORGET_ABOVE => {
+                let since =
+                    self.cut_at.map(|cut_at| self.tick_at.saturating_duration_since(cut_at));
+                let eager = since.unwrap_or_default().div_duration_f64(PATIENCE).max(1.0);
+                self.per_second + (limit * SLOWLY).max(LEAST) * eager * second
+            }
+            Some(_) | None => {
+                self.limit = None;
+                fast
+            }
+        };
+        self.set(next);
+    }
+
+    fn set(&mut self, per_second: f64) {
+        let most = self.ceiling.unwrap_or(f64::MAX);
+        self.per_second = per_second.clamp(LEAST.min(most), most);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const MILLI: Duration = Duration::from_millis(1);
+
+    /// How a server counts calls.
+    #[derive(Debug, Clone, Copy)]
+    enum Counts {
+        /// In each second of its clock.
+        Seconds,
+        /// In any second.
+        AnySecond,
+        /// By tokens that come evenly, so many of which may be saved up.
+        Tokens(f64),
+    }
+
+    /// A server that says "slow down" above a limit.
+    struct Server {
+        counts: Counts,
+        taken: VecDeque<Duration>,
+        tokens: f64,
+        at: Duration,
+    }
+
+    impl Server {
+        fn new(counts: Counts) -> Self {
+            let tokens = if let Counts::Tokens(most) = counts { most } else { 0.0 };
+            Self { counts, taken: VecDeque::new(), tokens, at: Duration::ZERO }
+        }
+
+        fn count(&self) -> f64 {
+            f64::from(u32::try_from(self.taken.len()).unwrap())
+        }
+
+        fn takes(&mut self, now: Duration, limit: f64) -> bool {
+            let taken = match self.counts {
+                Counts::Seconds => {
+                    self.taken.retain(|at| at.as_secs() == now.as_secs());
+                    self.count() < limit
+                }
+                Counts::AnySecond => {
+                    self.taken.retain(|at| *at + Duration::from_secs(1) > now);
+                    self.count() < limit
+                }
+                Counts::Tokens(most) => {
+                    self.tokens += now.saturating_sub(self.at).as_secs_f64() * limit;
+                    self.tokens = self.tokens.min(most);
+                    self.at = now;
+                    let taken = self.tokens >= 1.0;
+                    self.tokens -= f64::from(u8::from(taken));
+                    taken
+                }
+            };
+            if taken {
+                self.taken.push_back(now);
+            }
+            taken
+        }
+    }
+
+    /// What came of a run.
+    #[derive(Debug)]
+    struct Ran {
+        taken: f64,
+        refused: f64,
+        /// The rate at the end of each second.
+        rates: Vec<f64>,
+    }
+
+    /// Calls whenever the rate allows it, against a server with that limit at each second.
+    fn run(counts: Counts, way: Duration, seconds: u64, limit: impl Fn(u64) -> f64) -> Ran {
+        let start = Instant::now();
+        let mut rate = Rate::new(None, start);
+        let mut server = Server::new(counts);
+        let mut next = start;
+        let mut answers: VecDeque<(Instant, Instant, bool)> = VecDeque::new();
+        let mut ran = Ran { taken: 0.0, refused: 0.0, rates: Vec::new() };
+        let mut refused = Vec::new();
+        for step in 0..seconds * 1000 {
+            let now = start + MILLI * u32::try_from(step).unwrap();
+            while answers.front().is_some_and(|(at, ..)| *at <= now) {
+                let (_, asked, taken) = answers.pop_front().unwrap();
+                if taken {
+                    rate.taken(asked, now);
+                } else {
+                    rate.slow_down(asked, now);
+                }
+            }
+            while next <= now {
+                let taken = server.takes(now - start, limit(step / 1000));
+                refused.push(!taken);
+                ran.taken += f64::from(u8::from(taken));
+                ran.refused += f64::from(u8::from(!taken));
+                answers.push_back((now + way, now, taken));
+                next += rate.interval();
+            }
+            rate.press(now);
+            if step % 1000 == 999 {
+                ran.rates.push(rate.per_second());
+            }
+        }
+        ran
+    }
+
+    const KINDS: [Counts; 4] =
+        [Counts::Seconds, Counts::AnySecond, Counts::Tokens(300.0), Counts::Tokens(30.0)];
+
+    #[test]
+    fn it_finds_what_a_server_takes_and_stays_there() {
+        for counts in KINDS {
+            for (way, least, most) in [(20, 0.9, 0.02), (50, 0.9, 0.02), (200, 0.75, 0.035)] {
+                let ran = run(counts, MILLI * way, 60, |_| 300.0);
+                let (used, refused) = (ran.taken / (60.0 * 300.0), ran.refused / ran.taken);
+                assert!(used >= least, "{counts:?} {way} ms: {used:.3} used: {:?}", ran.rates);
+                assert!(refused <= most, "{counts:?} {way} ms: {refused:.4}: {:?}", ran.rates);
+            }
+        }
+    }
+
+    #[test]
+    fn it_follows_a_limit_that_falls_and_rises() {
+        for counts in KINDS {
+            let limit = |second| if (20..60).contains(&second) { 60.0 } else { 300.0 };
+            let ran = run(counts, MILLI * 50, 120, limit);
+            let at = |second: usize| ran.rates[second];
+            assert!(at(26) <= 80.0, "{counts:?}: {:?}", ran.rates);
+            assert!((40.0..=110.0).contains(&at(59)), "{counts:?}: {:?}", ran.rates);
+            assert!(at(90) >= 240.0, "{counts:?}: {:?}", ran.rates);
+        }
+    }
+
+    #[test]
+    fn after_an_outage_it_is_soon_where_it_was() {
+        let start = Instant::now();
+        let mut rate = Rate::new(Some(400.0), start);
+        let mut now = start;
+        rate.restart(now);
+        assert!((rate.per_second() - 40.0).abs() < 0.1);
+        while now < start + Duration::from_secs(8) {
+            now += MILLI * 10;
+            rate.press(now);
+        }
+        assert!(rate.per_second() >= 380.0, "{}", rate.per_second());
+    }
+
+    #[test]
+    fn it_says_what_holds_it() {
+        let start = Instant::now();
+        let mut rate = Rate::new(None, start);
+        assert_eq!(rate.held(start), Held::Demand);
+        rate.press(start);
+        assert_eq!(rate.held(start), Held::Unknown);
+        let cut = start + MILLI * 10;
+        rate.slow_down(start, cut);
+        let later = cut + Duration::from_secs(2);
+        rate.press(later);
+        assert!(matches!(rate.held(later), Held::Limit { ago, .. } if ago.as_secs() == 2));
+        let mut known = Rate::new(Some(10.0), start);
+        known.press(start);
+        assert_eq!(known.held(start), Held::Ceiling);
+    }
+
+    proptest! {
+        #[test]
+        fn it_stays_in_bounds_and_grows_only_where_calls_wait(
+            ceiling in proptest::option::of(0.001..1e6),
+            steps in proptest::collection::vec((0_u8..5, 0_u32..3_000), 1..200),
+        ) {
+            let start = Instant::now();
+            let mut rate = Rate::new(ceiling, start);
+            let (mut now, mut pressed) = (start, false);
+            for (step, millis) in steps {
+                let before = rate.per_second();
+                now += MILLI * millis;
+                match step {
+                    0 => { rate.press(now); pressed = true; }
+                    1 => rate.taken(now, now),
+                    2 => {
+                        rate.slow_down(now, now);
+                        prop_assert!(rate.per_second() <= before * 4.0);
+                    }
+                    3 => rate.restart(now),
+                    _ => {}
+                }
+                if !pressed {
+                    prop_assert!(rate.per_second() <= before, "nobody waited");
+                }
+                let most = ceiling.unwrap_or(f64::MAX);
+                prop_assert!(rate.per_second() <= most);
+                prop_assert!(rate.per_second() >= LEAST.min(most));
+                prop_assert!(rate.interval() > Duration::ZERO);
+            }
+        }
+    }
+}
