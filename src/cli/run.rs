@@ -25,6 +25,7 @@ use crate::rabbit::consumer::{Guard, Plan};
 use crate::rabbit::publisher::Shape;
 use crate::retry::{Backoff, backoff};
 use crate::worker::budget::SharedBudget;
+use crate::worker::circuit::Circuit;
 use crate::worker::gate::Gate;
 use crate::worker::intake::Intake;
 use crate::worker::journey::Journey;
@@ -214,6 +215,7 @@ fn assemble(
                 _ => Pacer::new(settings.limits),
             },
             gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
+            circuit: Circuit::default(),
             turns: Turns::default(),
             trouble: Trouble::default(),
             key_accepted_at: tokio::sync::Mutex::default(),

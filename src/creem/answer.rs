@@ -74,8 +74,10 @@ pub enum Answer {
 pub enum Pressure {
     /// It took the call.
     Taken,
-    /// It said "slow down".
+    /// It said "slow down" (429).
     SlowDown,
+    /// It said that it has too much to do (503).
+    Overloaded,
 }
 
 impl Answer {
@@ -84,9 +86,8 @@ impl Answer {
     #[must_use]
     pub const fn pressure(&self) -> Option<Pressure> {
         match self {
-            Self::Throttled { .. } | Self::Unknown { overloaded: true, .. } => {
-                Some(Pressure::SlowDown)
-            }
+            Self::Throttled { .. } => Some(Pressure::SlowDown),
+            Self::Unknown { overloaded: true, .. } => Some(Pressure::Overloaded),
             Self::Made(_)
             | Self::Linkless { .. }
             | Self::Mismatch { .. }

@@ -79,7 +79,7 @@ fn describe() {
     );
     describe_gauge!(
         "checkout_worker_circuit_open",
-        "1 while the circuit breaker is open; always 0 in this version, which has none"
+        "1 while the circuit breaker is open: most calls to Creem failed, and none is made but one now and then"
     );
     describe_gauge!(
         "checkout_worker_broker_connected",
@@ -131,6 +131,11 @@ pub fn ledger_totals(ambiguous_attempts: u64, orphan_sessions: u64) {
     counter!("checkout_worker_ambiguous_attempts_total").absolute(ambiguous_attempts);
     gauge!("checkout_worker_orphan_sessions")
         .set(u32::try_from(orphan_sessions).map_or(f64::MAX, f64::from));
+}
+
+/// Whether calls to Creem are held back because most failed.
+pub fn circuit_open(open: bool) {
+    gauge!("checkout_worker_circuit_open").set(f64::from(u8::from(open)));
 }
 
 /// What became of a reply.

@@ -8,6 +8,7 @@
 //! Interactive callers come first. Bulk takes the rest, and where both wait a small share of its own, so
 //! that it is never starved.
 
+pub mod breaker;
 pub mod rate;
 
 use std::collections::VecDeque;
@@ -275,6 +276,16 @@ impl Pacer {
     /// Creem said "slow down" to a call that was made at `asked`.
     pub fn slow_down(&self, asked: Instant) {
         self.state().rate.slow_down(asked, Instant::now());
+    }
+
+    /// Creem said that it has too much to do, to a call that was made at `asked`.
+    pub fn overloaded(&self, asked: Instant) {
+        self.state().rate.overloaded(asked, Instant::now());
+    }
+
+    /// After an outage: begins slowly again.
+    pub fn restart(&self) {
+        self.state().rate.restart(Instant::now());
     }
 
     /// Creem asked this worker for silence: nobody calls until it is over.

@@ -42,6 +42,8 @@ const PATIENCE: Duration = Duration::from_secs(4);
 const BETWEEN_PROBES: Duration = Duration::from_millis(50);
 /// How often the rate grows.
 const TICK: Duration = Duration::from_millis(100);
+/// What is left of the best second after another tick: half of it after two minutes.
+const FADES: f64 = 0.9994;
 /// Ticks of which the calls are counted: a second.
 const TICKS: usize = 10;
 
@@ -79,6 +81,8 @@ pub struct Rate {
     refused_at: Option<Instant>,
     /// Calls that were taken in the last ticks, the current one first.
     taken: [u32; TICKS],
+    /// The most that were taken in a second, fading: what an outage does not make forgotten.
+    best: f64,
 }
 
 impl Rate {
@@ -95,6 +99,7 @@ impl Rate {
             pressed: [false; 2],
             refused_at: None,
             taken: [0; TICKS],
+            best: 0.0,
         }
     }
 
@@ -151,11 +156,22 @@ impl Rate {
         self.set(limit * cut);
     }
 
-    /// After an outage: from a small part of what was taken before, growing fast.
+    /// Creem said that it has too much to do. Where it takes nothing at all that is an outage, which is for
+    /// the circuit breaker: a slow trickle of failing calls would only take long to show it.
+    pub fn overloaded(&mut self, asked: Instant, now: Instant) {
+        self.grow(now);
+        if self.takes_any() {
+            self.slow_down(asked, now);
+        }
+    }
+
+    /// After an outage: from a small part of what was taken before it, growing fast.
     pub fn restart(&mut self, now: Instant) {
         self.grow(now);
-        self.limit = Some(self.limit.unwrap_or(self.per_second).max(self.per_second));
-        self.set(self.per_second / 10.0);
+        let before = self.best.max(self.per_second);
+        self.limit = Some(before);
+        self.refused_at = None;
+        self.set(before / 10.0);
     }
 
     /// What holds the rate where it is.
@@ -175,6 +191,10 @@ impl Rate {
         }
     }
 
+    fn takes_any(&self) -> bool {
+        self.taken.iter().any(|taken| *taken > 0)
+    }
+
     /// Calls a second that were taken of late; while it grows, the last ticks say more than the whole second.
     fn taken_in_a_second(&self) -> f64 {
         let second = f64::from(self.taken.iter().sum::<u32>());
@@ -192,10 +212,12 @@ impl Rate {
                 self.tick_at = now;
                 self.pressed = [false; 2];
             }
-            if self.pressed[0] && self.refused_at.is_none() {
+            if self.pressed[0] && self.refused_at.is_none() && self.takes_any() {
                 self.grow_once();
             }
             self.pressed = [false, self.pressed[0]];
+            let second = f64::from(self.taken.iter().sum::<u32>());
+            self.best = (self.best * FADES).max(second);
             self.taken.rotate_right(1);
             self.taken[0] = 0;
         }
@@ -365,15 +387,29 @@ mod tests {
     #[test]
     fn after_an_outage_it_is_soon_where_it_was() {
         let start = Instant::now();
-        let mut rate = Rate::new(Some(400.0), start);
+        let mut rate = Rate::new(None, start);
         let mut now = start;
+        // Fast enough for a while, then refused for a minute.
+        for _ in 0..20_000 {
+            now += MILLI;
+            rate.press(now);
+            if now < start + Duration::from_secs(5) {
+                rate.taken(now, now);
+            }
+        }
+        for _ in 0..600 {
+            now += MILLI * 100;
+            rate.slow_down(now, now);
+        }
+        assert!(rate.per_second() <= 2.0, "{}", rate.per_second());
         rate.restart(now);
-        assert!((rate.per_second() - 40.0).abs() < 0.1);
-        while now < start + Duration::from_secs(8) {
+        assert!((50.0..100.0).contains(&rate.per_second()), "{}", rate.per_second());
+        for _ in 0..800 {
             now += MILLI * 10;
             rate.press(now);
+            rate.taken(now, now);
         }
-        assert!(rate.per_second() >= 380.0, "{}", rate.per_second());
+        assert!(rate.per_second() >= 500.0, "{}", rate.per_second());
     }
 
     #[test]

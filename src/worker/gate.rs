@@ -24,6 +24,8 @@ pub enum Reason {
     Publishing,
     /// No jobs are delivered: the broker is away.
     Broker,
+    /// Most calls to Creem fail.
+    Circuit,
 }
 
 impl Reason {
@@ -35,6 +37,7 @@ impl Reason {
             Self::Key => "key_refused",
             Self::Publishing => "publishing",
             Self::Broker => "broker",
+            Self::Circuit => "circuit_open",
         }
     }
 
@@ -126,6 +129,17 @@ impl Gate {
     #[must_use]
     pub fn is_open(&self) -> bool {
         *self.held.borrow() == 0
+    }
+
+    /// Whether that reason holds the gate, and no other.
+    #[must_use]
+    pub fn is_held_only_by(&self, reason: Reason) -> bool {
+        *self.held.borrow() == reason.bit()
+    }
+
+    /// Waits until that reason holds the gate, and no other.
+    pub async fn held_only_by(&self, reason: Reason) {
+        self.wait(|held| held == reason.bit()).await;
     }
 
     /// Waits until no reason holds the gate.

@@ -7,6 +7,7 @@ mod adoption;
 pub mod ask;
 pub mod budget;
 mod care;
+pub mod circuit;
 pub mod gate;
 pub mod intake;
 pub mod journey;

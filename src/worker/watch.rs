@@ -34,6 +34,8 @@ pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     tasks.spawn(publishing(shared.clone()));
     tasks.spawn(sweep(shared.clone()));
     tasks.spawn(gauges(shared.clone()));
+    let circuit = shared.clone();
+    tasks.spawn(async move { circuit.worker.journey.circuit.keep_time().await });
     if let Some(budget) = &shared.worker.budget {
         tasks.spawn(budget::share_silence(shared.clone(), budget.store.clone()));
         if let Some(per_second) = budget.per_second {

@@ -19,6 +19,7 @@ use creem_checkout_worker::pace::{Limits, Pacer};
 use creem_checkout_worker::retry::{Backoff, Policy};
 use creem_checkout_worker::simulator::{Options as SimulatorOptions, Simulator};
 use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD};
+use creem_checkout_worker::worker::circuit::Circuit;
 use creem_checkout_worker::worker::gate::{Gate, Reason};
 use creem_checkout_worker::worker::journey::{Journey, Verdict};
 use creem_checkout_worker::worker::rules::{LaneRules, Rules};
@@ -79,6 +80,7 @@ fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -
         creem: Client::new(&creem).unwrap(),
         pacer: Pacer::new(Limits { ceiling: None, bulk_share: 0.05 }),
         gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
+        circuit: Circuit::default(),
         turns: Turns::default(),
         trouble: Trouble::default(),
         key_accepted_at: tokio::sync::Mutex::default(),

@@ -15,6 +15,7 @@ mod deploy;
 mod faults;
 mod journey;
 mod ledger;
+mod outage;
 mod publisher;
 mod replicas;
 mod support;

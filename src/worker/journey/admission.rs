@@ -10,22 +10,30 @@ use crate::job::Lane;
 use crate::observe::metrics;
 use crate::pace::Place;
 use crate::worker::ask::Ask;
+use crate::worker::circuit::Probe;
 use crate::worker::gate::Reason;
 
 /// While the key is refused and a lane is full, a job without a deadline makes room after so long.
 const MAKE_ROOM: Duration = Duration::from_secs(5);
 
 /// Whether a call may be made now.
-pub(super) enum Admission {
-    Admitted(Place),
+pub(super) enum Admission<'a> {
+    Admitted(Pass<'a>),
     /// Too late while waiting, or the gate closed again.
     LookAgain,
     Verdict(Verdict),
 }
 
+/// The right to make a call.
+pub(super) struct Pass<'a> {
+    pub(super) place: Place,
+    /// Whether it is the one that shows whether Creem is back.
+    pub(super) probe: Option<Probe<'a>>,
+}
+
 impl Journey {
     /// Waits for the gate and the pacer, as long as the job can still make it.
-    pub(super) async fn admit(&self, ask: &Ask) -> Admission {
+    pub(super) async fn admit(&self, ask: &Ask) -> Admission<'_> {
         let expiry = async {
             match self.rules.expires_at(ask) {
                 Some(at) => tokio::time::sleep(as_duration(at - self.clock.now())).await,
@@ -33,24 +41,34 @@ impl Journey {
             }
         };
         let paced = async {
-            self.gate.opened().await;
+            let probe = tokio::select! {
+                biased;
+                () = self.gate.opened() => None,
+                probe = self.circuit.probe(&self.gate) => Some(probe),
+            };
             let waited = Instant::now();
             let place = self.pacer.admit(ask.lane).await;
             metrics::rate_limit_wait(ask.lane, waited.elapsed());
-            place
+            Pass { place, probe }
         };
         let admission = tokio::select! {
             biased;
             verdict = self.interrupted(ask) => Admission::Verdict(verdict),
-            place = paced => Admission::Admitted(place),
+            pass = paced => Admission::Admitted(pass),
             () = expiry => Admission::LookAgain,
             () = self.must_make_room(ask) => {
                 Admission::Verdict(Verdict::Delay { wait: ASIDE, why: "key_refused" })
             }
         };
         // The gate may have closed while the pacer was waited for.
-        if !self.gate.is_open() && matches!(admission, Admission::Admitted(_)) {
-            return Admission::LookAgain;
+        if let Admission::Admitted(pass) = &admission {
+            let may = match pass.probe {
+                None => self.gate.is_open(),
+                Some(_) => self.gate.is_held_only_by(Reason::Circuit),
+            };
+            if !may {
+                return Admission::LookAgain;
+            }
         }
         admission
     }

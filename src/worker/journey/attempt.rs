@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::admission::Pass;
 use super::record::LEASE_MARGIN;
 use super::{Journey, Step, Verdict};
 use crate::clock::as_millis;
@@ -28,10 +29,10 @@ impl Journey {
         &self,
         ask: &Ask,
         lease: Lease,
-        place: Place,
+        pass: Pass<'_>,
         started: Instant,
     ) -> Step {
-        let in_time = self.in_time(place).await;
+        let in_time = self.in_time(pass.place).await;
         let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
         if !in_time || self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN
         {
@@ -52,9 +53,11 @@ impl Journey {
             .await;
         metrics::creem_request(answer.label(), asked.elapsed());
         self.trouble.note(&answer);
+        self.circuit.note(&answer, pass.probe, &self.gate, &self.pacer);
         match answer.pressure() {
             Some(Pressure::Taken) => self.pacer.taken(asked),
             Some(Pressure::SlowDown) => self.pacer.slow_down(asked),
+            Some(Pressure::Overloaded) => self.pacer.overloaded(asked),
             None => {}
         }
         tracing::debug!(job.key = %ask.key, attempt = lease.attempt, answer = answer.label(), "creem answered");
@@ -189,6 +192,8 @@ impl Journey {
         let failed = |code: &str, text: String| Next::End(Ending::Failed(Problem::new(code, text)));
         match lane.next(tried, retry_after, backoff::chance()) {
             policy::Next::After(delay) => {
+                // Who finds the budget of repeats spent waits longer; nothing fails for it.
+                let delay = delay.max(self.circuit.repeat());
                 metrics::retry(code);
                 tracing::debug!(job.key = %ask.key, attempt = lease.attempt, error = reason, delay_ms = as_millis(delay), "asking again");
                 Next::Wait { until: self.clock.now() + as_millis(delay) }

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::ask::Ask;
+use super::circuit::Circuit;
 use super::gate::Gate;
 use super::rules::Rules;
 use super::trouble::Trouble;
@@ -24,9 +25,9 @@ use crate::clock::{Millis, SharedClock, as_duration};
 use crate::creem::Client;
 use crate::ledger::{Claim, Ledger, LedgerError, Stored};
 use crate::observe::metrics;
-use crate::pace::{Pacer, Place};
+use crate::pace::Pacer;
 use crate::retry::policy::LONGEST_IN_PLACE;
-use admission::Admission;
+use admission::{Admission, Pass};
 
 /// For how long a job then goes to a delay queue, and after it was held for
 /// [`super::ask::LONGEST_HOLD`]. Short, because what is left of it after a pause counts as time in
@@ -70,6 +71,8 @@ pub struct Journey {
     pub pacer: Pacer,
     /// Whether at all.
     pub gate: Arc<Gate>,
+    /// Whether Creem is there.
+    pub circuit: Circuit,
     /// One at a time per key.
     pub turns: Turns,
     /// Wall-clock time.
@@ -115,12 +118,12 @@ impl Journey {
             if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
                 return self.close(ask, problem).await;
             }
-            let place = match self.admit(ask).await {
-                Admission::Admitted(place) => place,
+            let pass = match self.admit(ask).await {
+                Admission::Admitted(pass) => pass,
                 Admission::LookAgain => continue,
                 Admission::Verdict(verdict) => return verdict,
             };
-            match self.step(ask, place).await {
+            match self.step(ask, pass).await {
                 Step::Verdict(verdict) => return verdict,
                 Step::WaitUntil(until, why) => {
                     let wait = as_duration(until - self.clock.now());
@@ -150,11 +153,11 @@ impl Journey {
     }
 
     /// Claims the job and, if it is free, asks Creem once.
-    async fn step(&self, ask: &Ask, place: Place) -> Step {
+    async fn step(&self, ask: &Ask, pass: Pass<'_>) -> Step {
         let started = Instant::now();
         match self.claim(ask).await {
             Ok(Claim::Granted(lease)) => {
-                let attempt = AssertUnwindSafe(self.attempt(ask, lease, place, started));
+                let attempt = AssertUnwindSafe(self.attempt(ask, lease, pass, started));
                 // The hook has logged it.
                 match attempt.catch_unwind().await {
                     Ok(step) => step,

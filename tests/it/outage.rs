@@ -1,0 +1,40 @@
+//! Creem is down for a while: calls stop, jobs wait, and all goes on by itself.
+
+use std::collections::HashSet;
+
+use crate::support::{World, next, soon};
+
+const JOBS: usize = 300;
+
+#[tokio::test]
+async fn an_outage_pauses_intake_and_is_over_by_itself() {
+    let Some(world) = World::new("outage").await else { return };
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    world.script(r#"{"faults":[{"weight":1.0,"kind":"status","status":503}]}"#);
+    for number in 0..JOBS {
+        world.job(&format!("job-{number}")).await;
+    }
+    soon("intake pauses", worker.logged("at least half of the last calls to Creem failed")).await;
+    let (_, metrics) = worker.get("/metrics").await;
+    assert!(metrics.contains("checkout_worker_circuit_open 1"), "{metrics}");
+    assert!(metrics.contains(r#"checkout_worker_paused{reason="circuit_open"} 1"#), "{metrics}");
+    assert_eq!(worker.get("/readyz").await.0, 200, "another pod would find the same Creem");
+
+    // One call now and then, and no more: what was under way, then two that fail.
+    let before = world.posts();
+    soon("the probes", world.simulator.posts_arrived(before + 3)).await;
+    world.script(r#"{"faults":[]}"#);
+    soon("Creem is back", worker.logged("Creem is back")).await;
+
+    let mut answered = HashSet::new();
+    while answered.len() < JOBS {
+        let reply = next(&mut replies).await;
+        assert_eq!(reply.status(), "succeeded", "an outage fails no job");
+        answered.insert(reply.text("/request_id"));
+    }
+    let failed = world.posts() - world.sessions();
+    assert!(failed < 200, "{failed} calls for nothing");
+    let (_, metrics) = worker.get("/metrics").await;
+    assert!(metrics.contains("checkout_worker_circuit_open 0"), "{metrics}");
+}
