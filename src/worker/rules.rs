@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::ask::Ask;
-use crate::clock::{Millis, as_millis};
+use crate::clock::{Millis, as_duration, as_millis};
 use crate::job::{Lane, Problem, reply};
 use crate::ledger::OnUnknown;
 use crate::retry::Policy;
@@ -11,6 +11,10 @@ use crate::retry::Policy;
 /// Jobs closer than this to the end of retention are not begun: their row would be swept while
 /// a copy of them may still be about.
 const RETENTION_MARGIN: Duration = Duration::from_hours(1);
+
+/// A call that would have less time than this is not begun: its answer would come too late, and a session
+/// might exist that nobody was given.
+const SHORTEST_CALL: Duration = Duration::from_millis(100);
 
 /// The rules of one lane.
 #[derive(Debug, Clone, Copy)]
@@ -54,17 +58,30 @@ impl Rules {
         [ask.deadline, aged].into_iter().flatten().min()
     }
 
+    /// Why a call at that time would be in vain, if nobody would wait for its answer.
+    #[must_use]
+    pub fn in_vain(&self, ask: &Ask, at: Millis) -> Option<Problem> {
+        let end = at.saturating_add(as_millis(SHORTEST_CALL));
+        if ask.deadline.is_some_and(|deadline| deadline < end) {
+            let text = "its checkout-deadline leaves no time for a call, or for another one";
+            return Some(Problem::new("deadline_passed", text));
+        }
+        let text = "its lane's max_age leaves no time for a call, or for another one";
+        self.expires_at(ask).filter(|at| *at < end).map(|_| Problem::new("max_age", text))
+    }
+
+    /// How long a call may take that begins at `now`.
+    #[must_use]
+    pub fn time_for_a_call(&self, ask: &Ask, now: Millis) -> Duration {
+        let left = self.expires_at(ask).map(|at| as_duration(at.saturating_sub(now)));
+        left.map_or(self.request_timeout, |left| left.min(self.request_timeout))
+    }
+
     /// Why a job is not begun at `now`, if it is too late for it.
     #[must_use]
     pub fn too_late(&self, ask: &Ask, now: Millis) -> Option<Problem> {
-        if ask.deadline.is_some_and(|deadline| deadline <= now) {
-            return Some(Problem::new(
-                "deadline_passed",
-                "its checkout-deadline passed before there was a link",
-            ));
-        }
-        if self.expires_at(ask).is_some_and(|at| at <= now) {
-            return Some(Problem::new("max_age", "the job is older than its lane's max_age"));
+        if let Some(problem) = self.in_vain(ask, now) {
+            return Some(problem);
         }
         let oldest = now - as_millis(self.retention.saturating_sub(RETENTION_MARGIN));
         let stamped = ask.published_at.unwrap_or(ask.picked_up_at);

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use creem_checkout_worker::job::reply::rfc3339;
 use lapin::options::*;
 use lapin::types::{AMQPValue, FieldTable};
 use serde_json::json;
@@ -207,6 +208,33 @@ async fn direct_reply_to_is_served_and_a_malformed_one_harms_nobody() {
 }
 
 #[tokio::test]
+async fn a_job_that_cannot_make_its_deadline_is_told_at_once_and_its_calls_are_cut_short() {
+    let Some(world) = World::new("cannot_make_it").await else { return };
+    let _worker = world.worker().await;
+    let mut replies = world.replies().await;
+    let until = |at| header("checkout-deadline", &rfc3339(at));
+    // The next try would come after it: nobody waits until then to hear that.
+    world.script(
+        r#"{"faults":[{"request_id":"told","times":1,"kind":"throttle","retry_after":"60"},
+                      {"request_id":"hangs","kind":"hang"}]}"#,
+    );
+    world.publish(body("hangs"), until(now() + 3_000)).await;
+    soon("the call", world.simulator.posts_arrived(1)).await;
+    let deadline = now() + 30_000;
+    world.publish(body("told"), until(deadline)).await;
+    let reply = next(&mut replies).await;
+    assert_eq!(
+        (reply.text("/request_id"), reply.status(), reply.text("/error/code")),
+        ("told".into(), "expired".into(), "deadline_passed".into())
+    );
+    assert!(now() < deadline, "it is told so before the deadline is over");
+    // A call that was cut short by it may have made a session.
+    let reply = next(&mut replies).await;
+    assert_eq!((reply.text("/request_id"), reply.status()), ("hangs".into(), "unresolved".into()));
+    assert_eq!(world.posts(), 2);
+}
+
+#[tokio::test]
 async fn a_deadline_that_has_passed_is_answered_without_a_call() {
     let Some(world) = World::new("a_deadline").await else { return };
     let _worker = world.worker().await;
@@ -407,7 +435,7 @@ async fn a_refused_key_pauses_intake_and_fails_nobody() {
     for n in 0..5 {
         world.job(&format!("order_{n}")).await;
     }
-    let soonish = creem_checkout_worker::job::reply::rfc3339(now() + 1_500);
+    let soonish = rfc3339(now() + 1_500);
     world.publish(body("hurried"), header("checkout-deadline", &soonish)).await;
     soon("intake pauses", worker.logged("intake is paused: Creem refuses the API key")).await;
     eventually("it is not ready, and says why", || async {

@@ -47,10 +47,8 @@ impl Journey {
         }
         let asked = Instant::now();
         let body = ask.request.wire.clone();
-        let answer = self
-            .creem
-            .create_checkout(&ask.request.request_id, body, self.rules.request_timeout)
-            .await;
+        let time = self.rules.time_for_a_call(ask, self.clock.now());
+        let answer = self.creem.create_checkout(&ask.request.request_id, body, time).await;
         metrics::creem_request(answer.label(), asked.elapsed());
         self.trouble.note(&answer);
         self.circuit.note(&answer, pass.probe, &self.gate, &self.pacer);
@@ -62,7 +60,7 @@ impl Journey {
         }
         tracing::debug!(job.key = %ask.key, attempt = lease.attempt, answer = answer.label(), "creem answered");
         let answer = if let Answer::Linkless { checkout_id } = answer {
-            self.fetch_link(ask, checkout_id, asked + self.rules.request_timeout).await
+            self.fetch_link(ask, checkout_id, asked + time).await
         } else {
             answer
         };
@@ -194,9 +192,13 @@ impl Journey {
             policy::Next::After(delay) => {
                 // Who finds the budget of repeats spent waits longer; nothing fails for it.
                 let delay = delay.max(self.circuit.repeat());
+                let until = self.clock.now() + as_millis(delay);
+                if let Some(problem) = self.rules.in_vain(ask, until) {
+                    return Next::End(Ending::Expired(problem));
+                }
                 metrics::retry(code);
                 tracing::debug!(job.key = %ask.key, attempt = lease.attempt, error = reason, delay_ms = as_millis(delay), "asking again");
-                Next::Wait { until: self.clock.now() + as_millis(delay) }
+                Next::Wait { until }
             }
             policy::Next::AttemptsExhausted => failed(
                 "attempts_exhausted",

@@ -34,6 +34,9 @@ use admission::{Admission, Pass};
 /// which the job was tried.
 const ASIDE: Duration = Duration::from_secs(5);
 
+/// What a job waits for whose next try lies ahead.
+const NOT_DUE: &str = "retry_not_due";
+
 /// What is to be done with the message.
 #[derive(Debug)]
 pub enum Verdict {
@@ -126,6 +129,12 @@ impl Journey {
             match self.step(ask, pass).await {
                 Step::Verdict(verdict) => return verdict,
                 Step::WaitUntil(until, why) => {
+                    // Whoever has the job now may still make it; a try that is not due yet cannot.
+                    if why == NOT_DUE
+                        && let Some(problem) = self.rules.in_vain(ask, until)
+                    {
+                        return self.close(ask, problem).await;
+                    }
                     let wait = as_duration(until - self.clock.now());
                     if wait > LONGEST_IN_PLACE {
                         return Verdict::Delay { wait, why };
@@ -171,7 +180,7 @@ impl Journey {
                 let soonest = self.clock.now() + 100;
                 Step::WaitUntil(until.max(soonest), "busy")
             }
-            Ok(Claim::Waiting { until }) => Step::WaitUntil(until, "retry_not_due"),
+            Ok(Claim::Waiting { until }) => Step::WaitUntil(until, NOT_DUE),
             Err(LedgerError::DamagedRow(what)) => Step::Verdict(Verdict::Damaged(what)),
             Err(error @ (LedgerError::Damaged(_) | LedgerError::Stopped(_))) => {
                 Step::Verdict(Verdict::Fatal(error))
