@@ -10,6 +10,7 @@ use crate::config::check::{Ledger, Resolved};
 use crate::creem::{Client, KeyCheck};
 use crate::job::Lane;
 use crate::job::reply::rfc3339;
+use crate::ledger::PausedLane;
 use crate::ledger::postgres::{self, ready::Ready};
 use crate::ledger::sqlite::inspect::Inspector;
 use crate::observe::admin::LIVEZ;
@@ -51,7 +52,13 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
             listen(settings.listen)
         )
     })?;
+    let there = ledger.is_ok();
     report("ledger", ledger);
+    if there {
+        for line in block_on(paused_lanes(&settings.ledger))? {
+            report("lanes", line);
+        }
+    }
     report("http.listen", listen);
     for (what, result) in broker {
         report(what, result);
@@ -61,6 +68,24 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         Ok(())
     } else {
         Err(Failure::Failed(anyhow::anyhow!("{} wrong, see above", super::count(wrong, "thing"))))
+    }
+}
+
+/// A line for each lane that is paused: that is no fault, but explains much.
+async fn paused_lanes(ledger: &Ledger) -> Vec<Result<String, String>> {
+    // One that is yet to be made has none.
+    let Ok(look) = Look::open(ledger).await else { return Vec::new() };
+    match look.paused_lanes().await {
+        Ok(paused) => paused
+            .iter()
+            .map(|PausedLane { lane, since }| {
+                let since = rfc3339(*since);
+                Ok(format!(
+                    "{lane} is paused since {since}; checkout-worker resume --lane {lane} ends that"
+                ))
+            })
+            .collect(),
+        Err(error) => vec![Err(error.to_string())],
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use super::Failure;
 use crate::config::check::Ledger;
 use crate::job::Key;
-use crate::ledger::{KnownOrphan, LedgerError, Report, Row, postgres, sqlite};
+use crate::ledger::{KnownOrphan, LedgerError, PausedLane, Report, Row, postgres, sqlite};
 
 /// An open ledger.
 pub(super) enum Look {
@@ -27,6 +27,13 @@ impl Look {
         match self {
             Self::File(file) => locked(file).row(key),
             Self::Database(database) => database.row(key).await,
+        }
+    }
+
+    pub(super) async fn paused_lanes(&self) -> Result<Vec<PausedLane>, LedgerError> {
+        match self {
+            Self::File(file) => locked(file).paused_lanes(),
+            Self::Database(database) => database.paused_lanes().await,
         }
     }
 

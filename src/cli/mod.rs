@@ -2,6 +2,7 @@
 
 mod check;
 mod enqueue;
+mod lanes;
 mod ledger;
 mod look;
 mod run;
@@ -39,6 +40,10 @@ enum Command {
     Enqueue(Box<enqueue::Arguments>),
     /// Tell what the ledger knows of one `request_id`.
     Show(show::Arguments),
+    /// Take no more jobs of a lane, with all workers of the ledger; they wait in RabbitMQ.
+    Pause(lanes::Arguments),
+    /// Take the jobs of a paused lane again.
+    Resume(lanes::Arguments),
     /// Tell the ledger what only an operator knows, e.g. that it was restored from a backup.
     Ledger(ledger::Arguments),
     /// Delete the queues and exchanges under `topology.prefix`, messages included; for demos and
@@ -83,6 +88,8 @@ pub fn main() -> ExitCode {
         Command::Check(command) => check::run(file, command),
         Command::Enqueue(command) => enqueue::run(file, command),
         Command::Show(command) => show::run(file, command),
+        Command::Pause(command) => lanes::pause(file, command),
+        Command::Resume(command) => lanes::resume(file, command),
         Command::Ledger(command) => ledger::run(file, command),
         Command::RemoveTopology => remove_topology(file),
     };

@@ -29,6 +29,7 @@ use crate::worker::circuit::Circuit;
 use crate::worker::gate::Gate;
 use crate::worker::intake::Intake;
 use crate::worker::journey::Journey;
+use crate::worker::lanes::Lanes;
 use crate::worker::settle::Settler;
 use crate::worker::trouble::Trouble;
 use crate::worker::turns::Turns;
@@ -215,6 +216,7 @@ fn assemble(
                 _ => Pacer::new(settings.limits),
             },
             gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
+            lanes: Lanes::default(),
             circuit: Circuit::default(),
             turns: Turns::default(),
             trouble: Trouble::default(),

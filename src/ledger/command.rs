@@ -280,6 +280,28 @@ pub enum OwnCommand {
     },
     /// What has been decided about a new ledger.
     Adopt(Adoption),
+    /// No worker takes jobs of that lane any more.
+    PauseLane(Lane),
+    /// They do again.
+    ResumeLane(Lane),
+}
+
+/// A lane that an operator has paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PausedLane {
+    /// Which.
+    pub lane: Lane,
+    /// Since when.
+    pub since: Millis,
+}
+
+/// Under which name a ledger keeps that a lane is paused.
+#[must_use]
+pub(super) const fn pause_name(lane: Lane) -> &'static str {
+    match lane {
+        Lane::Interactive => "paused.interactive",
+        Lane::Bulk => "paused.bulk",
+    }
 }
 
 /// The answer to a command.

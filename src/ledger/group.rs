@@ -11,7 +11,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Answer, Command, LedgerError};
+use super::{Answer, Command, LedgerError, PausedLane};
 use crate::clock::Millis;
 
 /// Most commands in one commit: past it the sync's share per command is below the cost of the
@@ -25,6 +25,12 @@ pub trait Store: Send + 'static {
     /// # Errors
     /// See [`LedgerError`].
     fn commit(&mut self, batch: &[Command]) -> Result<Committed, LedgerError>;
+
+    /// The lanes that are paused.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn paused_lanes(&mut self) -> Result<Vec<PausedLane>, LedgerError>;
 
     /// Removes a small batch of old rows.
     ///
@@ -49,6 +55,7 @@ type Waiter<T> = oneshot::Sender<Result<T, LedgerError>>;
 enum Work {
     Apply(Command, Waiter<Answer>),
     Sweep(Millis, Waiter<usize>),
+    PausedLanes(Waiter<Vec<PausedLane>>),
 }
 
 /// The way to a store's thread. Dropping it waits until the thread has closed the store.
@@ -120,6 +127,13 @@ impl Group {
         wait(self.send(Work::Sweep(before, waiter)), answer)
     }
 
+    /// The lanes that are paused.
+    #[must_use]
+    pub fn paused_lanes(&self) -> BoxFuture<'static, Result<Vec<PausedLane>, LedgerError>> {
+        let (waiter, answer) = oneshot::channel();
+        wait(self.send(Work::PausedLanes(waiter)), answer)
+    }
+
     fn send(&self, work: Work) -> bool {
         self.queue.as_ref().is_some_and(|queue| queue.send(work).is_ok())
     }
@@ -143,7 +157,8 @@ fn turn(
     work: &mut mpsc::UnboundedReceiver<Work>,
     observe: &impl Fn(Commit),
 ) {
-    let (mut commands, mut waiters, mut sweeps) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut commands, mut waiters) = (Vec::new(), Vec::new());
+    let (mut sweeps, mut questions) = (Vec::new(), Vec::new());
     let mut next = Some(first);
     while let Some(item) = next {
         match item {
@@ -152,6 +167,7 @@ fn turn(
                 waiters.push(waiter);
             }
             Work::Sweep(before, waiter) => sweeps.push((before, waiter)),
+            Work::PausedLanes(waiter) => questions.push(waiter),
         }
         next = if commands.len() < MOST { work.try_recv().ok() } else { None };
     }
@@ -174,6 +190,9 @@ fn turn(
     }
     for (before, waiter) in sweeps {
         give(waiter, store.sweep(before));
+    }
+    for waiter in questions {
+        give(waiter, store.paused_lanes());
     }
 }
 

@@ -37,6 +37,7 @@ use crate::clock::Millis;
 use crate::job::{Key, LedgerSecret};
 
 pub use budget::{Budget, Places};
+use command::pause_name;
 pub use command::*;
 pub use report::{KnownOrphan, Report};
 pub use row::{Row, State};
@@ -108,6 +109,12 @@ pub trait Ledger: Send + Sync + std::fmt::Debug + 'static {
 
     /// What the ledger knew of itself when it was opened.
     fn identity(&self) -> &Identity;
+
+    /// The lanes that an operator has paused.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn paused_lanes(&self) -> BoxFuture<'static, Result<Vec<PausedLane>, LedgerError>>;
 
     /// Removes rows that ended before that time and cannot hide a session; at most a small
     /// batch. Returns how many went.

@@ -122,11 +122,23 @@ async fn status(State(sources): State<Sources>) -> impl IntoResponse {
         .into_iter()
         .map(|lane| (lane.as_str().to_owned(), json!(sources.health.in_flight(lane))))
         .collect();
+    let (rate, circuit_open_for) = sources.health.calls();
+    let paused: Vec<&str> = sources.health.paused_lanes().into_iter().map(Lane::as_str).collect();
+    let circuit = circuit_open_for.map_or_else(
+        || "closed".to_owned(),
+        |open| {
+            let seconds = open.as_secs();
+            format!("open for {seconds} s: most calls to Creem failed; one now and then shows whether it is back")
+        },
+    );
     Json(json!({
         "version": env!("CARGO_PKG_VERSION"),
         "ready": reasons.is_empty(),
         "not_ready_because": reasons,
         "in_flight": in_flight,
+        "rate_limit": {"per_second": rate.per_second, "because": rate.because},
+        "circuit": circuit,
+        "paused_lanes": paused,
         "oldest_unsettled_seconds": sources.health.oldest().as_secs_f64(),
     }))
 }

@@ -18,6 +18,9 @@ struct Parts {
     publishing: Result<(), String>,
     ledger: Result<(), String>,
     key: Result<(), String>,
+    rate: Rate,
+    circuit_open_for: Option<Duration>,
+    paused_lanes: Vec<Lane>,
     stopping: bool,
     next: u64,
     in_flight: HashMap<u64, (Lane, Instant)>,
@@ -30,11 +33,23 @@ impl Default for Parts {
             publishing: Err("no publishing connection yet".to_owned()),
             ledger: Ok(()),
             key: Ok(()),
+            rate: Rate::default(),
+            circuit_open_for: None,
+            paused_lanes: Vec::new(),
             stopping: false,
             next: 0,
             in_flight: HashMap::new(),
         }
     }
+}
+
+/// How fast Creem is asked.
+#[derive(Debug, Clone, Default)]
+pub struct Rate {
+    /// Most calls a second.
+    pub per_second: f64,
+    /// What holds it there.
+    pub because: String,
 }
 
 /// One delivery in the works; ends when it is dropped.
@@ -69,6 +84,31 @@ impl Health {
     /// Creem's opinion of the key.
     pub fn set_key(&self, state: Result<(), String>) {
         self.locked().key = state;
+    }
+
+    /// How fast Creem is asked, and for how long it has not been because most calls failed.
+    pub fn set_calls(&self, rate: Rate, circuit_open_for: Option<Duration>) {
+        let mut parts = self.locked();
+        parts.rate = rate;
+        parts.circuit_open_for = circuit_open_for;
+    }
+
+    /// See [`Health::set_calls`].
+    #[must_use]
+    pub fn calls(&self) -> (Rate, Option<Duration>) {
+        let parts = self.locked();
+        (parts.rate.clone(), parts.circuit_open_for)
+    }
+
+    /// The lanes that an operator has paused.
+    pub fn set_paused_lanes(&self, lanes: Vec<Lane>) {
+        self.locked().paused_lanes = lanes;
+    }
+
+    /// See [`Health::set_paused_lanes`].
+    #[must_use]
+    pub fn paused_lanes(&self) -> Vec<Lane> {
+        self.locked().paused_lanes.clone()
     }
 
     /// The worker stops: no longer ready.

@@ -78,6 +78,14 @@ fn describe() {
         "Waiting for rate_limit to let a call through"
     );
     describe_gauge!(
+        "checkout_worker_rate_limit_per_second",
+        "Most calls to Creem a second, as learned from its 429 and 503 or configured; /status says why"
+    );
+    describe_gauge!(
+        "checkout_worker_lane_paused",
+        "1 while an operator has paused the lane (checkout-worker pause)"
+    );
+    describe_gauge!(
         "checkout_worker_circuit_open",
         "1 while the circuit breaker is open: most calls to Creem failed, and none is made but one now and then"
     );
@@ -131,6 +139,16 @@ pub fn ledger_totals(ambiguous_attempts: u64, orphan_sessions: u64) {
     counter!("checkout_worker_ambiguous_attempts_total").absolute(ambiguous_attempts);
     gauge!("checkout_worker_orphan_sessions")
         .set(u32::try_from(orphan_sessions).map_or(f64::MAX, f64::from));
+}
+
+/// Most calls a second, as learned or configured.
+pub fn rate_limit(per_second: f64) {
+    gauge!("checkout_worker_rate_limit_per_second").set(per_second);
+}
+
+/// Whether an operator has paused a lane.
+pub fn lane_paused(lane: Lane, paused: bool) {
+    gauge!("checkout_worker_lane_paused", "lane" => lane.as_str()).set(f64::from(u8::from(paused)));
 }
 
 /// Whether calls to Creem are held back because most failed.

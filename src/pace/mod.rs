@@ -20,7 +20,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::job::Lane;
-use rate::Rate;
+use rate::{Held, Rate};
 
 /// How late a call may be for its place, where there is a ceiling. Places are that much further apart in a
 /// second, so that late calls and those that are in time still keep the ceiling together.
@@ -299,6 +299,24 @@ impl Pacer {
     pub fn hear(&self, until: Instant) {
         let mut state = self.state();
         state.quiet_until = state.quiet_until.max(until);
+    }
+
+    /// How fast calls are made at most, and what holds that where it is, in a sentence.
+    #[must_use]
+    pub fn explain(&self) -> (f64, String) {
+        let now = Instant::now();
+        let state = self.state();
+        let per_second = state.rate.per_second();
+        let silence = state.quiet_until.saturating_duration_since(now);
+        if !silence.is_zero() {
+            let seconds = silence.as_secs() + 1;
+            return (per_second, format!("Creem asked for silence, for {seconds} s more"));
+        }
+        if self.granted && state.rate.held(now) == Held::Ceiling {
+            let text = "rate_limit.per_second is the ceiling of all workers together";
+            return (per_second, text.to_owned());
+        }
+        (per_second, state.rate.held(now).to_string())
     }
 
     /// Until when Creem has asked this worker for silence, and when that changes.

@@ -7,6 +7,7 @@
 //!
 //! Pure: time comes in as an argument.
 
+use std::fmt;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -63,6 +64,23 @@ pub enum Held {
         /// How long ago.
         ago: Duration,
     },
+}
+
+impl fmt::Display for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Demand => f.write_str("fewer calls are wanted than it allows"),
+            Self::Ceiling => f.write_str("rate_limit.per_second is the ceiling"),
+            Self::Unknown => f.write_str(
+                "Creem has not said yet how fast is too fast, so it grows until it does",
+            ),
+            Self::Limit { per_second, ago } => write!(
+                f,
+                "Creem said \"slow down\" at {per_second:.1} calls a second, {} s ago; it grows slowly from below that",
+                ago.as_secs()
+            ),
+        }
+    }
 }
 
 /// The rate at which calls are made.

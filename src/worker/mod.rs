@@ -11,6 +11,7 @@ pub mod circuit;
 pub mod gate;
 pub mod intake;
 pub mod journey;
+pub mod lanes;
 pub mod rules;
 mod sessions;
 pub mod settle;
@@ -136,6 +137,9 @@ impl Worker {
             fatal: tokio::sync::watch::Sender::new(None),
         });
         shared.begin_with_the_ledger().await;
+        // Before a job is taken of a lane that was paused long ago.
+        let journey = &shared.worker.journey;
+        journey.lanes.look(&*journey.ledger, &shared.worker.health).await;
         let mut watchers = JoinSet::new();
         watch::spawn_all(&shared, &mut watchers);
         let mut fatal = shared.fatal.subscribe();

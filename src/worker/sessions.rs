@@ -16,7 +16,7 @@ use crate::clock::as_millis;
 use crate::job::Lane;
 use crate::observe::metrics;
 use crate::rabbit::consumer::{Deliveries, OpenError};
-use crate::rabbit::{LinkError, Session};
+use crate::rabbit::{Delivery, LinkError, Session};
 use crate::retry::backoff;
 
 impl Shared {
@@ -146,28 +146,38 @@ impl Shared {
     }
 
     /// Follows the lanes as they begin to be consumed, or cannot be; never ends.
-    async fn follow(&self, subscriptions: &mut mpsc::Receiver<Subscribed>, expected: usize) {
+    async fn follow(
+        &self,
+        subscriptions: &mut mpsc::Receiver<(Lane, Subscribed)>,
+        expected: usize,
+    ) {
         let mut served = Vec::new();
         while let Some((lane, subscribed)) = subscriptions.recv().await {
+            let known = served.contains(&lane.as_str());
+            if !known && !matches!(subscribed, Subscribed::Not(_)) {
+                served.push(lane.as_str());
+            }
+            metrics::consuming(lane, matches!(subscribed, Subscribed::Consumed));
             match subscribed {
-                Ok(()) => {
-                    served.push(lane.as_str());
-                    metrics::consuming(lane, true);
+                Subscribed::Consumed | Subscribed::Paused => {
                     metrics::broker_connected(true);
                     self.gate.open(Reason::Broker);
                 }
-                Err(error) => {
+                Subscribed::Not(error) => {
                     tracing::warn!(
                         job.lane = lane.as_str(),
                         error,
                         "this lane cannot be consumed; trying again"
                     );
                     self.worker.health.set_broker(Err(format!("lane {lane}: {error}")));
+                    continue;
                 }
             }
             if served.len() == expected {
                 self.worker.health.set_broker(Ok(()));
-                tracing::info!(lanes = ?served, "consuming");
+                if !known {
+                    tracing::info!(lanes = ?served, "consuming");
+                }
             }
         }
         // A lane that fails ends the session; nothing more comes then.
@@ -195,15 +205,30 @@ struct LaneLoop {
     fresh: bool,
 }
 
-/// A lane, and whether it is consumed.
-type Subscribed = (Lane, Result<(), String>);
+/// Whether a lane is consumed.
+#[derive(Debug)]
+enum Subscribed {
+    Consumed,
+    /// An operator wants it so.
+    Paused,
+    /// Why it cannot be.
+    Not(String),
+}
+
+/// Why no more deliveries are taken.
+enum Taken {
+    /// The lane is paused, or the worker stops.
+    Enough,
+    /// The session is over; why, if that began here.
+    Over(Option<LinkError>),
+}
 
 impl LaneLoop {
     /// Subscribes; a lane whose queue is missing or forbidden is asked for again and again, while the
     /// others are served. An error is the session's; `None` says that it is over.
     async fn subscribe(
         &self,
-        subscribed: &mpsc::Sender<Subscribed>,
+        subscribed: &mpsc::Sender<(Lane, Subscribed)>,
     ) -> Result<Option<Deliveries>, LinkError> {
         let topology = &self.shared.worker.plan.topology;
         let mut tries = 0;
@@ -213,7 +238,7 @@ impl LaneLoop {
                 taken = consume => match taken {
                     Ok(deliveries) => {
                         // The receiver is gone only when the session is.
-                        let told = subscribed.send((self.lane, Ok(()))).await;
+                        let told = subscribed.send((self.lane, Subscribed::Consumed)).await;
                         return Ok(told.is_ok().then_some(deliveries));
                     }
                     Err(LinkError::Denied(text)) => text,
@@ -221,7 +246,7 @@ impl LaneLoop {
                 },
                 () = self.session.over.cancelled() => return Ok(None),
             };
-            if subscribed.send((self.lane, Err(denied))).await.is_err() {
+            if subscribed.send((self.lane, Subscribed::Not(denied))).await.is_err() {
                 return Ok(None);
             }
             tries += 1;
@@ -233,29 +258,56 @@ impl LaneLoop {
         }
     }
 
-    /// Takes deliveries until the session breaks (then why) or the worker stops.
-    async fn run(self, subscribed: mpsc::Sender<Subscribed>) -> Option<LinkError> {
-        let mut intake = match self.subscribe(&subscribed).await {
-            Ok(Some(deliveries)) => deliveries,
-            Ok(None) => return None,
-            Err(error) => return Some(error),
-        };
-        let mut waiting = VecDeque::new();
+    /// Takes deliveries, but for times in which the lane is paused, until the session breaks (then why) or
+    /// the worker stops.
+    async fn run(self, subscribed: mpsc::Sender<(Lane, Subscribed)>) -> Option<LinkError> {
+        let lanes = &self.shared.worker.journey.lanes;
+        loop {
+            if lanes.is_paused(self.lane) {
+                if subscribed.send((self.lane, Subscribed::Paused)).await.is_err() {
+                    return None;
+                }
+                tokio::select! {
+                    () = lanes.resumed(self.lane) => {}
+                    () = self.session.over.cancelled() => return None,
+                    () = self.shared.stop.cancelled() => return None,
+                }
+            }
+            let mut intake = match self.subscribe(&subscribed).await {
+                Ok(Some(deliveries)) => deliveries,
+                Ok(None) => return None,
+                Err(error) => return Some(error),
+            };
+            let mut waiting = VecDeque::new();
+            match self.take(&mut intake, &mut waiting).await {
+                Taken::Over(reason) => return reason,
+                Taken::Enough => intake.cancel(waiting).await,
+            }
+            if self.shared.stop.is_cancelled() {
+                return None;
+            }
+        }
+    }
+
+    /// Takes deliveries and has each brought to its end, as the lane's permits allow.
+    async fn take(&self, intake: &mut Deliveries, waiting: &mut VecDeque<Delivery>) -> Taken {
         let mut permit = None;
         loop {
             tokio::select! {
                 biased;
-                () = self.shared.stop.cancelled() => break,
-                () = self.session.over.cancelled() => return None,
+                () = self.shared.stop.cancelled() => return Taken::Enough,
+                () = self.session.over.cancelled() => return Taken::Over(None),
+                () = self.shared.worker.journey.lanes.paused(self.lane) => return Taken::Enough,
                 granted = self.permits.clone().acquire_owned(), if permit.is_none() => {
-                    permit = Some(granted.ok()?);
+                    let Ok(granted) = granted else { return Taken::Over(None) };
+                    permit = Some(granted);
                 }
                 // Read even while the lane is full, or a broken session would go unnoticed. What
                 // waits here is bounded by the prefetch.
                 delivery = intake.next() => match delivery {
                     Ok(delivery) if self.shared.may_serve(&delivery, self.fresh).await => waiting.push_back(delivery),
-                    Ok(_) => return None,
-                    Err(error) => return Some(error),
+                    Ok(_) => return Taken::Over(None),
+                    Err(error) => return Taken::Over(Some(error)),
                 },
             }
             if permit.is_some()
@@ -266,7 +318,5 @@ impl LaneLoop {
                 self.shared.jobs.spawn(shared.handle(delivery, self.permits.clone(), permit));
             }
         }
-        intake.cancel(waiting).await;
-        None
     }
 }

@@ -11,6 +11,7 @@ use super::{Shared, budget};
 use crate::clock::as_millis;
 use crate::creem::KeyCheck;
 use crate::ledger::{LedgerError, OwnCommand};
+use crate::observe::health::Rate;
 use crate::observe::metrics;
 use crate::rabbit::publisher::State;
 use crate::retry::{Backoff, backoff};
@@ -34,6 +35,11 @@ pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     tasks.spawn(publishing(shared.clone()));
     tasks.spawn(sweep(shared.clone()));
     tasks.spawn(gauges(shared.clone()));
+    let lanes = shared.clone();
+    tasks.spawn(async move {
+        let journey = &lanes.worker.journey;
+        journey.lanes.follow(&*journey.ledger, &lanes.worker.health).await;
+    });
     let circuit = shared.clone();
     tasks.spawn(async move { circuit.worker.journey.circuit.keep_time().await });
     if let Some(budget) = &shared.worker.budget {
@@ -159,6 +165,10 @@ async fn sweep(shared: Arc<Shared>) {
 async fn gauges(shared: Arc<Shared>) {
     loop {
         metrics::oldest_unsettled(shared.worker.health.oldest());
+        let (per_second, because) = shared.worker.journey.pacer.explain();
+        metrics::rate_limit(per_second);
+        let open_for = shared.worker.journey.circuit.open_for();
+        shared.worker.health.set_calls(Rate { per_second, because }, open_for);
         for lane in shared.worker.lanes.iter().map(|size| size.lane) {
             metrics::jobs_in_flight(lane, shared.worker.health.in_flight(lane));
         }

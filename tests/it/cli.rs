@@ -31,7 +31,7 @@ fn run(arguments: &[&str], environment: &BTreeMap<String, String>, input: &str) 
     child.wait_with_output().unwrap()
 }
 
-async fn command(
+pub(crate) async fn command(
     arguments: &[&str],
     environment: BTreeMap<String, String>,
     input: &str,

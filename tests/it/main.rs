@@ -14,6 +14,7 @@ mod creem;
 mod deploy;
 mod faults;
 mod journey;
+mod lanes;
 mod ledger;
 mod outage;
 mod publisher;

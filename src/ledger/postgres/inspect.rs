@@ -4,9 +4,10 @@ use deadpool_postgres::Pool;
 use tokio_postgres::types::Type;
 
 use super::connect::{OpenError, Options, pool_error, pool_to_read};
+use super::itself::paused_lanes;
 use super::{ask, statements};
 use crate::job::{Key, Mode, RequestId};
-use crate::ledger::{KnownOrphan, LedgerError, Report, Row};
+use crate::ledger::{KnownOrphan, LedgerError, PausedLane, Report, Row};
 
 /// Rows that a check reads at a time.
 const PAGE: i64 = 2_000;
@@ -46,6 +47,14 @@ impl Inspector {
         let (_, mut found) =
             ask(&self.pool, async |client| statements::read(client, &[key]).await).await?;
         found.pop().map_or(Ok(None), |found| found.map(|versioned| versioned.row))
+    }
+
+    /// The lanes that an operator has paused.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub async fn paused_lanes(&self) -> Result<Vec<PausedLane>, LedgerError> {
+        ask(&self.pool, async |client| paused_lanes(client).await).await
     }
 
     /// The sessions nobody was given for one job.

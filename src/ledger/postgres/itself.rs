@@ -1,15 +1,15 @@
 //! What the ledger knows of itself: its secret, who serves with it, when somebody last did.
 
 use deadpool_postgres::Object;
-use tokio_postgres::types::Type;
+use tokio_postgres::types::{ToSql, Type};
 
 use super::connect::OpenError;
 use super::statements::durable;
 use super::{ADOPTION, HOUSEKEEPING};
 use crate::clock::{Millis, as_millis};
-use crate::job::LedgerSecret;
+use crate::job::{Lane, LedgerSecret};
 use crate::ledger::transition::Forgotten;
-use crate::ledger::{Adoption, Identity, OwnCommand, Standing};
+use crate::ledger::{Adoption, Identity, OwnCommand, PausedLane, Standing, pause_name};
 
 /// What all workers have recorded, and what holds for all.
 #[derive(Debug, Clone, Copy)]
@@ -42,79 +42,101 @@ pub(super) async fn totals(client: &Object, now: Millis) -> Result<Totals, tokio
     })
 }
 
+/// A value for `$1`, `$2`, … with its type.
+type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
+
+/// Something is so from then on.
+const SET: &str = concat!(
+    "INSERT INTO checkout_worker.meta (name, number) VALUES ($1, $2)
+     ON CONFLICT (name) DO UPDATE SET number = excluded.number RETURNING ",
+    durable!()
+);
+/// What was told before is not taken back by an earlier time.
+const SET_LATEST: &str = concat!(
+    "INSERT INTO checkout_worker.meta AS m (name, number) VALUES ($1, $2)
+     ON CONFLICT (name) DO UPDATE SET number = greatest(m.number, excluded.number) RETURNING ",
+    durable!()
+);
+/// It stays as it was.
+const SET_FIRST: &str = concat!(
+    "INSERT INTO checkout_worker.meta (name, number) VALUES ($1, $2)
+     ON CONFLICT (name) DO NOTHING RETURNING ",
+    durable!()
+);
+const FORGET: &str =
+    concat!("DELETE FROM checkout_worker.meta WHERE name = $1 RETURNING ", durable!());
+/// Who refuses does so for all: a job that nobody took before must not adopt it afterwards.
+const ADOPT: &str = concat!(
+    "INSERT INTO checkout_worker.meta (name, number)
+     SELECT 'adopted', $1 WHERE NOT EXISTS
+         (SELECT FROM checkout_worker.meta WHERE name = 'refused')
+     ON CONFLICT (name) DO NOTHING RETURNING ",
+    durable!()
+);
+const PAUSE: &str = concat!(
+    "INSERT INTO checkout_worker.pause VALUES ($1, $2) ON CONFLICT DO NOTHING RETURNING ",
+    durable!()
+);
+/// What workers write is tried without a change: a right may be missing that jobs need.
+const TRIED: [&str; 3] = [
+    "INSERT INTO checkout_worker.job SELECT * FROM checkout_worker.job WHERE false",
+    "UPDATE checkout_worker.job SET version = version WHERE false",
+    "UPDATE checkout_worker.budget SET next_at = next_at WHERE false",
+];
+
 /// Carries out what is about no job.
 pub(super) async fn about_itself(
     client: &Object,
     command: OwnCommand,
     now: Millis,
 ) -> Result<(), tokio_postgres::Error> {
-    const SET: &str = concat!(
-        "INSERT INTO checkout_worker.meta (name, number) VALUES ($1, $2)
-         ON CONFLICT (name) DO UPDATE SET number = excluded.number RETURNING ",
-        durable!()
-    );
-    let set = async |name: &str, number: Millis| {
-        client.query_typed(SET, &[(&name, Type::TEXT), (&number, Type::INT8)]).await.map(|_| ())
+    let write = async |sql: &str, parameters: &[Parameter<'_>]| {
+        client.query_typed(sql, parameters).await.map(|_| ())
+    };
+    let set = async |sql: &str, name: &str, number: Millis| {
+        write(sql, &[(&name, Type::TEXT), (&number, Type::INT8)]).await
     };
     match command {
-        OwnCommand::Pause { from, to } => client
-            .query_typed(
-                concat!(
-                    "INSERT INTO checkout_worker.pause VALUES ($1, $2)
-                     ON CONFLICT DO NOTHING RETURNING ",
-                    durable!()
-                ),
-                &[(&from, Type::INT8), (&to, Type::INT8)],
-            )
-            .await
-            .map(|_| ()),
-        // What workers write is tried as well, without a change: a right may be missing that jobs need.
-        OwnCommand::Probe => {
-            for same in [
-                "INSERT INTO checkout_worker.job SELECT * FROM checkout_worker.job WHERE false",
-                "UPDATE checkout_worker.job SET version = version WHERE false",
-                "UPDATE checkout_worker.budget SET next_at = next_at WHERE false",
-            ] {
-                client.query_typed(same, &[]).await?;
-            }
-            set("probed", now).await
+        OwnCommand::Pause { from, to } => {
+            write(PAUSE, &[(&from, Type::INT8), (&to, Type::INT8)]).await
         }
-        // What was told before is not taken back by an earlier time.
-        OwnCommand::Restored { until } => client
-            .query_typed(
-                concat!(
-                    "INSERT INTO checkout_worker.meta AS m (name, number) VALUES ('restored', $1)
-                     ON CONFLICT (name) DO UPDATE SET number = greatest(m.number, excluded.number)
-                     RETURNING ",
-                    durable!()
-                ),
-                &[(&until, Type::INT8)],
-            )
-            .await
-            .map(|_| ()),
-        // Who refuses does so for all: a job that nobody took before must not adopt it afterwards.
-        OwnCommand::Adopt(Adoption::Adopted) => client
-            .query_typed(
-                concat!(
-                    "INSERT INTO checkout_worker.meta (name, number)
-                     SELECT 'adopted', $1 WHERE NOT EXISTS
-                         (SELECT FROM checkout_worker.meta WHERE name = 'refused')
-                     ON CONFLICT (name) DO NOTHING RETURNING ",
-                    durable!()
-                ),
-                &[(&now, Type::INT8)],
-            )
-            .await
-            .map(|_| ()),
-        OwnCommand::Adopt(Adoption::Refused) => set("refused", now).await,
+        OwnCommand::Probe => {
+            for same in TRIED {
+                write(same, &[]).await?;
+            }
+            set(SET, "probed", now).await
+        }
+        OwnCommand::Restored { until } => set(SET_LATEST, "restored", until).await,
+        OwnCommand::PauseLane(lane) => set(SET_FIRST, pause_name(lane), now).await,
+        OwnCommand::ResumeLane(lane) => write(FORGET, &[(&pause_name(lane), Type::TEXT)]).await,
+        OwnCommand::Adopt(Adoption::Adopted) => write(ADOPT, &[(&now, Type::INT8)]).await,
+        OwnCommand::Adopt(Adoption::Refused) => set(SET, "refused", now).await,
         OwnCommand::Adopt(Adoption::Accepted) => {
-            client
-                .query_typed("DELETE FROM checkout_worker.meta WHERE name = 'refused'", &[])
-                .await?;
+            write(FORGET, &[(&"refused", Type::TEXT)]).await?;
             // As if long ago: for no worker is it a new one any more.
-            set("adopted", 0).await
+            set(SET, "adopted", 0).await
         }
     }
+}
+
+/// The lanes that an operator has paused.
+pub(super) async fn paused_lanes(
+    client: &Object,
+) -> Result<Vec<PausedLane>, tokio_postgres::Error> {
+    let names: Vec<&str> = Lane::ALL.map(pause_name).to_vec();
+    let rows = client
+        .query_typed(
+            "SELECT name, number FROM checkout_worker.meta WHERE name = ANY($1)",
+            &[(&names, Type::TEXT_ARRAY)],
+        )
+        .await?;
+    let mut paused = Vec::new();
+    for row in &rows {
+        let (name, since): (&str, Option<Millis>) = (row.try_get(0)?, row.try_get(1)?);
+        let lane = Lane::ALL.into_iter().find(|lane| pause_name(*lane) == name);
+        paused.extend(lane.map(|lane| PausedLane { lane, since: since.unwrap_or(0) }));
+    }
+    Ok(paused)
 }
 
 /// Whether the ledger is a new one, or a worker has refused it.

@@ -31,13 +31,13 @@ use tokio_postgres::types::{ToSql, Type};
 use super::budget::Reckoning;
 use super::group::Commit;
 use super::transition::Forgotten;
-use super::{Answer, Budget, Command, Identity, Ledger, LedgerError, Places, Standing};
+use super::{Answer, Budget, Command, Identity, Ledger, LedgerError, PausedLane, Places, Standing};
 use crate::clock::{Millis, SharedClock};
 use crate::job::Mode;
 use batch::{Batch, Memory};
 pub use connect::{OpenError, Options};
 use connect::{describe_pool, pool, pool_error, unavailable};
-use itself::{Totals, about_itself, identity, standing, totals};
+use itself::{Totals, about_itself, identity, paused_lanes, standing, totals};
 pub use time::DatabaseClock;
 
 /// Batches under way at once: while one waits for its commit, the next is on its way.
@@ -246,6 +246,11 @@ impl Ledger for PostgresLedger {
     fn standing(&self) -> BoxFuture<'static, Result<Standing, LedgerError>> {
         let (pool, now) = (self.pool.clone(), self.clock.now());
         async move { ask(&pool, async |client| standing(client, now).await).await }.boxed()
+    }
+
+    fn paused_lanes(&self) -> BoxFuture<'static, Result<Vec<PausedLane>, LedgerError>> {
+        let pool = self.pool.clone();
+        async move { ask(&pool, async |client| paused_lanes(client).await).await }.boxed()
     }
 
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {

@@ -7,7 +7,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::open::{APPLICATION, OpenError, VERSION, foreign_database, recognise, unreadable};
 use super::{load, own_damage, read, unavailable};
 use crate::job::{Key, Mode, RequestId};
-use crate::ledger::{KnownOrphan, LedgerError, Report, Row};
+use crate::ledger::{KnownOrphan, LedgerError, PausedLane, Report, Row};
 
 /// An open ledger file.
 #[derive(Debug)]
@@ -47,6 +47,14 @@ impl Inspector {
     /// See [`LedgerError`].
     pub fn row(&self, key: &Key) -> Result<Option<Row>, LedgerError> {
         load(&self.connection, key).map_err(|error| unavailable(&error))?
+    }
+
+    /// The lanes that an operator has paused.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub fn paused_lanes(&self) -> Result<Vec<PausedLane>, LedgerError> {
+        super::paused_lanes(&self.connection).map_err(|error| unavailable(&error))
     }
 
     /// The sessions nobody was given for one job.

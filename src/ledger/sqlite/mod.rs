@@ -4,6 +4,7 @@
 //! cheap. A lock file beside the database keeps a second worker out, while [`inspect`] needs no
 //! lock and works beside a running worker.
 
+pub mod beside;
 pub mod inspect;
 mod open;
 
@@ -14,12 +15,13 @@ use futures::future::BoxFuture;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, TransactionBehavior, params};
 
 use crate::clock::{Millis, SharedClock};
-use crate::job::Key;
+use crate::job::{Key, Lane};
 use crate::ledger::group::{Commit, Committed, Group, Store};
 use crate::ledger::row::{Columns, Row};
 use crate::ledger::transition::{self, Context, Effect, Forgotten};
 use crate::ledger::{
-    Adoption, Answer, Command, Identity, Ledger, LedgerError, OwnCommand, Standing,
+    Adoption, Answer, Command, Identity, Ledger, LedgerError, OwnCommand, PausedLane, Standing,
+    pause_name,
 };
 pub use open::OpenError;
 use open::{begin, lock, prepare, recognise, refuse_network};
@@ -97,6 +99,10 @@ impl Ledger for SqliteLedger {
         std::future::ready(Ok(standing)).boxed()
     }
 
+    fn paused_lanes(&self) -> BoxFuture<'static, Result<Vec<PausedLane>, LedgerError>> {
+        self.group.paused_lanes()
+    }
+
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
         self.group.sweep(before)
     }
@@ -143,6 +149,10 @@ impl Store for SqliteStore {
     fn commit(&mut self, batch: &[Command]) -> Result<Committed, LedgerError> {
         self.abandon()?;
         self.apply_all(batch).map_err(|error| unavailable(&error))
+    }
+
+    fn paused_lanes(&mut self) -> Result<Vec<PausedLane>, LedgerError> {
+        paused_lanes(&self.connection).map_err(|error| unavailable(&error))
     }
 
     fn sweep(&mut self, before: Millis) -> Result<usize, LedgerError> {
@@ -230,6 +240,20 @@ impl SqliteStore {
     }
 }
 
+fn paused_lanes(connection: &Connection) -> rusqlite::Result<Vec<PausedLane>> {
+    let mut paused = Vec::new();
+    for lane in Lane::ALL {
+        if let Some(since) = meta_number(connection, pause_name(lane))? {
+            paused.push(PausedLane { lane, since });
+        }
+    }
+    Ok(paused)
+}
+
+fn forget(connection: &Connection, name: &str) -> rusqlite::Result<()> {
+    connection.execute("DELETE FROM meta WHERE name = ?1", [name]).map(|_| ())
+}
+
 /// Carries out what is about no job.
 fn carry_out_own(
     connection: &Connection,
@@ -245,20 +269,23 @@ fn carry_out_own(
             let before = meta_number(connection, "restored")?.unwrap_or(0);
             set_meta_number(connection, "restored", before.max(until))
         }
+        OwnCommand::PauseLane(lane) => match meta_number(connection, pause_name(lane))? {
+            Some(_) => Ok(()),
+            None => set_meta_number(connection, pause_name(lane), now),
+        },
+        OwnCommand::ResumeLane(lane) => forget(connection, pause_name(lane)),
     }
 }
 
 fn adopt(connection: &Connection, adoption: Adoption, now: Millis) -> rusqlite::Result<()> {
-    let forget =
-        |name: &str| connection.execute("DELETE FROM meta WHERE name = ?1", [name]).map(|_| ());
     match adoption {
         Adoption::Adopted => set_meta_number(connection, "adopted", now),
         Adoption::Refused => {
             set_meta_number(connection, "refused", now)?;
-            forget("adopted")
+            forget(connection, "adopted")
         }
         Adoption::Accepted => {
-            forget("refused")?;
+            forget(connection, "refused")?;
             set_meta_number(connection, "adopted", now)
         }
     }

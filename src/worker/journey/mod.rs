@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use super::ask::Ask;
 use super::circuit::Circuit;
 use super::gate::Gate;
+use super::lanes::Lanes;
 use super::rules::Rules;
 use super::trouble::Trouble;
 use super::turns::{Turn, Turns};
@@ -51,7 +52,7 @@ pub enum Verdict {
         /// What it waits for, for the log; one of a closed set.
         why: &'static str,
     },
-    /// Nothing was sent and this worker stops: the next delivery is somebody else's.
+    /// Nothing was sent, and this worker stops or its lane is paused: it is delivered again.
     GiveBack,
     /// Another worker has the job, or the session is over: given back where that still can be.
     Abandon,
@@ -74,6 +75,8 @@ pub struct Journey {
     pub pacer: Pacer,
     /// Whether at all.
     pub gate: Arc<Gate>,
+    /// Which lanes are paused.
+    pub lanes: Lanes,
     /// Whether Creem is there.
     pub circuit: Circuit,
     /// One at a time per key.
@@ -154,6 +157,7 @@ impl Journey {
             biased;
             () = ask.session.cancelled() => Verdict::Abandon,
             () = self.stop.cancelled() => Verdict::GiveBack,
+            () = self.lanes.paused(ask.lane) => Verdict::GiveBack,
             // A broker takes a delivery back that is held too long, and counts that against it.
             () = tokio::time::sleep_until(ask.hold_until) => {
                 Verdict::Delay { wait: ASIDE, why: "held_too_long" }

@@ -1,0 +1,84 @@
+//! Lanes that an operator pauses: their jobs wait in RabbitMQ, the others go on.
+
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
+
+use crate::cli::command;
+use crate::support::postgres::{database, shared};
+use crate::support::{World, body, eventually, next, persistent};
+
+async fn consumers(world: &World, queue: &str) -> u32 {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+    let name = world.queue(queue);
+    let declared =
+        world.channel.queue_declare(name.as_str().into(), options, FieldTable::default());
+    declared.await.unwrap().consumer_count()
+}
+
+async fn told(world: &World, arguments: &[&str]) -> String {
+    let (code, output, error) = command(arguments, world.environment(), "").await;
+    assert_eq!(code, 0, "{output}{error}");
+    output
+}
+
+#[tokio::test]
+async fn a_paused_lane_waits_and_the_other_goes_on() {
+    let Some(world) = World::new("paused_lane").await else { return };
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    let said = told(&world, &["pause", "--lane", "bulk"]).await;
+    assert!(said.contains("resume --lane bulk"), "{said}");
+    eventually("bulk is left", || async { consumers(&world, "jobs.bulk").await == 0 }).await;
+    let bulk = world.queue("jobs.bulk");
+    world.publish_to(&bulk, body("campaign"), persistent()).await;
+    world.job("buyer").await;
+    assert_eq!(next(&mut replies).await.text("/request_id"), "buyer");
+    assert_eq!(world.depth("jobs.bulk").await, 1);
+    let (status, _) = worker.get("/readyz").await;
+    assert_eq!(status, 200, "it does what it is told");
+    let (_, status) = worker.get("/status").await;
+    assert!(status.contains(r#""paused_lanes":["bulk"]"#), "{status}");
+    let (_, metrics) = worker.get("/metrics").await;
+    assert!(metrics.contains(r#"checkout_worker_lane_paused{lane="bulk"} 1"#), "{metrics}");
+    assert!(told(&world, &["check"]).await.contains("bulk is paused since 20"));
+
+    // It outlives the worker: the next one does not take the lane's jobs first.
+    worker.kill().await;
+    let worker = world.worker().await;
+    assert_eq!(consumers(&world, "jobs.bulk").await, 0);
+    assert_eq!(worker.get("/readyz").await.0, 200);
+    told(&world, &["resume", "--lane", "bulk"]).await;
+    assert_eq!(next(&mut replies).await.text("/request_id"), "campaign");
+    assert_eq!(world.posts(), 2);
+    assert!(!told(&world, &["check"]).await.contains("is paused"));
+}
+
+#[tokio::test]
+async fn jobs_that_wait_for_their_turn_when_a_lane_is_paused_go_back_unharmed() {
+    let Some(mut world) = World::new("paused_waiting").await else { return };
+    world.set("rate_limit.per_second", "0.1");
+    let _worker = world.worker().await;
+    let mut replies = world.replies().await;
+    for number in 0..5 {
+        world.job(&format!("job-{number}")).await;
+    }
+    next(&mut replies).await;
+    told(&world, &["pause", "--lane", "interactive"]).await;
+    eventually("they are in the queue again", || async { world.depth("jobs").await == 4 }).await;
+    assert_eq!(world.posts(), 1);
+}
+
+#[tokio::test]
+async fn a_pause_holds_for_all_workers_of_a_ledger() {
+    let Some(server) = shared("paused_fleet").await else { return };
+    let url = database(&server).await;
+    let Some(mut world) = World::new("paused_fleet").await else { return };
+    world.settings.insert("LEDGER_URL".into(), url);
+    let _workers = [world.worker().await, world.worker().await];
+    assert_eq!(consumers(&world, "jobs").await, 2);
+    told(&world, &["pause", "--lane", "interactive"]).await;
+    eventually("all have left", || async { consumers(&world, "jobs").await == 0 }).await;
+    assert_eq!(consumers(&world, "jobs.bulk").await, 2);
+    told(&world, &["resume", "--lane", "interactive"]).await;
+    eventually("all are back", || async { consumers(&world, "jobs").await == 2 }).await;
+}
