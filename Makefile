@@ -32,7 +32,7 @@ simulate:
 bench:
 	@scripts/broker install
 	@scripts/postgres install
-	$(CARGO) bench --locked --bench throughput --bench replicas
+	$(CARGO) bench --locked --bench throughput --bench lanes --bench replicas
 
 lint:
 	$(CARGO) fmt --check

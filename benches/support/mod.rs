@@ -33,6 +33,11 @@ pub(crate) struct Setting {
 
 /// A worker as users run it: every promise is on, metrics and JSON logs too.
 pub(crate) fn worker(setting: &Setting, name: &str) -> Child {
+    worker_with(setting, name, &[])
+}
+
+/// A worker with settings of its own, each `SECTION__KEY`.
+pub(crate) fn worker_with(setting: &Setting, name: &str, settings: &[(&str, &str)]) -> Child {
     let log = std::fs::File::create(setting.directory.join(format!("{name}.log"))).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_checkout-worker"));
     command
@@ -48,6 +53,9 @@ pub(crate) fn worker(setting: &Setting, name: &str) -> Child {
         .stdout(Stdio::null())
         .stderr(log)
         .kill_on_drop(true);
+    for (key, value) in settings {
+        command.env(format!("CHECKOUT_WORKER__{key}"), value);
+    }
     if let Some(library) = &setting.preload {
         command.env("LD_PRELOAD", library);
     }

@@ -8,6 +8,7 @@ pub mod log;
 pub mod rules;
 pub mod script;
 
+use std::collections::VecDeque;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -24,6 +25,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tower::ServiceExt as _;
 
 use log::{Log, Session};
@@ -48,6 +50,8 @@ pub struct Simulator {
     api_key: Mutex<Option<String>>,
     script: Mutex<Script>,
     log: Mutex<Log>,
+    /// The POSTs of the last second that were taken.
+    taken: Mutex<VecDeque<Instant>>,
     /// How many POSTs have arrived; lets a test wait for one instead of guessing.
     arrived: watch::Sender<usize>,
 }
@@ -70,6 +74,7 @@ impl Simulator {
             address: listener.local_addr()?,
             script: Mutex::new(options.script.clone()),
             log: Mutex::new(Log::default()),
+            taken: Mutex::default(),
             arrived: watch::Sender::new(0),
             live: options.live,
             api_key: Mutex::new(options.api_key),
@@ -248,6 +253,7 @@ async fn create_to_the_end(
     let request_id =
         parsed.as_ref().and_then(|request| request.get("request_id")).and_then(Value::as_str);
     let (latency, fault) = locked(&simulator.script).draw(request_id.unwrap_or_default());
+    let fault = if simulator.is_over_its_limit() { Some(Script::throttle()) } else { fault };
     let number = simulator.log().add_post(request_id.unwrap_or_default(), fault.as_ref(), &body);
     simulator.arrived.send_modify(|arrived| *arrived += 1);
     if !latency.is_zero() {
@@ -264,6 +270,21 @@ async fn create_to_the_end(
 }
 
 impl Simulator {
+    /// Whether one more POST is too many for this second; counts it if it is not.
+    fn is_over_its_limit(&self) -> bool {
+        let Some(limit) = locked(&self.script).limit_per_second else { return false };
+        let now = Instant::now();
+        let mut taken = locked(&self.taken);
+        while taken.front().is_some_and(|at| now.duration_since(*at) >= Duration::from_secs(1)) {
+            taken.pop_front();
+        }
+        let over = taken.len() >= limit;
+        if !over {
+            taken.push_back(now);
+        }
+        over
+    }
+
     /// Answers a create: faults that come before the session, the session, faults after it.
     async fn answer(
         &self,

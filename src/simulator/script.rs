@@ -117,11 +117,14 @@ pub struct Script {
     /// The faults; those of a `request_id` come before the weighted ones.
     #[serde(default)]
     pub faults: Vec<Fault>,
+    /// Most POSTs that are taken in any second; the others are answered 429, without a `Retry-After`.
+    #[serde(default)]
+    pub limit_per_second: Option<usize>,
 }
 
 impl Default for Script {
     fn default() -> Self {
-        Self { latency_ms: 0, seed: 1, faults: Vec::new() }
+        Self { latency_ms: 0, seed: 1, faults: Vec::new(), limit_per_second: None }
     }
 }
 
@@ -176,6 +179,13 @@ impl Script {
             point -= fault.weight;
         }
         (latency, None)
+    }
+
+    /// What a call above the limit meets.
+    #[must_use]
+    pub fn throttle() -> Fault {
+        let kind = Kind::Throttle { retry_after: None };
+        Fault { kind, request_id: None, times: None, weight: 1.0 }
     }
 
     /// The next number in `0.0..1.0` of a splitmix64 sequence.

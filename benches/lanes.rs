@@ -1,0 +1,252 @@
+//! `make bench`: whether a buyer who waits is behind a campaign, and whether a limit that nobody has
+//! configured is found and kept.
+//!
+//! Both against a simulated Creem at 50 ms. First: interactive jobs at a steady 20 a second, on an idle
+//! worker and then beside a backlog of bulk jobs, under a ceiling of 400 calls a second; their time from
+//! publish to reply, and how much of the ceiling is used. Second: a Creem that answers 429 above 300 calls
+//! a second, goes away for a minute and comes back.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::disallowed_methods,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a benchmark program"
+)]
+
+#[expect(dead_code, reason = "other benchmarks use more of it")]
+mod support;
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use creem_checkout_worker::simulator::script::Script;
+use creem_checkout_worker::simulator::{Options, Simulator};
+use futures::StreamExt as _;
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::{BasicProperties, Channel, Connection};
+use support::amqp::connect;
+use support::private::{BROKER, Private};
+use support::{PREFIX, Setting, directory, replies, stop, worker_with};
+use tokio::process::Child;
+use tokio::sync::watch;
+
+const LATENCY_MS: u64 = 50;
+
+/// How large it all is.
+struct Sizes {
+    backlog: usize,
+    /// Interactive jobs, idle and beside the backlog.
+    buyers: usize,
+    /// How long the unknown limit is looked for, then how long Creem is away.
+    seconds: u64,
+    outage: u64,
+}
+
+#[tokio::main]
+async fn main() {
+    // `cargo test` runs this too, without `--bench`: then a few jobs show that it works.
+    let real = std::env::args().any(|argument| argument == "--bench");
+    let sizes = if real {
+        Sizes { backlog: 100_000, buyers: 1_200, seconds: 60, outage: 60 }
+    } else {
+        Sizes { backlog: 300, buyers: 20, seconds: 2, outage: 2 }
+    };
+    let Some(broker) = BROKER.start("bench-lanes").await else { return };
+    two_lanes(&broker, &sizes).await;
+    unknown_limit(&broker, &sizes).await;
+    println!("bench: 1 passed, 0 failed");
+}
+
+/// A worker with its broker and its Creem, and the replies as they come.
+struct Stage {
+    simulator: Arc<Simulator>,
+    connection: Connection,
+    worker: Child,
+    /// When each reply came, by `request_id`.
+    answered: watch::Receiver<HashMap<String, Instant>>,
+}
+
+impl Stage {
+    async fn new(broker: &Private, script: Script, settings: &[(&str, &str)]) -> Self {
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let (simulator, serve) = Simulator::start(listen, Options::default()).await.unwrap();
+        tokio::spawn(serve);
+        simulator.set_script(script);
+        let connection = connect(&broker.url).await;
+        let directory = directory("bench-lanes");
+        let setting = Setting {
+            amqp: broker.url.clone(),
+            creem: simulator.url(),
+            ledger: format!("sqlite:{}", directory.join("ledger.db").display()),
+            directory,
+            preload: None,
+        };
+        let worker = worker_with(&setting, "worker", settings);
+        let mut replies = replies(&connection).await;
+        let (tell, answered) = watch::channel(HashMap::new());
+        tokio::spawn(async move {
+            while let Some(Ok(reply)) = replies.next().await {
+                let reply: serde_json::Value = serde_json::from_slice(&reply.data).unwrap();
+                assert_eq!(reply["status"], "succeeded", "{reply}");
+                let id = reply["request_id"].as_str().unwrap().to_owned();
+                tell.send_modify(|answered| {
+                    answered.entry(id).or_insert_with(Instant::now);
+                });
+            }
+        });
+        Self { simulator, connection, worker, answered }
+    }
+
+    async fn channel(&self) -> Channel {
+        let channel = self.connection.create_channel().await.unwrap();
+        channel.confirm_select(ConfirmSelectOptions { nowait: false }).await.unwrap();
+        channel
+    }
+
+    async fn answers(&self, count: usize) {
+        let mut answered = self.answered.clone();
+        answered.wait_for(|answered| answered.len() >= count).await.unwrap();
+    }
+
+    async fn end(mut self) {
+        stop(&mut self.worker).await;
+        for queue in ["jobs", "jobs.bulk", "replies"] {
+            let name = format!("{PREFIX}.{queue}");
+            let channel = self.connection.create_channel().await.unwrap();
+            let options = lapin::options::QueuePurgeOptions { nowait: false };
+            channel.queue_purge(name.as_str().into(), options).await.unwrap();
+        }
+    }
+}
+
+async fn send(channel: &Channel, queue: &str, id: &str) {
+    let body = format!(r#"{{"request_id":"{id}","product_id":"prod_1"}}"#);
+    let queue = format!("{PREFIX}.{queue}");
+    let properties = BasicProperties::default().with_delivery_mode(2);
+    let options = BasicPublishOptions::default();
+    let sent = channel.basic_publish(
+        "".into(),
+        queue.as_str().into(),
+        options,
+        body.as_bytes(),
+        properties,
+    );
+    assert!(sent.await.unwrap().await.unwrap().is_ack());
+}
+
+/// Publishes without waiting for each confirm.
+async fn backlog(channel: &Channel, name: &str, jobs: usize) {
+    let mut sending = futures::stream::iter(0..jobs)
+        .map(|job| async move { send(channel, "jobs.bulk", &format!("{name}-{job}")).await })
+        .buffer_unordered(512);
+    while sending.next().await.is_some() {}
+}
+
+/// Interactive jobs at 20 a second, whatever becomes of them; how long each took.
+async fn buyers(stage: &Stage, name: &str, count: usize) -> Vec<Duration> {
+    let channel = stage.channel().await;
+    let mut tick = tokio::time::interval(Duration::from_millis(50));
+    let mut sent = HashMap::new();
+    for buyer in 0..count {
+        tick.tick().await;
+        let id = format!("{name}-{buyer}");
+        sent.insert(id.clone(), Instant::now());
+        send(&channel, "jobs", &id).await;
+    }
+    let mut answered = stage.answered.clone();
+    answered.wait_for(|answered| sent.keys().all(|id| answered.contains_key(id))).await.unwrap();
+    let answered = answered.borrow();
+    let mut times: Vec<Duration> =
+        sent.iter().map(|(id, sent)| answered[id].duration_since(*sent)).collect();
+    times.sort_unstable();
+    times
+}
+
+fn at(times: &[Duration], percent: usize) -> f64 {
+    times[(times.len() * percent / 100).min(times.len() - 1)].as_secs_f64() * 1000.0
+}
+
+fn rate(count: usize, seconds: f64) -> f64 {
+    f64::from(u32::try_from(count).unwrap()) / seconds
+}
+
+async fn two_lanes(broker: &Private, sizes: &Sizes) {
+    const CEILING: f64 = 400.0;
+    let script = Script { latency_ms: LATENCY_MS, ..Script::default() };
+    let stage = Stage::new(broker, script, &[("RATE_LIMIT__PER_SECOND", "400")]).await;
+    let idle = buyers(&stage, "idle", sizes.buyers).await;
+    backlog(&stage.channel().await, "campaign", sizes.backlog).await;
+    let (calls, began) = (stage.simulator.log().posts().len(), Instant::now());
+    let busy = buyers(&stage, "busy", sizes.buyers).await;
+    let used = rate(stage.simulator.log().posts().len() - calls, began.elapsed().as_secs_f64());
+    println!(
+        "two lanes: {} bulk jobs queued, interactive at 20/s: idle p50 {:.1} ms p99 {:.1} ms; beside the campaign p50 {:.1} ms p99 {:.1} ms ({:.2}x); {used:.0} calls/s of {CEILING:.0} ({:.1} %)",
+        sizes.backlog,
+        at(&idle, 50),
+        at(&idle, 99),
+        at(&busy, 50),
+        at(&busy, 99),
+        at(&busy, 99) / at(&idle, 99),
+        used / CEILING * 100.0,
+    );
+    stage.end().await;
+}
+
+async fn unknown_limit(broker: &Private, sizes: &Sizes) {
+    const LIMIT: usize = 300;
+    let taking =
+        || Script { latency_ms: LATENCY_MS, limit_per_second: Some(LIMIT), ..Script::default() };
+    let stage = Stage::new(broker, taking(), &[]).await;
+    let all = usize::try_from(sizes.seconds * 2 + 30).unwrap() * LIMIT;
+    let channel = stage.channel().await;
+    let filling = tokio::spawn(async move { backlog(&channel, "found", all).await });
+    stage.answers(1).await;
+    let calls = |stage: &Stage| {
+        let log = stage.simulator.log();
+        (log.posts().len(), log.sessions().len())
+    };
+    let limit = f64::from(u32::try_from(LIMIT).unwrap());
+    let before = calls(&stage);
+    let began = Instant::now();
+    tokio::time::sleep(Duration::from_secs(sizes.seconds)).await;
+    let (posts, sessions) = calls(&stage);
+    let taken = rate(sessions - before.1, began.elapsed().as_secs_f64());
+    let refused = posts - before.0 - (sessions - before.1);
+    println!(
+        "unknown limit of {LIMIT}/s, {} s from the start: {taken:.0} calls/s taken ({:.1} %), 429s {:.2} % of calls",
+        sizes.seconds,
+        taken / limit * 100.0,
+        rate(refused, 1.0) / rate(posts - before.0, 1.0) * 100.0,
+    );
+
+    let away = r#"{"latency_ms":50,"faults":[{"weight":1.0,"kind":"status","status":503}]}"#;
+    stage.simulator.set_script(Script::parse(away.as_bytes()).unwrap());
+    let before = calls(&stage);
+    tokio::time::sleep(Duration::from_secs(sizes.outage)).await;
+    let during = calls(&stage).0 - before.0;
+    stage.simulator.set_script(taking());
+    let back = Instant::now();
+    let mut full = None;
+    while full.is_none() && back.elapsed() < Duration::from_secs(60) {
+        let before = calls(&stage).1;
+        let began = Instant::now();
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let taken = rate(calls(&stage).1 - before, began.elapsed().as_secs_f64());
+        full = (taken >= limit * 0.9).then(|| back.elapsed().as_secs_f64() - 1.0);
+    }
+    let usual = rate(LIMIT, 1.0) * f64::from(u32::try_from(sizes.outage).unwrap());
+    println!(
+        "an outage of {} s: {during} calls in it ({:.1} % of what it would have taken); {} after it is over",
+        sizes.outage,
+        rate(during, 1.0) / usual * 100.0,
+        full.map_or_else(
+            || "no full speed within 60 s".to_owned(),
+            |seconds| format!("full speed (90 % of {LIMIT}/s) {seconds:.1} s"),
+        ),
+    );
+    filling.abort();
+    stage.end().await;
+}
