@@ -10,6 +10,7 @@
 
 pub mod breaker;
 pub mod rate;
+pub mod repeats;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -5,11 +5,9 @@
 //! the ledger, so that neither a restart nor a second copy of the job starts the count anew.
 
 pub mod backoff;
-pub mod budget;
 pub mod pauses;
 pub mod policy;
 
 pub use self::backoff::Backoff;
-pub use budget::RetryBudget;
 pub use pauses::Pauses;
 pub use policy::{Next, Policy};

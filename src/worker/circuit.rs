@@ -12,7 +12,8 @@ use crate::creem::Answer;
 use crate::observe::metrics;
 use crate::pace::Pacer;
 use crate::pace::breaker::{Breaker, Change};
-use crate::retry::{RetryBudget, backoff};
+use crate::pace::repeats::RetryBudget;
+use crate::retry::backoff;
 
 /// Follows the answers of all jobs, and holds calls back while Creem is down.
 #[derive(Debug)]

@@ -215,7 +215,7 @@ async fn a_job_that_cannot_make_its_deadline_is_told_at_once_and_its_calls_are_c
     let until = |at| header("checkout-deadline", &rfc3339(at));
     // The next try would come after it: nobody waits until then to hear that.
     world.script(
-        r#"{"faults":[{"request_id":"told","times":1,"kind":"throttle","retry_after":"60"},
+        r#"{"faults":[{"request_id":"told","times":1,"kind":"throttle","retry_after":"40"},
                       {"request_id":"hangs","kind":"hang"}]}"#,
     );
     world.publish(body("hangs"), until(now() + 3_000)).await;
