@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// Where nobody has said how fast: calls a second to begin with.
-const START: f64 = 50.0;
+const START: f64 = 100.0;
 /// However often it is cut: calls a second that remain.
 const LEAST: f64 = 1.0;
 /// What a cut leaves.
@@ -31,6 +31,8 @@ const AGAIN: f64 = 0.9;
 const BETWEEN_CUTS: Duration = Duration::from_secs(1);
 /// How soon after a cut another one is a deep one.
 const SOON: Duration = Duration::from_secs(3);
+/// How often it doubles in a second as long as nothing is known.
+const LEARNS: f64 = 2.0;
 /// What part of the last limit is reached fast.
 const FAST_UNTIL: f64 = 0.93;
 /// So far above the last limit nothing is known any more.
@@ -243,9 +245,11 @@ impl Rate {
 
     fn grow_once(&mut self) {
         let second = TICK.as_secs_f64();
-        let fast = self.per_second * 2_f64.powf(second);
+        let fast = |times: f64| self.per_second * 2_f64.powf(second * times);
         let next = match self.limit {
-            Some(limit) if self.per_second < limit * FAST_UNTIL => fast.min(limit * FAST_UNTIL),
+            Some(limit) if self.per_second < limit * FAST_UNTIL => {
+                fast(1.0).min(limit * FAST_UNTIL)
+            }
             Some(limit) if self.per_second < limit * FORGET_ABOVE => {
                 let since =
                     self.cut_at.map(|cut_at| self.tick_at.saturating_duration_since(cut_at));
@@ -254,7 +258,8 @@ impl Rate {
             }
             Some(_) | None => {
                 self.limit = None;
-                fast
+                // Where it was known once, it may not be far from here.
+                fast(if self.cut_at.is_some() { 1.0 } else { LEARNS })
             }
         };
         self.set(next);
