@@ -22,6 +22,10 @@ const CUT: f64 = 0.93;
 const DEEP_CUT: f64 = 0.7;
 /// What part of the rate must have been taken for the rate to have been about right.
 const CLOSE: f64 = 0.85;
+/// What part of the calls of a second may be refused for other reasons than the rate, where they are many.
+const NOISE: f64 = 0.01;
+/// From here on calls in a second are many.
+const MANY: f64 = 20.0;
 /// The least part of the rate that is believed to be what Creem takes: few may have been asked for.
 const LEAST_BELIEVED: f64 = 0.5;
 /// What part of the rate is then taken for the limit.
@@ -101,6 +105,8 @@ pub struct Rate {
     refused_at: Option<Instant>,
     /// Calls that were taken in the last ticks, the current one first.
     taken: [u32; TICKS],
+    /// And those that were not.
+    refused: [u32; TICKS],
     /// The most that were taken in a second, fading: what an outage does not make forgotten.
     best: f64,
 }
@@ -119,6 +125,7 @@ impl Rate {
             pressed: [false; 2],
             refused_at: None,
             taken: [0; TICKS],
+            refused: [0; TICKS],
             best: 0.0,
         }
     }
@@ -154,6 +161,10 @@ impl Rate {
     /// Creem said "slow down" to a call that was made at `asked`.
     pub fn slow_down(&mut self, asked: Instant, now: Instant) {
         self.grow(now);
+        self.refused[0] = self.refused[0].saturating_add(1);
+        if self.is_noise() {
+            return;
+        }
         self.refused_at = Some(now);
         // What was asked before the last cut says nothing about the rate since.
         if self.cut_at.is_some_and(|cut_at| asked < cut_at || now < cut_at + BETWEEN_CUTS) {
@@ -211,6 +222,13 @@ impl Rate {
         }
     }
 
+    /// Whether so few of many calls are refused that the rate is hardly the reason.
+    fn is_noise(&self) -> bool {
+        let taken = f64::from(self.taken.iter().sum::<u32>());
+        let refused = f64::from(self.refused.iter().sum::<u32>());
+        taken >= MANY && refused <= (taken * NOISE).max(1.0)
+    }
+
     fn takes_any(&self) -> bool {
         self.taken.iter().any(|taken| *taken > 0)
     }
@@ -240,6 +258,8 @@ impl Rate {
             self.best = (self.best * FADES).max(second);
             self.taken.rotate_right(1);
             self.taken[0] = 0;
+            self.refused.rotate_right(1);
+            self.refused[0] = 0;
         }
     }
 
