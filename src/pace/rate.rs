@@ -472,6 +472,33 @@ mod tests {
         assert_eq!(known.held(start), Held::Ceiling);
     }
 
+    #[test]
+    fn a_few_refusals_of_many_calls_cut_nothing_and_more_do() {
+        let start = Instant::now();
+        let flowing = || {
+            let (mut rate, mut now) = (Rate::new(None, start), start);
+            for _ in 0..300 {
+                now += MILLI * 3;
+                rate.press(now);
+                rate.taken(now, now);
+            }
+            (rate, now)
+        };
+        let (mut rate, now) = flowing();
+        let before = rate.per_second();
+        for _ in 0..3 {
+            rate.slow_down(now, now);
+        }
+        assert_eq!(rate.per_second().to_bits(), before.to_bits(), "one in a hundred is noise");
+        rate.slow_down(now, now);
+        assert!(rate.per_second() < before, "more is not");
+
+        let mut few = Rate::new(None, start);
+        few.taken(start, start);
+        few.slow_down(start, start);
+        assert!(few.per_second() < START, "of few calls each one says something");
+    }
+
     proptest! {
         #[test]
         fn it_stays_in_bounds_and_grows_only_where_calls_wait(

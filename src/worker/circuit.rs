@@ -140,3 +140,84 @@ impl Circuit {
         self.repeats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures::FutureExt as _;
+
+    use super::*;
+    use crate::clock::SystemClock;
+    use crate::job::Problem;
+    use crate::pace::Limits;
+    use crate::pace::breaker::FEWEST;
+    use crate::retry::Pauses;
+
+    fn failed() -> Answer {
+        Answer::NotMade { reason: "connection refused".to_owned() }
+    }
+
+    /// A circuit that is open, and what it works on.
+    fn open() -> (Circuit, Gate, Pacer) {
+        let gate = Gate::recording(Arc::new(SystemClock), Pauses::default(), |_, _| {});
+        let pacer = Pacer::new(Limits { ceiling: None, bulk_share: 0.05 });
+        let circuit = Circuit::default();
+        for _ in 0..FEWEST {
+            circuit.note(&failed(), None, &gate, &pacer);
+        }
+        assert!(gate.is_held_only_by(Reason::Circuit));
+        (circuit, gate, pacer)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_probe_after_another_until_creem_is_back() {
+        let (circuit, gate, pacer) = open();
+        let work = async {
+            for _ in 0..5 {
+                let probe = circuit.probe(&gate).await;
+                assert!(circuit.probe(&gate).now_or_never().is_none(), "one at a time");
+                circuit.note(&failed(), Some(probe), &gate, &pacer);
+            }
+            let probe = circuit.probe(&gate).await;
+            // What one job is refused shows that Creem answers.
+            let refused = Answer::Refused(Problem::new("creem_rejected", "no such product"));
+            circuit.note(&refused, Some(probe), &gate, &pacer);
+        };
+        tokio::select! {
+            () = work => {}
+            () = circuit.keep_time() => unreachable!("it never ends"),
+            () = tokio::time::sleep(Duration::from_secs(60)) => panic!("no more probes came"),
+        }
+        assert!(gate.is_open() && circuit.open_for().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_that_is_given_up_is_somebody_elses() {
+        let (circuit, gate, _pacer) = open();
+        let work = async {
+            drop(circuit.probe(&gate).await);
+            assert!(circuit.probe(&gate).now_or_never().is_some(), "at once, not at the next");
+        };
+        tokio::select! {
+            () = work => {}
+            () = circuit.keep_time() => unreachable!("it never ends"),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_probe_waits_for_whatever_else_holds_the_gate() {
+        let (circuit, gate, _pacer) = open();
+        gate.close(Reason::Ledger);
+        let work = async {
+            let held = tokio::time::timeout(Duration::from_secs(60), circuit.probe(&gate));
+            assert!(held.await.is_err());
+            gate.open(Reason::Ledger);
+            circuit.probe(&gate).await;
+        };
+        tokio::select! {
+            () = work => {}
+            () = circuit.keep_time() => unreachable!("it never ends"),
+        }
+    }
+}

@@ -74,7 +74,8 @@ impl Gate {
         })
     }
 
-    fn recording(
+    /// An open gate that tells somebody else of each pause that is over.
+    pub(super) fn recording(
         clock: SharedClock,
         pauses: Pauses,
         record: impl Fn(Millis, Millis) + Send + Sync + 'static,

@@ -2,7 +2,10 @@
 
 use std::collections::HashSet;
 
-use crate::support::{World, next, soon};
+use creem_checkout_worker::job::reply::rfc3339;
+
+use crate::support::{World, body, header, next, soon};
+use crate::worker::now;
 
 const JOBS: usize = 300;
 
@@ -24,6 +27,15 @@ async fn an_outage_pauses_intake_and_is_over_by_itself() {
     // One call now and then, and no more: what was under way, then two that fail.
     let before = world.posts();
     soon("the probes", world.simulator.posts_arrived(before + 3)).await;
+
+    // Those who wait without a deadline make room, so that who is late is told.
+    let late = now() + 1_000;
+    world.publish(body("late"), header("checkout-deadline", &rfc3339(late))).await;
+    let reply = next(&mut replies).await;
+    assert_eq!((reply.text("/request_id"), reply.status()), ("late".into(), "expired".into()));
+    let (_, metrics) = worker.get("/metrics").await;
+    assert!(metrics.contains("checkout_worker_circuit_open 1"), "{metrics}");
+
     world.script(r#"{"faults":[]}"#);
     soon("Creem is back", worker.logged("Creem is back")).await;
 

@@ -17,6 +17,7 @@ use lapin::types::FieldTable;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::cli::command;
 use crate::ledger::key;
 use crate::support::broker::ctl;
 use crate::support::postgres::{connect, database, shared};
@@ -162,6 +163,35 @@ async fn workers_with_different_ledgers_never_serve_the_same_queues_at_once() {
         let (status, text) = second.get("/readyz").await;
         assert!(status == 503 && text.contains("a ledger of their own"), "{text}");
     }
+}
+
+#[tokio::test]
+async fn a_restored_copy_of_a_ledger_never_serves_beside_the_one_it_is_a_copy_of() {
+    let Some((mut world, url)) = world("restored_copy").await else { return };
+    // Once opened, it is a ledger.
+    world.worker().await.kill().await;
+    let (server, name) = url.rsplit_once('/').unwrap();
+    let copy = format!("{name}_copy");
+    let administrator = connect(&format!("{server}/postgres")).await;
+    let copied = || async {
+        // Not while the last of the worker's connections is still there.
+        administrator
+            .batch_execute(&format!("CREATE DATABASE {copy} TEMPLATE {name}"))
+            .await
+            .is_ok()
+    };
+    eventually("the ledger is copied", copied).await;
+    world.settings.insert("LEDGER_URL".into(), format!("{server}/{copy}"));
+    let said = command(&["ledger", "restored-to", "now"], world.environment(), "").await;
+    assert_eq!(said.0, 0, "{said:?}");
+    world.settings.insert("LEDGER_URL".into(), url.clone());
+    let _original = world.worker().await;
+
+    world.settings.insert("LEDGER_URL".into(), format!("{server}/{copy}"));
+    let restored = world.worker_unready(&[]);
+    soon("it waits", restored.logged("not consuming")).await;
+    let (status, text) = restored.get("/readyz").await;
+    assert!(status == 503 && text.contains("serve these queues"), "{text}");
 }
 
 /// What RabbitMQ does by itself a minute after the last worker is gone.

@@ -8,8 +8,8 @@ mod doubt;
 
 use super::row::{Row, State};
 use super::{
-    Answer, Attempt, Claim, ClaimRequest, CloseRequest, JobCommand, Next, OnUnknown, Settle,
-    SettleRequest,
+    Answer, Attempt, Claim, ClaimRequest, Claimant, CloseRequest, JobCommand, Next, OnUnknown,
+    Settle, SettleRequest,
 };
 use crate::clock::{Millis, as_millis};
 use crate::job::reply::{self, Facts};
@@ -101,14 +101,9 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
         let granted = Claim::Granted(lease_of(row));
         return Effect { write: Some(row.clone()), ..Effect::claim(granted) };
     }
-    let row = match doubt(row, who, context) {
-        Doubted::Believed(row) => row,
-        Doubted::Swept(row) => return swept(row, who, context),
-        Doubted::Lost(row, code, text) => return lost((row, code, text), who, context),
-    };
-    let row = match arrive(row, who, context) {
-        Arrival::Answered(claim) => return Effect::claim(claim),
-        Arrival::Free(row) => row,
+    let row = match admit(row, who, context) {
+        Ok(row) => row,
+        Err(answered) => return *answered,
     };
     if let Some(row) = &row
         && row.state == State::Waiting
@@ -136,6 +131,21 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
     row.ended_at = None;
     let granted = Claim::Granted(lease_of(&row));
     Effect { write: Some(row), ..Effect::claim(granted) }
+}
+
+/// Whether a job may be worked on with its row; if not, what it is answered.
+fn admit(row: Option<Row>, who: &Claimant, context: Context) -> Result<Option<Row>, Box<Effect>> {
+    let row = match doubt(row, who, context) {
+        Doubted::Believed(row) => row,
+        Doubted::Swept(row) => return Err(Box::new(swept(row, who, context))),
+        Doubted::Lost(row, code, text) => {
+            return Err(Box::new(lost((row, code, text), who, context)));
+        }
+    };
+    match arrive(row, who, context) {
+        Arrival::Answered(claim) => Err(Box::new(Effect::claim(claim))),
+        Arrival::Free(row) => Ok(row),
+    }
 }
 
 fn settle(row: Option<Row>, request: &SettleRequest, context: Context) -> Effect {
@@ -222,14 +232,9 @@ fn orphan(request: &SettleRequest, reason: Option<&str>) -> Option<Orphan> {
 
 fn close(row: Option<Row>, request: &CloseRequest, context: Context) -> Effect {
     let who = &request.claimant;
-    let row = match doubt(row, who, context) {
-        Doubted::Believed(row) => row,
-        Doubted::Swept(row) => return swept(row, who, context),
-        Doubted::Lost(row, code, text) => return lost((row, code, text), who, context),
-    };
-    let row = match arrive(row, who, context) {
-        Arrival::Answered(claim) => return Effect::claim(claim),
-        Arrival::Free(row) => row,
+    let row = match admit(row, who, context) {
+        Ok(row) => row,
+        Err(answered) => return *answered,
     };
     let mut row = match row.map(|row| take_over(row, context)) {
         None => open(who, context),

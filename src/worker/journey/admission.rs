@@ -13,7 +13,7 @@ use crate::worker::ask::Ask;
 use crate::worker::circuit::Probe;
 use crate::worker::gate::Reason;
 
-/// While the key is refused and a lane is full, a job without a deadline makes room after so long.
+/// While nobody may call and a lane is full, a job without a deadline makes room after so long.
 const MAKE_ROOM: Duration = Duration::from_secs(5);
 
 /// Whether a call may be made now.
@@ -56,8 +56,8 @@ impl Journey {
             verdict = self.interrupted(ask) => Admission::Verdict(verdict),
             pass = paced => Admission::Admitted(pass),
             () = expiry => Admission::LookAgain,
-            () = self.must_make_room(ask) => {
-                Admission::Verdict(Verdict::Delay { wait: ASIDE, why: "key_refused" })
+            why = self.must_make_room(ask) => {
+                Admission::Verdict(Verdict::Delay { wait: ASIDE, why: why.as_str() })
             }
         };
         // The gate may have closed while the pacer was waited for.
@@ -73,18 +73,23 @@ impl Journey {
         admission
     }
 
-    /// Resolves when an interactive job without a deadline holds a slot that one with a deadline
-    /// may need: while the key is refused all wait, but those who are late must be told.
-    async fn must_make_room(&self, ask: &Ask) {
+    /// Resolves, with the reason, when an interactive job without a deadline holds a slot that one with a
+    /// deadline may need: while Creem is not asked all wait, but those who are late must be told.
+    async fn must_make_room(&self, ask: &Ask) -> Reason {
         if ask.lane != Lane::Interactive || self.rules.expires_at(ask).is_some() {
             return std::future::pending().await;
         }
         loop {
-            self.gate.closed_by(Reason::Key).await;
+            tokio::select! {
+                () = self.gate.closed_by(Reason::Key) => {}
+                () = self.gate.closed_by(Reason::Circuit) => {}
+            }
             // Held first: a full lane must not send its whole backlog round and round.
             tokio::time::sleep(MAKE_ROOM).await;
-            if self.gate.is_closed_by(Reason::Key) && ask.permits.available_permits() == 0 {
-                return;
+            let held = [Reason::Key, Reason::Circuit];
+            let held = held.into_iter().find(|reason| self.gate.is_closed_by(*reason));
+            if let Some(reason) = held.filter(|_| ask.permits.available_permits() == 0) {
+                return reason;
             }
         }
     }

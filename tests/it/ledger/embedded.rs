@@ -28,6 +28,12 @@ async fn a_second_worker_on_the_same_file_is_refused_while_readers_are_not() {
     let other_name = bench.path().with_file_name("other.db");
     std::fs::hard_link(bench.path(), &other_name).unwrap();
     assert!(matches!(open(&other_name), Err(OpenError::Locked(_))));
+    // Nor one that was put in its place while it is worked on.
+    let moved = bench.path().with_file_name("moved.db");
+    std::fs::rename(bench.path(), &moved).unwrap();
+    assert!(matches!(open(&bench.path()), Err(OpenError::Locked(_))));
+    assert!(!bench.path().exists(), "nor is one made");
+    std::fs::rename(&moved, bench.path()).unwrap();
     let mode = std::fs::metadata(bench.path()).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600, "links are in it");
     assert_eq!(bench.row("a").await.state, State::Ended(Status::Succeeded));
