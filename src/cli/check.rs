@@ -1,6 +1,7 @@
 //! `check`: everything that is wrong, at once.
 
 use std::path::Path;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -46,8 +47,11 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     };
     let (ledger, broker, key, listen) = block_on(async {
         tokio::join!(
-            ledger(&settings.ledger),
-            broker(&settings, arguments.publish),
+            async { within(ledger(&settings.ledger)).await.unwrap_or_else(Err) },
+            async {
+                let broker = within(broker(&settings, arguments.publish)).await;
+                broker.unwrap_or_else(|silent| vec![("broker", Err(silent))])
+            },
             key(&settings),
             listen(settings.listen)
         )
@@ -55,7 +59,8 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let there = ledger.is_ok();
     report("ledger", ledger);
     if there {
-        for line in block_on(paused_lanes(&settings.ledger))? {
+        let lanes = block_on(within(paused_lanes(&settings.ledger)))?;
+        for line in lanes.unwrap_or_else(|silent| vec![Err(silent)]) {
             report("lanes", line);
         }
     }
@@ -69,6 +74,20 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     } else {
         Err(Failure::Failed(anyhow::anyhow!("{} wrong, see above", super::count(wrong, "thing"))))
     }
+}
+
+/// How long one part of the surroundings may take to be checked.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What `work` comes to, or that whatever it asks does not answer.
+async fn within<T>(work: impl Future<Output = T>) -> Result<T, String> {
+    let silent = |_| {
+        let patience = humantime::format_duration(PATIENCE);
+        format!(
+            "it took the connection and did not answer within {patience}; is it frozen, or a proxy before it?"
+        )
+    };
+    tokio::time::timeout(PATIENCE, work).await.map_err(silent)
 }
 
 /// A line for each lane that is paused: that is no fault, but explains much.
@@ -235,7 +254,7 @@ async fn is_a_worker(address: std::net::SocketAddr) -> bool {
         stream.take(4096).read_to_string(&mut answer).await?;
         Ok::<_, std::io::Error>(answer.ends_with(LIVEZ))
     };
-    tokio::time::timeout(std::time::Duration::from_secs(2), ask)
+    tokio::time::timeout(Duration::from_secs(2), ask)
         .await
         .is_ok_and(|asked| asked.unwrap_or(false))
 }

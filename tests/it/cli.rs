@@ -11,7 +11,7 @@ use lapin::options::{
 };
 use lapin::types::FieldTable;
 
-use crate::support::{World, body, next, persistent, postgres};
+use crate::support::{World, body, next, persistent, postgres, soon};
 use crate::worker::now;
 
 fn run(arguments: &[&str], environment: &BTreeMap<String, String>, input: &str) -> Output {
@@ -199,6 +199,29 @@ async fn nothing_is_told_to_a_ledger_that_is_not_there() {
     let given = settings(&format!("sqlite:{}", file.display()));
     let (code, _, error) = command(&["ledger", "restored-to", "now"], given, "").await;
     assert!(code == 1 && !file.exists(), "{error}");
+}
+
+#[tokio::test]
+async fn check_waits_for_nobody_for_ever() {
+    // Takes connections and never says a word, as something frozen does.
+    let mute = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let at = mute.local_addr().unwrap();
+    let settings = BTreeMap::from(
+        [
+            ("CREEM_API_KEY", "creem_test_canary".to_owned()),
+            ("CREEM_BASE_URL", format!("http://{at}")),
+            ("CHECKOUT_WORKER__CREEM__REQUEST_TIMEOUT", "2s".to_owned()),
+            ("CHECKOUT_WORKER__HTTP__LISTEN", "127.0.0.1:0".to_owned()),
+            ("AMQP_URL", format!("amqp://guest:guest@{at}/%2f")),
+            ("LEDGER_URL", format!("postgres://someone@{at}/checkout?sslmode=disable")),
+        ]
+        .map(|(name, value)| (name.to_owned(), value)),
+    );
+    let (code, output, _) = soon("an end", command(&["check"], settings, "")).await;
+    assert_eq!(code, 1);
+    for what in ["ledger", "broker", "creem"] {
+        assert!(output.contains(&format!("WRONG    {what}")), "{output}");
+    }
 }
 
 #[tokio::test]
