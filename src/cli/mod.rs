@@ -1,6 +1,7 @@
 //! The commands, what they share, and the one place where an error becomes an exit code.
 
 mod check;
+mod engine;
 mod enqueue;
 mod lanes;
 mod ledger;

@@ -7,32 +7,21 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::task::JoinSet;
 
+use super::engine::{self, Opened};
 use super::look::shown;
 use super::{Failure, Outcome, block_on, count, resolved};
-use crate::clock::{SharedClock, SystemClock, as_millis};
 use crate::config::check::{self as config, Resolved};
-use crate::creem::Client;
 use crate::job::Lane;
-use crate::ledger::postgres::{self, Observation, PostgresLedger, Time};
-use crate::ledger::sqlite::SqliteLedger;
-use crate::ledger::{Budget, Identity, Ledger};
+use crate::ledger::Identity;
 use crate::lifecycle::Stages;
 use crate::observe::health::Health;
 use crate::observe::{admin, logging, metrics};
-use crate::pace::Pacer;
 use crate::rabbit::Publisher;
 use crate::rabbit::consumer::{Guard, Plan};
 use crate::rabbit::publisher::Shape;
-use crate::retry::{Backoff, backoff};
-use crate::worker::budget::SharedBudget;
-use crate::worker::circuit::Circuit;
-use crate::worker::gate::Gate;
+use crate::retry::Backoff;
 use crate::worker::intake::Intake;
-use crate::worker::journey::Journey;
-use crate::worker::lanes::Lanes;
 use crate::worker::settle::Settler;
-use crate::worker::trouble::Trouble;
-use crate::worker::turns::Turns;
 use crate::worker::{LaneSize, Worker};
 
 /// Serve.
@@ -54,58 +43,6 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
     let handle = metrics::install().context("the metrics recorder cannot be installed")?;
     block_on(serve(settings, handle, arguments.accept_empty_ledger))?
-}
-
-/// An open ledger, the clock that its leases are on, and the budget that it shares among workers.
-type Opened = (Arc<dyn Ledger>, SharedClock, Option<Arc<dyn Budget>>);
-
-fn open_file(path: &Path) -> Result<Opened, Failure> {
-    let clock: SharedClock = Arc::new(SystemClock);
-    let ledger = SqliteLedger::open(path, clock.clone(), |commit| {
-        metrics::ledger_commit(commit.size, commit.took, commit.ambiguous, commit.orphans);
-    })?;
-    let identity = ledger.identity();
-    metrics::ledger_totals(identity.ambiguous_attempts, identity.orphan_sessions);
-    Ok((Arc::new(ledger), clock, None))
-}
-
-/// Opens the database, however long it takes to come; `None` if the worker is stopped first.
-async fn open_database(
-    options: &postgres::Options,
-    health: &Health,
-    stages: &Stages,
-) -> Result<Option<Opened>, Failure> {
-    let mut tries = 0;
-    loop {
-        let observe = |observation| match observation {
-            Observation::Commit(commit) => metrics::ledger_commit(commit.size, commit.took, 0, 0),
-            Observation::Totals { ambiguous_attempts, orphan_sessions } => {
-                metrics::ledger_totals(ambiguous_attempts, orphan_sessions);
-            }
-        };
-        let opened = tokio::select! {
-            opened = PostgresLedger::open(options, Time::Database, observe) => opened,
-            () = stages.soft.cancelled() => return Ok(None),
-        };
-        let error = match opened {
-            Ok(ledger) => {
-                health.set_ledger(Ok(()));
-                let clock = ledger.clock();
-                let ledger = Arc::new(ledger);
-                return Ok(Some((ledger.clone(), clock, Some(ledger))));
-            }
-            Err(error) if error.is_passing() => error,
-            Err(error) => return Err(error.into()),
-        };
-        tries += 1;
-        let delay = Backoff::of_reconnects().reconnect(tries, backoff::chance());
-        tracing::warn!(%error, delay_ms = as_millis(delay), "the ledger is not there; trying again");
-        health.set_ledger(Err(error.to_string()));
-        tokio::select! {
-            () = tokio::time::sleep(delay) => {}
-            () = stages.soft.cancelled() => return Ok(None),
-        }
-    }
 }
 
 async fn serve(
@@ -144,10 +81,7 @@ async fn serve(
         http = %address,
         "starting"
     );
-    let opened = match &settings.ledger {
-        config::Ledger::File(path) => Some(open_file(path)?),
-        config::Ledger::Database(options) => open_database(options, &health, &stages).await?,
-    };
+    let opened = engine::open(&settings.ledger, &health, &stages).await?;
     let Some(opened) = opened else { return Ok(()) };
     let worker =
         assemble(&settings, opened, health.clone(), &stages, &mut background, accept_empty_ledger)?;
@@ -167,7 +101,7 @@ async fn serve(
 
 fn assemble(
     settings: &Resolved,
-    (ledger, clock, budget): Opened,
+    opened: Opened,
     health: Health,
     stages: &Stages,
     background: &mut JoinSet<()>,
@@ -191,8 +125,10 @@ fn assemble(
         stages.hard.clone(),
     );
     background.spawn(keep);
+    let (ledger, clock) = (opened.ledger.clone(), opened.clock.clone());
     let identity = ledger.identity().clone();
     let lanes: Vec<LaneSize> = settings.lanes.clone();
+    let engine = Arc::new(engine::engine(settings, opened, health, stages.soft.clone())?);
     Ok(Worker {
         plan: Plan {
             options: settings.amqp.clone(),
@@ -208,23 +144,7 @@ fn assemble(
             mode: settings.creem.mode,
             secret: identity.secret.clone(),
         },
-        journey: Journey {
-            rules: settings.journey,
-            creem: Client::new(&settings.creem)?,
-            pacer: match (&budget, settings.limits.ceiling) {
-                (Some(_), Some(_)) => Pacer::shared(settings.limits),
-                _ => Pacer::new(settings.limits),
-            },
-            gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
-            lanes: Lanes::default(),
-            circuit: Circuit::default(),
-            turns: Turns::default(),
-            trouble: Trouble::default(),
-            key_accepted_at: tokio::sync::Mutex::default(),
-            clock: clock.clone(),
-            stop: stages.soft.clone(),
-            ledger: ledger.clone(),
-        },
+        engine,
         settler: Settler {
             publisher,
             direct,
@@ -236,8 +156,6 @@ fn assemble(
             declares: settings.declare,
         },
         backoff: Backoff::of_reconnects(),
-        health,
-        budget: budget.map(|store| SharedBudget { store, per_second: settings.limits.ceiling }),
         accept_empty_ledger,
     })
 }

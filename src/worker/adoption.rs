@@ -13,26 +13,26 @@ impl Shared {
     /// taken and given back would count against its delivery limit. What an operator has said of a new
     /// ledger holds for every worker, and from then on.
     pub(super) async fn begin_with_the_ledger(&self) {
-        let ledger = &self.worker.journey.ledger;
+        let ledger = &self.worker.engine.journey.ledger;
         let standing = ledger.identity().standing;
         if self.worker.accept_empty_ledger && standing != Standing::Established {
             // Where this cannot be written, the next start needs the flag again.
             drop(ledger.tell(OwnCommand::Adopt(Adoption::Accepted)).await);
         } else if standing == Standing::Refused {
-            self.end(Fatal::EmptyLedger);
+            self.worker.engine.end(Fatal::EmptyLedger);
         }
     }
 
     /// Whether this is a new ledger whose first session has yet to show that no other was lost.
     pub(super) async fn ledger_is_new(&self) -> bool {
-        self.worker.journey.ledger.identity().standing != Standing::Established
+        self.worker.engine.journey.ledger.identity().standing != Standing::Established
             && !self.worker.accept_empty_ledger
             && *self.adoption.lock().await != Some(Adoption::Adopted)
     }
 
     /// What a job that some worker had taken before says of this ledger: nothing, if there is a row of it.
     async fn told_by(&self, delivery: &Delivery) -> Result<Standing, LedgerError> {
-        let ledger = &self.worker.journey.ledger;
+        let ledger = &self.worker.engine.journey.ledger;
         if let Some(key) = self.worker.intake.key(delivery)
             && ledger.knows(key).await?
         {
@@ -47,7 +47,7 @@ impl Shared {
     /// redelivered in it was taken by a worker with another ledger. In later ones it was taken by this
     /// one, or by one that has refused the ledger since.
     pub(super) async fn may_serve(&self, delivery: &Delivery, fresh: bool) -> bool {
-        if self.worker.journey.ledger.identity().standing == Standing::Established {
+        if self.worker.engine.journey.ledger.identity().standing == Standing::Established {
             return true;
         }
         // Held over the write, so that no lane's yes can come after another lane's no.
@@ -58,7 +58,7 @@ impl Shared {
         match self.judge(delivery, fresh, *adoption).await {
             Ok(Some(Adoption::Refused)) => {
                 *adoption = Some(Adoption::Refused);
-                self.end(Fatal::EmptyLedger);
+                self.worker.engine.end(Fatal::EmptyLedger);
                 false
             }
             Ok(decided) => {
@@ -80,7 +80,7 @@ impl Shared {
         fresh: bool,
         before: Option<Adoption>,
     ) -> Result<Option<Adoption>, LedgerError> {
-        let ledger = &self.worker.journey.ledger;
+        let ledger = &self.worker.engine.journey.ledger;
         if delivery.redelivered && !self.worker.accept_empty_ledger {
             match self.told_by(delivery).await? {
                 Standing::Refused => return Ok(Some(Adoption::Refused)),

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::Shared;
-use super::gate::Reason;
+use super::engine::Engine;
 use crate::job::Mode;
 use crate::ledger::{Budget, LedgerError};
 use crate::pace::Pacer;
@@ -31,16 +30,20 @@ pub struct SharedBudget {
     pub per_second: Option<f64>,
 }
 
+impl std::fmt::Debug for SharedBudget {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SharedBudget").field("per_second", &self.per_second).finish_non_exhaustive()
+    }
+}
+
 /// Leases places as they are wanted; while the ledger is away, nobody gets any.
-pub(super) async fn lease(shared: Arc<Shared>, budget: Arc<dyn Budget>, per_second: f64) {
-    let journey = &shared.worker.journey;
+pub(super) async fn lease(engine: Arc<Engine>, budget: Arc<dyn Budget>, per_second: f64) {
+    let pacer = &engine.journey.pacer;
     loop {
-        let Err(error) =
-            grant(&journey.pacer, &*budget, shared.worker.intake.mode, per_second).await;
-        shared.gate.close_for_the_ledger(&error);
-        shared.gate.free_of(Reason::Ledger).await;
+        let Err(error) = grant(pacer, &*budget, engine.mode, per_second).await;
+        engine.wait_for_the_ledger(&error).await;
         // Whoever waits still does, and asks again.
-        journey.pacer.grant([]);
+        pacer.grant([]);
     }
 }
 
@@ -72,12 +75,9 @@ pub async fn grant(
 
 /// Tells all workers what Creem asked this one for, and hears what it asked others for. A ledger that
 /// is away pauses this worker too, though it may have no job that would notice.
-pub(super) async fn share_silence(shared: Arc<Shared>, budget: Arc<dyn Budget>) {
-    let journey = &shared.worker.journey;
-    let mode = shared.worker.intake.mode;
-    while let Err(error) = listen(&journey.pacer, &*budget, mode).await {
-        shared.gate.close_for_the_ledger(&error);
-        shared.gate.free_of(Reason::Ledger).await;
+pub(super) async fn share_silence(engine: Arc<Engine>, budget: Arc<dyn Budget>) {
+    while let Err(error) = listen(&engine.journey.pacer, &*budget, engine.mode).await {
+        engine.wait_for_the_ledger(&error).await;
     }
 }
 

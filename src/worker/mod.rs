@@ -8,6 +8,7 @@ pub mod ask;
 pub mod budget;
 mod care;
 pub mod circuit;
+pub mod engine;
 pub mod gate;
 pub mod intake;
 pub mod journey;
@@ -33,16 +34,15 @@ use tokio_util::task::TaskTracker;
 use crate::clock::as_millis;
 use crate::job::{Lane, Status};
 use crate::ledger::Adoption;
-use crate::observe::health::Health;
 use crate::observe::metrics;
 use crate::rabbit::consumer::Plan;
 use crate::rabbit::hop::Hop;
 use crate::rabbit::{Delivery, Envelope};
 use crate::retry::Backoff;
-use budget::SharedBudget;
+use engine::Engine;
 use gate::{Gate, Reason};
 use intake::{Intake, Read, Unfit};
-use journey::{Journey, Verdict};
+use journey::Verdict;
 use settle::{Case, Settler, Summary};
 
 /// Beyond a call to Creem: how long what was sent may take to be settled when everything ends.
@@ -79,15 +79,11 @@ pub struct Worker {
     /// Reads deliveries.
     pub intake: Intake,
     /// Decides.
-    pub journey: Journey,
+    pub engine: Arc<Engine>,
     /// Acts.
     pub settler: Settler,
     /// Between two tries to reach the broker.
     pub backoff: Backoff,
-    /// What `/readyz` says.
-    pub health: Health,
-    /// What is shared with the other workers of this ledger, where it is not this worker's alone.
-    pub budget: Option<SharedBudget>,
     /// Whether a new ledger may meet redelivered jobs.
     pub accept_empty_ledger: bool,
 }
@@ -108,8 +104,6 @@ struct Shared {
     stop: CancellationToken,
     /// What has been decided about a new ledger.
     adoption: tokio::sync::Mutex<Option<Adoption>>,
-    /// Set once; ends everything.
-    fatal: tokio::sync::watch::Sender<Option<Fatal>>,
 }
 
 impl Worker {
@@ -120,7 +114,7 @@ impl Worker {
     /// # Errors
     /// See [`Fatal`].
     pub async fn run(self, soft: CancellationToken, hard: CancellationToken) -> Result<(), Fatal> {
-        let gate = self.journey.gate.clone();
+        let gate = self.engine.journey.gate.clone();
         gate.close(Reason::Broker);
         let permits = self
             .lanes
@@ -134,20 +128,17 @@ impl Worker {
             permits,
             stop: soft,
             adoption: tokio::sync::Mutex::default(),
-            fatal: tokio::sync::watch::Sender::new(None),
         });
         shared.begin_with_the_ledger().await;
-        // Before a job is taken of a lane that was paused long ago.
-        let journey = &shared.worker.journey;
-        journey.lanes.look(&*journey.ledger, &shared.worker.health).await;
+        let engine = &shared.worker.engine;
+        engine.look().await;
         let mut watchers = JoinSet::new();
         watch::spawn_all(&shared, &mut watchers);
-        let mut fatal = shared.fatal.subscribe();
         let broken = async {
-            drop(fatal.wait_for(Option::is_some).await);
+            engine.broken().await;
             // What was sent may still be settled; where it cannot be, this is not waited out.
             shared.stop.cancel();
-            tokio::time::sleep(shared.worker.journey.rules.request_timeout + SETTLING).await;
+            tokio::time::sleep(engine.journey.rules.request_timeout + SETTLING).await;
         };
         tokio::select! {
             () = shared.clone().keep_sessions() => {}
@@ -155,19 +146,11 @@ impl Worker {
             () = broken => {}
         }
         watchers.shutdown().await;
-        let ended = shared.fatal.borrow().clone();
-        ended.map_or(Ok(()), Err)
+        engine.fatal().map_or(Ok(()), Err)
     }
 }
 
 impl Shared {
-    fn end(&self, fatal: Fatal) {
-        tracing::error!(error = %fatal, "stopping: going on would not be safe");
-        self.fatal.send_modify(|slot| {
-            slot.get_or_insert(fatal);
-        });
-    }
-
     /// One delivery, from its arrival to its ack.
     async fn handle(
         self: Arc<Self>,
@@ -177,7 +160,7 @@ impl Shared {
     ) {
         let started = Instant::now();
         let lane = delivery.lane;
-        let _in_flight = self.worker.health.begin(lane);
+        let _in_flight = self.worker.engine.health.begin(lane);
         let handled =
             AssertUnwindSafe(self.bring_to_its_end(&delivery, &permits)).catch_unwind().await;
         let (key, summary) = match handled {
@@ -222,7 +205,7 @@ impl Shared {
     ) -> (Option<String>, Summary) {
         let worker = &self.worker;
         let Read { envelope, job } =
-            worker.intake.read(delivery, worker.journey.clock.now(), permits);
+            worker.intake.read(delivery, worker.engine.journey.clock.now(), permits);
         let ask = match job {
             Ok(ask) => ask,
             Err(unfit) => {
@@ -233,9 +216,9 @@ impl Shared {
                 return (key, worker.settler.refuse(case, unfit).await);
             }
         };
-        let (verdict, turn) = worker.journey.run(&ask).await;
+        let (verdict, turn) = worker.engine.journey.run(&ask).await;
         if let Verdict::Fatal(error) = &verdict {
-            self.end(Fatal::Broken(error.to_string()));
+            worker.engine.end(Fatal::Broken(error.to_string()));
         }
         // Copies of an unresolved job wait until its one parked copy is noted.
         let unresolved =

@@ -72,7 +72,7 @@ impl Shared {
             };
             failures += 1;
             let delay = self.worker.backoff.reconnect(failures, backoff::chance()).min(longest);
-            self.worker.health.set_broker(Err(reason.clone()));
+            self.worker.engine.health.set_broker(Err(reason.clone()));
             tracing::warn!(
                 error = reason,
                 delay_ms = as_millis(delay),
@@ -169,12 +169,12 @@ impl Shared {
                         error,
                         "this lane cannot be consumed; trying again"
                     );
-                    self.worker.health.set_broker(Err(format!("lane {lane}: {error}")));
+                    self.worker.engine.health.set_broker(Err(format!("lane {lane}: {error}")));
                     continue;
                 }
             }
             if served.len() == expected {
-                self.worker.health.set_broker(Ok(()));
+                self.worker.engine.health.set_broker(Ok(()));
                 if !known {
                     tracing::info!(lanes = ?served, "consuming");
                 }
@@ -190,7 +190,7 @@ impl Shared {
             metrics::consuming(size.lane, false);
         }
         metrics::broker_connected(false);
-        self.worker.health.set_broker(Err(why.to_owned()));
+        self.worker.engine.health.set_broker(Err(why.to_owned()));
     }
 }
 
@@ -261,7 +261,7 @@ impl LaneLoop {
     /// Takes deliveries, but for times in which the lane is paused, until the session breaks (then why) or
     /// the worker stops.
     async fn run(self, subscribed: mpsc::Sender<(Lane, Subscribed)>) -> Option<LinkError> {
-        let lanes = &self.shared.worker.journey.lanes;
+        let lanes = &self.shared.worker.engine.journey.lanes;
         loop {
             if lanes.is_paused(self.lane) {
                 if subscribed.send((self.lane, Subscribed::Paused)).await.is_err() {
@@ -297,7 +297,7 @@ impl LaneLoop {
                 biased;
                 () = self.shared.stop.cancelled() => return Taken::Enough,
                 () = self.session.over.cancelled() => return Taken::Over(None),
-                () = self.shared.worker.journey.lanes.paused(self.lane) => return Taken::Enough,
+                () = self.shared.worker.engine.journey.lanes.paused(self.lane) => return Taken::Enough,
                 granted = self.permits.clone().acquire_owned(), if permit.is_none() => {
                     let Ok(granted) = granted else { return Taken::Over(None) };
                     permit = Some(granted);

@@ -6,12 +6,12 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use super::Shared;
+use super::engine::Engine;
 use super::gate::Reason;
-use super::{Shared, budget};
 use crate::clock::as_millis;
 use crate::creem::KeyCheck;
 use crate::ledger::{LedgerError, OwnCommand};
-use crate::observe::health::Rate;
 use crate::observe::metrics;
 use crate::rabbit::publisher::State;
 use crate::retry::{Backoff, backoff};
@@ -30,44 +30,30 @@ const STEADY: Duration = Duration::from_secs(1);
 const BETWEEN_SWEEPS: Duration = Duration::from_secs(1);
 
 pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
-    tasks.spawn(ledger(shared.clone()));
-    tasks.spawn(key(shared.clone()));
+    shared.worker.engine.watch(tasks);
     tasks.spawn(publishing(shared.clone()));
     tasks.spawn(sweep(shared.clone()));
     tasks.spawn(gauges(shared.clone()));
-    let lanes = shared.clone();
-    tasks.spawn(async move {
-        let journey = &lanes.worker.journey;
-        journey.lanes.follow(&*journey.ledger, &lanes.worker.health).await;
-    });
-    let circuit = shared.clone();
-    tasks.spawn(async move { circuit.worker.journey.circuit.keep_time().await });
-    if let Some(budget) = &shared.worker.budget {
-        tasks.spawn(budget::share_silence(shared.clone(), budget.store.clone()));
-        if let Some(per_second) = budget.per_second {
-            tasks.spawn(budget::lease(shared.clone(), budget.store.clone(), per_second));
-        }
-    }
 }
 
 /// While the ledger is away, asks whether it is back.
-async fn ledger(shared: Arc<Shared>) {
+pub(super) async fn ledger(engine: Arc<Engine>) {
     loop {
-        shared.gate.closed_by(Reason::Ledger).await;
+        engine.gate().closed_by(Reason::Ledger).await;
         let mut tries = 0;
         loop {
-            match shared.worker.journey.ledger.tell(OwnCommand::Probe).await {
+            match engine.journey.ledger.tell(OwnCommand::Probe).await {
                 Ok(()) => break,
                 Err(
                     error @ (LedgerError::Damaged(_)
                     | LedgerError::Stopped(_)
                     | LedgerError::DamagedRow(_)),
                 ) => {
-                    shared.end(super::Fatal::Broken(error.to_string()));
+                    engine.end(super::Fatal::Broken(error.to_string()));
                     return;
                 }
                 Err(error @ LedgerError::Unavailable(_)) => {
-                    shared.worker.health.set_ledger(Err(error.to_string()));
+                    engine.health.set_ledger(Err(error.to_string()));
                     tries += 1;
                     let delay = Backoff::of_reconnects().reconnect(tries, backoff::chance());
                     tokio::time::sleep(delay).await;
@@ -76,24 +62,24 @@ async fn ledger(shared: Arc<Shared>) {
         }
         tokio::time::sleep(STEADY).await;
         tracing::info!("the ledger can be written again; intake goes on");
-        shared.worker.health.set_ledger(Ok(()));
-        shared.gate.open(Reason::Ledger);
+        engine.health.set_ledger(Ok(()));
+        engine.gate().open(Reason::Ledger);
     }
 }
 
 /// While Creem refuses the key, asks with a harmless GET whether it still does.
-async fn key(shared: Arc<Shared>) {
-    let journey = &shared.worker.journey;
+pub(super) async fn key(engine: Arc<Engine>) {
+    let journey = &engine.journey;
     loop {
-        shared.gate.closed_by(Reason::Key).await;
+        engine.gate().closed_by(Reason::Key).await;
         let mut tries = 0;
-        while shared.gate.is_closed_by(Reason::Key) {
+        while engine.gate().is_closed_by(Reason::Key) {
             tries += 1;
             tokio::time::sleep(Backoff::of_reconnects().ceiling(tries)).await;
             let reason = match journey.creem.check_key().await {
                 KeyCheck::Accepted => {
                     tracing::info!("Creem accepts the API key; intake goes on");
-                    shared.gate.open(Reason::Key);
+                    engine.gate().open(Reason::Key);
                     break;
                 }
                 KeyCheck::Refused(status) => format!(
@@ -103,10 +89,10 @@ async fn key(shared: Arc<Shared>) {
                     format!("whether Creem accepts the API key is not known: {reason}")
                 }
             };
-            shared.worker.health.set_key(Err(reason));
+            engine.health.set_key(Err(reason));
         }
         // Whoever has opened the gate: no older answer may stand.
-        shared.worker.health.set_key(Ok(()));
+        engine.health.set_key(Ok(()));
     }
 }
 
@@ -117,11 +103,11 @@ async fn publishing(shared: Arc<Shared>) {
         let now = state.borrow_and_update().clone();
         match now {
             State::Up => {
-                shared.worker.health.set_publishing(Ok(()));
+                shared.worker.engine.health.set_publishing(Ok(()));
                 shared.gate.open(Reason::Publishing);
             }
             State::Down(reason) | State::Blocked(reason) => {
-                shared.worker.health.set_publishing(Err(reason));
+                shared.worker.engine.health.set_publishing(Err(reason));
                 shared.gate.close(Reason::Publishing);
             }
         }
@@ -130,25 +116,25 @@ async fn publishing(shared: Arc<Shared>) {
                 return;
             }
             let text = "the task that publishes has ended (a bug)";
-            return shared.end(super::Fatal::Broken(text.to_owned()));
+            return shared.worker.engine.end(super::Fatal::Broken(text.to_owned()));
         }
     }
 }
 
 /// Removes outcomes that are older than retention, a small batch at a time.
 async fn sweep(shared: Arc<Shared>) {
-    let (wall, monotonic) = (shared.worker.journey.clock.now(), Instant::now());
+    let (wall, monotonic) = (shared.worker.engine.journey.clock.now(), Instant::now());
     // Jobs that waited while no worker ran come first: some may need rows that are old by now.
     tokio::time::sleep(FIRST_SWEEP).await;
     loop {
-        let now = shared.worker.journey.clock.now();
+        let now = shared.worker.engine.journey.clock.now();
         if now - wall - as_millis(monotonic.elapsed()) > as_millis(CLOCK_JUMP) {
             // Outcomes would be removed that are not old at all.
             tracing::warn!("the clock has jumped forward; no outcomes are removed until a restart");
             return;
         }
-        let before = now - as_millis(shared.worker.journey.rules.retention);
-        match shared.worker.journey.ledger.sweep(before).await {
+        let before = now - as_millis(shared.worker.engine.journey.rules.retention);
+        match shared.worker.engine.journey.ledger.sweep(before).await {
             Ok(0) => tokio::time::sleep(SWEEP_EVERY).await,
             Ok(swept) => {
                 tracing::debug!(swept, "outcomes older than ledger.retention were removed");
@@ -164,13 +150,10 @@ async fn sweep(shared: Arc<Shared>) {
 
 async fn gauges(shared: Arc<Shared>) {
     loop {
-        metrics::oldest_unsettled(shared.worker.health.oldest());
-        let (per_second, because) = shared.worker.journey.pacer.explain();
-        metrics::rate_limit(per_second);
-        let open_for = shared.worker.journey.circuit.open_for();
-        shared.worker.health.set_calls(Rate { per_second, because }, open_for);
+        metrics::oldest_unsettled(shared.worker.engine.health.oldest());
+        shared.worker.engine.tell_rate();
         for lane in shared.worker.lanes.iter().map(|size| size.lane) {
-            metrics::jobs_in_flight(lane, shared.worker.health.in_flight(lane));
+            metrics::jobs_in_flight(lane, shared.worker.engine.health.in_flight(lane));
         }
         tokio::time::sleep(GAUGES_EVERY).await;
     }

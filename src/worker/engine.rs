@@ -1,0 +1,102 @@
+//! What brings jobs to their ends, wherever they come from: the journey, and the watchers that hold it back
+//! and let it go on.
+
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+use super::budget::{self, SharedBudget};
+use super::gate::{Gate, Reason};
+use super::journey::Journey;
+use super::{Fatal, watch as watchers};
+use crate::job::Mode;
+use crate::observe::health::{Health, Rate};
+use crate::observe::metrics;
+
+/// See the module's text.
+#[derive(Debug)]
+pub struct Engine {
+    /// Decides.
+    pub journey: Journey,
+    /// What `/readyz` says.
+    pub health: Health,
+    /// What is shared with the other workers of this ledger, where it is not this process's alone.
+    pub budget: Option<SharedBudget>,
+    /// Creem's world.
+    pub mode: Mode,
+    /// Set once; ends everything.
+    fatal: watch::Sender<Option<Fatal>>,
+}
+
+impl Engine {
+    /// Puts it together; nothing runs yet.
+    #[must_use]
+    pub fn new(journey: Journey, health: Health, budget: Option<SharedBudget>, mode: Mode) -> Self {
+        Self { journey, health, budget, mode, fatal: watch::Sender::new(None) }
+    }
+
+    /// What holds calls back.
+    #[must_use]
+    pub fn gate(&self) -> &Gate {
+        &self.journey.gate
+    }
+
+    /// Ends everything, for that reason.
+    pub fn end(&self, fatal: Fatal) {
+        tracing::error!(error = %fatal, "stopping: going on would not be safe");
+        self.fatal.send_modify(|slot| {
+            slot.get_or_insert(fatal);
+        });
+    }
+
+    /// Why everything is to end, if it is.
+    #[must_use]
+    pub fn fatal(&self) -> Option<Fatal> {
+        self.fatal.borrow().clone()
+    }
+
+    /// Waits until everything is to end.
+    pub async fn broken(&self) {
+        let mut fatal = self.fatal.subscribe();
+        // The sender lives as long as `self`.
+        drop(fatal.wait_for(Option::is_some).await);
+    }
+
+    /// What operators have told the ledger so far: before a job is taken of a lane that was paused long ago.
+    pub async fn look(&self) {
+        let journey = &self.journey;
+        journey.lanes.look(&*journey.ledger, &self.health).await;
+    }
+
+    /// Starts what looks after the things that can hold the gate.
+    pub fn watch(self: &Arc<Self>, tasks: &mut JoinSet<()>) {
+        tasks.spawn(watchers::ledger(self.clone()));
+        tasks.spawn(watchers::key(self.clone()));
+        let lanes = self.clone();
+        tasks.spawn(async move {
+            lanes.journey.lanes.follow(&*lanes.journey.ledger, &lanes.health).await;
+        });
+        let circuit = self.clone();
+        tasks.spawn(async move { circuit.journey.circuit.keep_time().await });
+        if let Some(budget) = &self.budget {
+            tasks.spawn(budget::share_silence(self.clone(), budget.store.clone()));
+            if let Some(per_second) = budget.per_second {
+                tasks.spawn(budget::lease(self.clone(), budget.store.clone(), per_second));
+            }
+        }
+    }
+
+    /// Says how fast Creem is asked, and what holds that where it is.
+    pub fn tell_rate(&self) {
+        let (per_second, because) = self.journey.pacer.explain();
+        metrics::rate_limit(per_second);
+        self.health.set_calls(Rate { per_second, because }, self.journey.circuit.open_for());
+    }
+
+    /// Waits until the ledger can be written again, after it could not.
+    pub(super) async fn wait_for_the_ledger(&self, error: &crate::ledger::LedgerError) {
+        self.gate().close_for_the_ledger(error);
+        self.gate().free_of(Reason::Ledger).await;
+    }
+}
