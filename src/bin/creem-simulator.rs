@@ -27,6 +27,12 @@ struct Arguments {
     /// A fault script: JSON with `seed` and `faults`, see the README.
     #[arg(long)]
     faults: Option<PathBuf>,
+    /// Remember the newest so many POSTs and sessions only; all without it.
+    #[arg(long)]
+    keep: Option<usize>,
+    /// A file that gets a JSON line of every session.
+    #[arg(long)]
+    sessions_file: Option<PathBuf>,
     /// Play the live host instead of the test host.
     #[arg(long)]
     live: bool,
@@ -59,7 +65,13 @@ async fn run(arguments: Arguments) -> Result<(), String> {
     if !arguments.latency.is_zero() {
         script.latency_ms = u64::try_from(arguments.latency.as_millis()).unwrap_or(u64::MAX);
     }
-    let options = Options { api_key: arguments.api_key, live: arguments.live, script };
+    let options = Options {
+        api_key: arguments.api_key,
+        live: arguments.live,
+        script,
+        keep: arguments.keep,
+        sessions_file: arguments.sessions_file,
+    };
     let (simulator, serve) = Simulator::start(arguments.listen, options)
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", arguments.listen))?;

@@ -1,7 +1,8 @@
-//! What the simulator saw: every POST, every session, in memory for as long as it runs.
+//! What the simulator saw: every POST, every session, in memory for as long as it runs, or the newest ones.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fmt::Write as _;
+use std::fs::File;
+use std::io::Write as _;
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -50,8 +51,16 @@ pub struct Log {
     first: Option<Instant>,
     posts: Vec<Post>,
     sessions: Vec<Session>,
+    /// Numbers of sessions, from 0, by their ids.
     by_id: HashMap<String, usize>,
     prefix: String,
+    /// How many of each are remembered at least; all without it.
+    keep: Option<usize>,
+    /// How many of each are not remembered any more.
+    forgotten_posts: usize,
+    forgotten_sessions: usize,
+    /// Where every session is written to as well.
+    file: Option<File>,
     /// How many GETs were asked.
     pub gets: usize,
     /// GETs for a session that are yet to be throttled.
@@ -59,6 +68,12 @@ pub struct Log {
 }
 
 impl Log {
+    /// A log that remembers the newest `keep` of each (all without it), and writes every session to a file.
+    #[must_use]
+    pub fn new(keep: Option<usize>, file: Option<File>) -> Self {
+        Self { keep, file, ..Self::default() }
+    }
+
     /// Has the next GETs for a session throttled.
     pub fn throttle_gets(&mut self, id: &str, times: usize) {
         self.throttled_gets.insert(id.to_owned(), times);
@@ -85,7 +100,8 @@ impl Log {
     /// A session by its id.
     #[must_use]
     pub fn session(&self, id: &str) -> Option<&Session> {
-        self.by_id.get(id).and_then(|at| self.sessions.get(*at))
+        let number = self.by_id.get(id)?;
+        self.sessions.get(number.checked_sub(self.forgotten_sessions)?)
     }
 
     /// How many POSTs came for that id.
@@ -111,7 +127,7 @@ impl Log {
             getrandom::fill(&mut random).unwrap_or_default();
             self.prefix = format!("ch_sim{:08x}", u32::from_le_bytes(random));
         }
-        format!("{}{:06}", self.prefix, self.sessions.len())
+        format!("{}{:06}", self.prefix, self.forgotten_sessions + self.sessions.len())
     }
 
     pub(super) fn add_post(
@@ -120,7 +136,8 @@ impl Log {
         fault: Option<&Fault>,
         body: &[u8],
     ) -> usize {
-        let number = self.posts.len();
+        forget(&mut self.posts, self.keep, &mut self.forgotten_posts, |_| {});
+        let number = self.forgotten_posts + self.posts.len();
         let first = *self.first.get_or_insert_with(Instant::now);
         self.posts.push(Post {
             number,
@@ -135,14 +152,25 @@ impl Log {
     }
 
     pub(super) fn finish_post(&mut self, number: usize, status: u16, session: Option<&str>) {
-        if let Some(post) = self.posts.get_mut(number) {
+        let at = number.checked_sub(self.forgotten_posts);
+        if let Some(post) = at.and_then(|at| self.posts.get_mut(at)) {
             post.status = Some(status);
             post.session = session.map(str::to_owned);
         }
     }
 
     pub(super) fn add_session(&mut self, session: Session) -> Session {
-        self.by_id.insert(session.id.clone(), self.sessions.len());
+        if let Some(file) = &mut self.file {
+            let line = json!({"id": session.id, "request_id": session.request_id});
+            // Whoever asked for the file reads it; what is missing in it is missed there.
+            drop(writeln!(file, "{line}"));
+        }
+        let by_id = &mut self.by_id;
+        forget(&mut self.sessions, self.keep, &mut self.forgotten_sessions, |session| {
+            by_id.remove(&session.id);
+        });
+        let number = self.forgotten_sessions + self.sessions.len();
+        self.by_id.insert(session.id.clone(), number);
         self.sessions.push(session.clone());
         session
     }
@@ -163,9 +191,9 @@ impl Log {
         let per_request = self.sessions_per_request();
         let extra: usize = per_request.values().map(|count| count - 1).sum();
         json!({
-            "posts": self.posts.len(),
+            "posts": self.forgotten_posts + self.posts.len(),
             "gets": self.gets,
-            "sessions": self.sessions.len(),
+            "sessions": self.forgotten_sessions + self.sessions.len(),
             "request_ids_with_sessions": per_request.len(),
             "extra_sessions": extra,
             "faults": faults,
@@ -173,11 +201,58 @@ impl Log {
     }
 }
 
+/// Forgets the oldest, many at a time, where more than twice as many are there as are to be kept.
+fn forget<T>(
+    items: &mut Vec<T>,
+    keep: Option<usize>,
+    forgotten: &mut usize,
+    mut each: impl FnMut(&T),
+) {
+    let Some(keep) = keep.filter(|keep| items.len() >= keep.saturating_mul(2).max(2)) else {
+        return;
+    };
+    let old = items.len() - keep;
+    items[..old].iter().for_each(&mut each);
+    items.drain(..old);
+    *forgotten += old;
+}
+
 fn lines<T: Serialize>(items: &[T]) -> String {
     let mut out = String::new();
     for item in items {
         let line = serde_json::to_string(item).unwrap_or_default();
-        writeln!(out, "{line}").unwrap_or_default();
+        out.push_str(&line);
+        out.push('\n');
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_that_keeps_few_forgets_the_oldest_and_counts_all() {
+        let mut log = Log::new(Some(3), None);
+        let mut ids = Vec::new();
+        for number in 0..100 {
+            let request_id = format!("r{number}");
+            let post = log.add_post(&request_id, None, b"{}");
+            let id = log.next_id();
+            let session =
+                Session { id: id.clone(), request_id, url: String::new(), request: Value::Null };
+            log.add_session(session);
+            log.finish_post(post, 200, Some(&id));
+            ids.push(id);
+        }
+        assert!(log.posts().len() <= 6 && log.sessions().len() <= 6);
+        assert_eq!(log.posts().last().unwrap().session.as_ref(), ids.last());
+        assert_eq!(log.session(&ids[99]).unwrap().request_id, "r99");
+        assert!(log.session(&ids[0]).is_none());
+        let counters = log.counters();
+        assert_eq!((&counters["posts"], &counters["sessions"]), (&json!(100), &json!(100)));
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), 100);
+    }
 }

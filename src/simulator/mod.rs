@@ -9,7 +9,9 @@ pub mod rules;
 pub mod script;
 
 use std::collections::VecDeque;
+use std::fs::OpenOptions;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -40,6 +42,10 @@ pub struct Options {
     pub live: bool,
     /// The faults and the latency.
     pub script: Script,
+    /// How many POSTs and sessions are remembered at least; all without it.
+    pub keep: Option<usize>,
+    /// A file that gets a line of every session before it is answered.
+    pub sessions_file: Option<PathBuf>,
 }
 
 /// What the simulator knows; shared with tests in the same process.
@@ -64,16 +70,18 @@ impl Simulator {
     /// Binds a listener and serves until the task is dropped or aborted.
     ///
     /// # Errors
-    /// If the address cannot be bound.
+    /// If the address cannot be bound, or the file not be opened.
     pub async fn start(
         listen: SocketAddr,
         options: Options,
     ) -> std::io::Result<(Arc<Self>, impl Future<Output = ()> + Send + 'static)> {
         let listener = TcpListener::bind(listen).await?;
+        let append = |path| OpenOptions::new().create(true).append(true).open(path);
+        let file = options.sessions_file.as_ref().map(append).transpose()?;
         let simulator = Arc::new(Self {
             address: listener.local_addr()?,
             script: Mutex::new(options.script.clone()),
-            log: Mutex::new(Log::default()),
+            log: Mutex::new(Log::new(options.keep, file)),
             taken: Mutex::default(),
             arrived: watch::Sender::new(0),
             live: options.live,
