@@ -17,6 +17,7 @@
 //! | rules: no I/O; only [`retry::backoff::chance`] draws, only [`pace`] waits | [`retry`], [`pace`] |
 //! | outsiders: siblings that never meet | [`ledger`], [`creem`], [`rabbit`], [`observe`] |
 //! | the work | [`worker`]: `intake` reads, `journey` decides, `settle` acts |
+//! | files in the place of queues | [`bulk`] |
 //! | the frame | [`config`], [`lifecycle`], [`cli`] |
 //! | a double of Creem, which knows nothing of all this | [`simulator`] |
 //!
@@ -50,6 +51,7 @@ pub mod ledger;
 pub mod observe;
 pub mod rabbit;
 // The work.
+pub mod bulk;
 pub mod worker;
 // The frame.
 pub mod cli;

@@ -88,7 +88,7 @@ fn campaign(text: &str) -> Result<String, String> {
     if is_campaign(text) { Ok(text.to_owned()) } else { Err("give 1-64 characters".to_owned()) }
 }
 
-fn pair(text: &str) -> Result<(String, String), String> {
+pub(super) fn pair(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("give KEY=VALUE")?;
     Ok((key.to_owned(), value.to_owned()))
 }

@@ -1,5 +1,6 @@
 //! The commands, what they share, and the one place where an error becomes an exit code.
 
+mod bulk;
 mod check;
 mod engine;
 mod enqueue;
@@ -39,6 +40,8 @@ enum Command {
     Check(check::Arguments),
     /// Put jobs into a queue: one by flags, or many from NDJSON.
     Enqueue(Box<enqueue::Arguments>),
+    /// Make a file of jobs into a file of links, without any broker.
+    Bulk(Box<bulk::Arguments>),
     /// Tell what the ledger knows of one `request_id`.
     Show(show::Arguments),
     /// Take no more jobs of a lane, with all workers of the ledger; they wait in RabbitMQ.
@@ -88,6 +91,7 @@ pub fn main() -> ExitCode {
         Command::Run(command) => run::run(file, command),
         Command::Check(command) => check::run(file, command),
         Command::Enqueue(command) => enqueue::run(file, command),
+        Command::Bulk(command) => bulk::run(file, command),
         Command::Show(command) => show::run(file, command),
         Command::Pause(command) => lanes::pause(file, command),
         Command::Resume(command) => lanes::resume(file, command),
@@ -212,18 +216,22 @@ fn resolved(file: Option<&std::path::Path>) -> Result<Resolved, Failure> {
     config::resolve(&settings).map_err(Failure::Configuration)
 }
 
+/// The settings; a key that cannot be read is as good as none.
+fn settings_without_key(file: Option<&std::path::Path>) -> Result<config::Settings, Failure> {
+    let mut environment = environment()?;
+    let unreadable = |path: &String| std::fs::File::open(path).is_err();
+    if environment.get("CREEM_API_KEY_FILE").is_some_and(unreadable) {
+        environment.remove("CREEM_API_KEY_FILE");
+    }
+    config::load(file, &environment).map_err(Failure::Configuration)
+}
+
 /// Standing in for what a command does not need: `enqueue` and `show` work without a Creem key.
 fn resolved_without_key(
     file: Option<&std::path::Path>,
     mode: Option<&str>,
 ) -> Result<Resolved, Failure> {
-    let mut environment = environment()?;
-    // A key that cannot be read is as good as none here.
-    let unreadable = |path: &String| std::fs::File::open(path).is_err();
-    if environment.get("CREEM_API_KEY_FILE").is_some_and(unreadable) {
-        environment.remove("CREEM_API_KEY_FILE");
-    }
-    let mut settings = config::load(file, &environment).map_err(Failure::Configuration)?;
+    let mut settings = settings_without_key(file)?;
     let stand_in = match mode {
         Some("prod") => "creem_stand_in",
         Some(_) => "creem_test_stand_in",

@@ -21,6 +21,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
             "config",
             &["job", "clock", "retry", "pace", "ledger", "creem", "rabbit", "observe", "worker"],
         ),
+        ("bulk", &["job", "clock", "ledger", "worker"]),
         ("simulator", &[]),
         (
             "cli",
@@ -34,15 +35,18 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
                 "rabbit",
                 "observe",
                 "worker",
+                "bulk",
                 "config",
                 "lifecycle",
+                // The sandbox of `bulk`.
+                "simulator",
             ],
         ),
     ])
 }
 
 /// Crate → places that may name it.
-const CRATES: [(&str, &[&str]); 14] = [
+const CRATES: [(&str, &[&str]); 15] = [
     ("lapin", &["src/rabbit/"]),
     ("reqwest", &["src/creem/"]),
     ("rusqlite", &["src/ledger/sqlite/"]),
@@ -50,6 +54,7 @@ const CRATES: [(&str, &[&str]); 14] = [
     ("deadpool_postgres", &["src/ledger/postgres/"]),
     ("backoff::", &["src/retry/backoff.rs"]),
     ("clap", &["src/cli/", "src/bin/"]),
+    ("csv", &["src/bulk/"]),
     ("indicatif", &["src/cli/"]),
     ("anyhow", &["src/cli/"]),
     ("axum", &["src/simulator/", "src/observe/admin.rs"]),

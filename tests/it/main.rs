@@ -9,6 +9,7 @@
 )]
 
 mod architecture;
+mod bulk;
 mod cli;
 mod creem;
 mod deploy;

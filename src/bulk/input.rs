@@ -1,0 +1,532 @@
+//! Rows out of a table or out of NDJSON, one at a time, whatever a spreadsheet made of the file.
+
+use std::io::{self, BufRead, BufReader, Read};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use csv::ByteRecord;
+
+use super::columns::{self, Column, Defaults, HeaderError};
+use crate::job::json::Node;
+use crate::job::{CheckoutRequest, Refusal, RequestId, Rules};
+
+/// Largest row in bytes: with a quote left open, the rest of the file is one.
+const MAX_ROW: u64 = 1024 * 1024;
+/// What is looked at to tell what kind of file it is.
+const LOOK_AT: usize = 64 * 1024;
+
+/// Why an input cannot be read. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum InputError {
+    /// The file does not give its bytes.
+    #[error("it cannot be read: {0}")]
+    Io(#[from] io::Error),
+    /// A text of two bytes a character.
+    #[error("it is UTF-16: save it as \"CSV UTF-8\", not as \"Unicode text\"")]
+    Utf16,
+    /// Nothing is in it.
+    #[error("it is empty")]
+    Empty,
+    /// The first line cannot be used.
+    #[error("line 1: {0}")]
+    Header(#[from] HeaderError),
+    /// A row without end.
+    #[error(
+        "the row that begins on line {0} is larger than 1 MiB: is a quote (\") left open in it?"
+    )]
+    Endless(u64),
+}
+
+/// What kind of file it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// A table.
+    Csv {
+        /// Between two cells.
+        delimiter: u8,
+        /// Whether lines end as Windows has them.
+        crlf: bool,
+        /// Whether it begins with a byte order mark.
+        bom: bool,
+    },
+    /// One JSON object a line.
+    Ndjson,
+}
+
+/// What is wrong with a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Flaw {
+    /// The column, where one is to blame.
+    pub column: Option<&'static str>,
+    /// The broken rule.
+    pub code: &'static str,
+    /// What to change.
+    pub message: String,
+}
+
+/// A row of the input.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// Which, from 1.
+    pub number: u64,
+    /// Where it begins, from 1.
+    pub line: u64,
+    /// Its cells, to be carried through; NDJSON has none.
+    pub cells: ByteRecord,
+    /// Its id, where that can be told.
+    pub request_id: Option<String>,
+}
+
+/// The job of a row, or why it has none.
+pub type Job = Result<Box<CheckoutRequest>, Flaw>;
+
+/// An input that is being read.
+pub struct Input {
+    reader: csv::Reader<Bounded>,
+    bound: Arc<AtomicU64>,
+    format: Format,
+    names: Vec<String>,
+    columns: Vec<Column>,
+    defaults: Defaults,
+    rules: Rules,
+    number: u64,
+    empty: u64,
+}
+
+impl std::fmt::Debug for Input {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Input").field("format", &self.format).finish_non_exhaustive()
+    }
+}
+
+/// What is said of all rows.
+#[derive(Debug, Clone, Default)]
+pub struct Wishes {
+    /// What rows have that say nothing themselves.
+    pub defaults: Defaults,
+    /// Columns that are carried through though they look like fields.
+    pub carry: Vec<String>,
+    /// The rules of jobs.
+    pub rules: Rules,
+}
+
+impl Input {
+    /// Begins to read.
+    ///
+    /// # Errors
+    /// See [`InputError`].
+    pub fn open(source: impl Read + Send + 'static, wishes: Wishes) -> Result<Self, InputError> {
+        let bound = Arc::new(AtomicU64::new(u64::MAX));
+        let mut source =
+            BufReader::with_capacity(LOOK_AT, Box::new(source) as Box<dyn Read + Send>);
+        let format = recognise(&mut source)?;
+        let bounded = Bounded { source, read: 0, last: b'\n', bound: bound.clone() };
+        let mut builder = csv::ReaderBuilder::new();
+        builder.has_headers(false).flexible(true);
+        match format {
+            Format::Csv { delimiter, .. } => builder.delimiter(delimiter),
+            // Nothing is a quote or a cell in it; only lines count.
+            Format::Ndjson => builder.quoting(false).delimiter(0),
+        };
+        let mut input = Self {
+            reader: builder.from_reader(bounded),
+            bound,
+            format,
+            names: Vec::new(),
+            columns: Vec::new(),
+            defaults: wishes.defaults,
+            rules: wishes.rules,
+            number: 0,
+            empty: 0,
+        };
+        if format != Format::Ndjson {
+            let header = input.record()?.ok_or(InputError::Empty)?;
+            let names = header.iter().map(|name| String::from_utf8_lossy(name).into_owned());
+            input.names = names.collect();
+            input.columns = columns::read_header(
+                &input.names,
+                &input.defaults,
+                &wishes.carry,
+                &input.rules.extra_fields,
+            )?;
+        }
+        Ok(input)
+    }
+
+    /// What kind of file it is.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// The header, as it is written; empty with NDJSON.
+    #[must_use]
+    pub fn names(&self) -> &[String] {
+        &self.names
+    }
+
+    /// The columns that are no business of a job's.
+    pub fn carried(&self) -> impl Iterator<Item = &str> {
+        let columns = self.names.iter().zip(&self.columns);
+        let carried =
+            columns.filter(|(name, column)| **column == Column::Carried && !name.trim().is_empty());
+        carried.map(|(name, _)| name.trim())
+    }
+
+    /// Whether the input itself shows each row's id: it has a column for it, and nothing is put before it.
+    #[must_use]
+    pub fn shows_ids(&self) -> bool {
+        self.columns.contains(&Column::Text("request_id"))
+            && self.defaults.request_id_prefix.is_none()
+    }
+
+    /// How many bytes have been read so far.
+    #[must_use]
+    pub fn position(&self) -> u64 {
+        self.reader.position().byte()
+    }
+
+    /// How many rows without a single value were passed over.
+    #[must_use]
+    pub fn empty(&self) -> u64 {
+        self.empty
+    }
+
+    /// The next row.
+    ///
+    /// # Errors
+    /// See [`InputError`].
+    pub fn next_row(&mut self) -> Result<Option<(Row, Job)>, InputError> {
+        loop {
+            let Some(record) = self.record()? else { return Ok(None) };
+            // Spreadsheets export rows that somebody once clicked into.
+            if record.iter().all(<[u8]>::is_empty) {
+                self.empty += 1;
+                continue;
+            }
+            self.number += 1;
+            let line = self.line_of(&record);
+            let (request_id, job) = match self.format {
+                Format::Csv { .. } => self.read_cells(&record),
+                Format::Ndjson => self.read_line(&record),
+            };
+            let cells =
+                if self.format == Format::Ndjson { ByteRecord::new() } else { self.filled(record) };
+            return Ok(Some((Row { number: self.number, line, cells, request_id }, job)));
+        }
+    }
+
+    /// The line on which the record begins that was read last. The reader itself counts from where the one
+    /// before it ended, empty lines and the rest of a line's end included.
+    fn line_of(&self, record: &ByteRecord) -> u64 {
+        let breaks = record.iter().flatten().filter(|byte| **byte == b'\n').count();
+        let bounded = self.reader.get_ref();
+        let cut = self.reader.position().byte() == bounded.read && bounded.last != b'\n';
+        // Of the two characters that end a line on Windows it has read one, and no line is over yet.
+        let over = u64::from(!self.is_crlf() && !cut);
+        self.reader.position().line().saturating_sub(over + breaks as u64)
+    }
+
+    fn is_crlf(&self) -> bool {
+        matches!(self.format, Format::Csv { crlf: true, .. })
+    }
+
+    /// As many cells as the header has: trailing empty ones may be left out.
+    fn filled(&self, mut record: ByteRecord) -> ByteRecord {
+        while record.len() < self.names.len() {
+            record.push_field(b"");
+        }
+        record.truncate(self.names.len());
+        record
+    }
+
+    fn record(&mut self) -> Result<Option<ByteRecord>, InputError> {
+        let at = self.reader.position().clone();
+        self.bound.store(at.byte().saturating_add(MAX_ROW), Ordering::Relaxed);
+        let mut record = ByteRecord::new();
+        match self.reader.read_byte_record(&mut record) {
+            Ok(true) => Ok(Some(record)),
+            Ok(false) => Ok(None),
+            Err(error) => {
+                let csv::ErrorKind::Io(error) = error.into_kind() else {
+                    return Err(InputError::Io(io::Error::other("it is no table")));
+                };
+                if error.kind() == io::ErrorKind::FileTooLarge {
+                    return Err(InputError::Endless(at.line() + u64::from(self.is_crlf())));
+                }
+                Err(InputError::Io(error))
+            }
+        }
+    }
+
+    fn read_cells(&self, record: &ByteRecord) -> Judged {
+        let count = self.names.len();
+        if record.iter().skip(count).any(|cell| !cell.is_empty()) {
+            let message = format!(
+                "the row has {} cells and the header {count}: is a cell with the delimiter in it not quoted?",
+                record.len()
+            );
+            return (None, Err(Flaw { column: None, code: "row_length", message }));
+        }
+        let cells: Result<Vec<&str>, _> = record.iter().map(std::str::from_utf8).collect();
+        let Ok(cells) = cells else { return (None, Err(not_utf8())) };
+        let body = columns::write_job(&self.columns, &cells, &self.defaults, self.number);
+        self.judge(&body)
+    }
+
+    fn read_line(&self, record: &ByteRecord) -> Judged {
+        let line = record.get(0).unwrap_or_default();
+        let Ok(text) = std::str::from_utf8(line) else { return (None, Err(not_utf8())) };
+        match Node::parse(text.trim()) {
+            Ok(Node::Object(members)) => self.judge(&self.with_defaults(members)),
+            // Its rules say what is wrong.
+            _ => self.judge(text.trim().as_bytes()),
+        }
+    }
+
+    /// The same job, with what it leaves out.
+    fn with_defaults(&self, mut members: Vec<(String, Node)>) -> Vec<u8> {
+        let defaults = &self.defaults;
+        let string = |text: &str| Node::String(text.to_owned());
+        let own = members.iter().position(|(name, _)| name == "request_id");
+        let own_text = own.and_then(|at| members[at].1.as_str());
+        if let Some(id) = defaults.request_id(own_text, self.number) {
+            match own {
+                // One that is no text is not made one.
+                Some(at) if own_text.is_some() => members[at].1 = string(&id),
+                Some(_) => {}
+                None => members.push(("request_id".to_owned(), string(&id))),
+            }
+        }
+        for field in ["product_id", "discount_code", "success_url"] {
+            if let Some(text) = defaults.text(field)
+                && !members.iter().any(|(name, _)| name == field)
+            {
+                members.push((field.to_owned(), string(text)));
+            }
+        }
+        if !defaults.metadata.is_empty() {
+            if !members.iter().any(|(name, _)| name == "metadata") {
+                members.push(("metadata".to_owned(), Node::Object(Vec::new())));
+            }
+            for (name, value) in &mut members {
+                if let (true, Node::Object(keys)) = (name == "metadata", value) {
+                    for (key, value) in &defaults.metadata {
+                        if !keys.iter().any(|(known, _)| known == key) {
+                            keys.push((key.clone(), string(value)));
+                        }
+                    }
+                }
+            }
+        }
+        let mut body = Vec::new();
+        Node::Object(members).write_to(&mut body);
+        body
+    }
+
+    fn judge(&self, body: &[u8]) -> Judged {
+        match CheckoutRequest::parse(body, &self.rules) {
+            Ok(request) => (Some(request.request_id.as_str().to_owned()), Ok(Box::new(request))),
+            Err(Refusal { code, message, request_id }) => {
+                let column = columns::column_of(code);
+                let request_id = request_id.as_ref().map(RequestId::as_str).map(str::to_owned);
+                (request_id, Err(Flaw { column, code, message }))
+            }
+        }
+    }
+}
+
+/// The id, as far as it is known, and the job.
+type Judged = (Option<String>, Job);
+
+fn not_utf8() -> Flaw {
+    Flaw {
+        column: None,
+        code: "not_utf8",
+        message: "the row is not UTF-8: save the file as \"CSV UTF-8\"".to_owned(),
+    }
+}
+
+/// Looks at the beginning, and passes over a byte order mark.
+fn recognise(source: &mut BufReader<Box<dyn Read + Send>>) -> Result<Format, InputError> {
+    let look = source.fill_buf()?;
+    if look.is_empty() {
+        return Err(InputError::Empty);
+    }
+    if look.starts_with(b"\xff\xfe") || look.starts_with(b"\xfe\xff") {
+        return Err(InputError::Utf16);
+    }
+    let bom = look.starts_with(b"\xef\xbb\xbf");
+    let text = &look[if bom { 3 } else { 0 }..];
+    let format = if text.trim_ascii_start().starts_with(b"{") {
+        Format::Ndjson
+    } else {
+        let (line, ended) = first_line(text);
+        Format::Csv { delimiter: delimiter(line), crlf: ended && line.last() == Some(&b'\r'), bom }
+    };
+    if bom {
+        source.consume(3);
+    }
+    Ok(format)
+}
+
+/// The first line outside of quotes, and whether it ends within what is looked at.
+fn first_line(text: &[u8]) -> (&[u8], bool) {
+    let mut quoted = false;
+    for (at, byte) in text.iter().enumerate() {
+        match byte {
+            b'"' => quoted = !quoted,
+            b'\n' if !quoted => return (&text[..at], true),
+            _ => {}
+        }
+    }
+    (text, false)
+}
+
+/// Whatever of the usual delimiters the header has most of.
+fn delimiter(line: &[u8]) -> u8 {
+    let mut counts = [(b',', 0_usize), (b';', 0), (b'\t', 0)];
+    let mut quoted = false;
+    for byte in line {
+        if *byte == b'"' {
+            quoted = !quoted;
+        }
+        if let Some((_, count)) = counts.iter_mut().find(|(known, _)| known == byte && !quoted) {
+            *count += 1;
+        }
+    }
+    // Of equals the first one: a single column has none.
+    let most = counts.iter().map(|(_, count)| *count).max().unwrap_or(0);
+    counts.iter().find(|(_, count)| *count == most).map_or(b',', |(byte, _)| *byte)
+}
+
+/// Gives no more than a row's bytes beyond where a row begins.
+struct Bounded {
+    source: BufReader<Box<dyn Read + Send>>,
+    /// How many bytes were given, and the last of them.
+    read: u64,
+    last: u8,
+    /// How far may be read, beyond what the reader has in its own buffer.
+    bound: Arc<AtomicU64>,
+}
+
+impl Read for Bounded {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.read > self.bound.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        let count = self.source.read(buffer)?;
+        self.read += u64::try_from(count).unwrap_or(u64::MAX);
+        self.last = buffer[..count].last().copied().unwrap_or(self.last);
+        Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(text: &[u8]) -> Result<Input, InputError> {
+        let defaults = Defaults { request_id_prefix: Some("c-".into()), ..Defaults::default() };
+        let wishes = Wishes { defaults, ..Wishes::default() };
+        Input::open(io::Cursor::new(text.to_vec()), wishes)
+    }
+
+    fn rows(text: &[u8]) -> Vec<(Row, Job)> {
+        let mut input = open(text).unwrap();
+        std::iter::from_fn(|| input.next_row().unwrap()).collect()
+    }
+
+    fn wire((_, job): &(Row, Job)) -> String {
+        String::from_utf8(job.as_ref().unwrap().wire.clone()).unwrap()
+    }
+
+    #[test]
+    fn whatever_a_spreadsheet_exports_is_read() {
+        let plain = "product_id,customer.email,Notes\nprod_1,a@b.example,\"two\n\"\"lines\"\"\"\nprod_2,c@d.example,hello\n";
+        let tabs = plain.replace(',', "\t");
+        for (text, delimiter, crlf, bom) in [
+            (plain.to_owned(), b',', false, false),
+            (
+                format!("\u{feff}{}", plain.replace('\n', "\r\n").replace(',', ";")),
+                b';',
+                true,
+                true,
+            ),
+            (tabs, b'\t', false, false),
+        ] {
+            assert_eq!(
+                open(text.as_bytes()).unwrap().format(),
+                Format::Csv { delimiter, crlf, bom }
+            );
+            let rows = rows(text.as_bytes());
+            assert_eq!(rows.len(), 2, "{text}");
+            assert_eq!((rows[0].0.number, rows[0].0.line), (1, 2));
+            assert_eq!((rows[1].0.number, rows[1].0.line), (2, 4));
+            assert!(wire(&rows[0]).contains(r#""customer":{"email":"a@b.example"}"#));
+            assert!(rows[0].0.cells[2].ends_with(b"\"lines\""));
+        }
+    }
+
+    #[test]
+    fn rows_without_a_value_are_passed_over_and_short_ones_filled() {
+        let rows = rows(b"product_id,units,Notes\nprod_1\n,,\n\nprod_2,2,x,,\nprod_3,1,x,y\n");
+        let numbers: Vec<u64> = rows.iter().map(|(row, _)| row.number).collect();
+        assert_eq!(numbers, [1, 2, 3]);
+        assert_eq!(rows[0].0.cells.len(), 3);
+        assert_eq!(wire(&rows[1]), r#"{"request_id":"c-2","product_id":"prod_2","units":2}"#);
+        assert_eq!(rows[2].1.as_ref().unwrap_err().code, "row_length");
+        let lines: Vec<u64> = rows.iter().map(|(row, _)| row.line).collect();
+        assert_eq!(lines, [2, 5, 6]);
+    }
+
+    #[test]
+    fn a_flaw_names_its_column_and_the_next_row_is_read() {
+        let text = b"product_id,units,customer.email\nprod_1,many,\nprod_1,1,nobody\n\xff,1,\nprod_1,1,a@b.example\n";
+        let rows = rows(text);
+        let flaw = |at: usize| rows[at].1.as_ref().unwrap_err();
+        assert_eq!((flaw(0).column, flaw(0).code), (Some("units"), "units"));
+        assert_eq!((flaw(1).column, flaw(1).code), (Some("customer.email"), "email"));
+        assert_eq!(rows[1].0.request_id.as_deref(), Some("c-2"));
+        assert_eq!(flaw(2).code, "not_utf8");
+        assert!(rows[3].1.is_ok());
+    }
+
+    #[test]
+    fn lines_of_json_are_read_and_get_the_defaults() {
+        let defaults = Defaults {
+            product_id: Some("prod_d".into()),
+            metadata: vec![("b".into(), "2".into())],
+            request_id_prefix: Some("c-".into()),
+            ..Defaults::default()
+        };
+        let text = "{\"request_id\":\"x\",\"units\":1}\n\n{\"metadata\":{\"a\":1.50},\"product_id\":\"p\"}\nnonsense\n{\"a\":1,\"a\":2}\n[]\n";
+        let wishes = Wishes { defaults, ..Wishes::default() };
+        let mut input = Input::open(io::Cursor::new(text), wishes).unwrap();
+        assert_eq!(input.format(), Format::Ndjson);
+        let rows: Vec<(Row, Job)> = std::iter::from_fn(|| input.next_row().unwrap()).collect();
+        assert_eq!(
+            wire(&rows[0]),
+            r#"{"request_id":"c-x","product_id":"prod_d","units":1,"metadata":{"b":"2"}}"#
+        );
+        assert_eq!(
+            wire(&rows[1]),
+            r#"{"request_id":"c-2","product_id":"p","metadata":{"a":1.50,"b":"2"}}"#
+        );
+        let codes: Vec<&str> =
+            rows[2..].iter().map(|(_, job)| job.as_ref().unwrap_err().code).collect();
+        assert_eq!(codes, ["not_json", "duplicate_key", "not_object"]);
+        assert_eq!(rows[2].0.line, 4);
+    }
+
+    #[test]
+    fn what_cannot_be_read_is_named() {
+        assert!(matches!(open(b""), Err(InputError::Empty)));
+        assert!(matches!(open(b"\xff\xfea\0"), Err(InputError::Utf16)));
+        let mut text = b"product_id,Notes\nprod_1,x\nprod_1,\"open\n".to_vec();
+        text.extend(std::iter::repeat_n(b'x', 3 * 1024 * 1024));
+        let mut input = open(&text).unwrap();
+        assert!(input.next_row().unwrap().is_some());
+        assert!(matches!(input.next_row(), Err(InputError::Endless(3))));
+    }
+}

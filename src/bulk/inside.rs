@@ -1,0 +1,131 @@
+//! Rows made into links in this very process, by the journey that workers take.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::output::Outcome;
+use crate::clock::Millis;
+use crate::job::reply::Reply;
+use crate::job::{CheckoutRequest, Fingerprint, Key, Lane, Status};
+use crate::ledger::Stored;
+use crate::worker::Fatal;
+use crate::worker::ask::{Ask, LONGEST_HOLD};
+use crate::worker::engine::Engine;
+use crate::worker::journey::Verdict;
+
+/// After which a job is asked for again that somebody else had.
+const AGAIN: Duration = Duration::from_secs(1);
+
+/// What makes links here.
+#[derive(Debug)]
+pub struct Inside {
+    /// The journey.
+    pub engine: Arc<Engine>,
+    /// The campaign that all rows belong to.
+    pub campaign: Option<String>,
+    /// When the run began: since then each row counts as picked up, so that the same row twice is one job,
+    /// and a campaign that is cancelled is so to its last row.
+    pub began_at: Millis,
+}
+
+impl Inside {
+    /// Brings a row's job to its end; `None` if it was not begun, because everything ends.
+    pub async fn make(&self, request: CheckoutRequest) -> Option<Outcome> {
+        let journey = &self.engine.journey;
+        let secret = &journey.ledger.identity().secret;
+        let mut ask = Ask {
+            key: Key { mode: self.engine.mode, request_id: request.request_id.clone() },
+            fingerprint: Fingerprint::of(&request.members, secret),
+            request,
+            lane: Lane::Bulk,
+            campaign: self.campaign.clone(),
+            deadline: None,
+            published_at: None,
+            picked_up_at: self.began_at,
+            redelivered: false,
+            elsewhere: false,
+            // There is no delivery that could be lost.
+            session: CancellationToken::new(),
+            hold_until: Instant::now() + LONGEST_HOLD,
+            permits: Arc::new(Semaphore::new(0)),
+        };
+        loop {
+            let (verdict, _turn) = journey.run(&ask).await;
+            let wait = match verdict {
+                Verdict::Reply(stored) => return Some(outcome(&stored)),
+                Verdict::Conflict(fields) => return Some(conflict(&fields)),
+                Verdict::Damaged(what) => {
+                    return Some(problem(Status::Unresolved, "ledger_row_damaged", &what));
+                }
+                Verdict::Panicked => {
+                    let text = "this program met a bug while it handled the row";
+                    return Some(problem(Status::Unresolved, "worker_panicked", text));
+                }
+                Verdict::Fatal(error) => {
+                    self.engine.end(Fatal::Broken(error.to_string()));
+                    return None;
+                }
+                Verdict::GiveBack if journey.stop.is_cancelled() => return None,
+                Verdict::GiveBack => {
+                    tokio::select! {
+                        () = journey.lanes.resumed(Lane::Bulk) => {}
+                        () = journey.stop.cancelled() => return None,
+                    }
+                    Duration::ZERO
+                }
+                Verdict::Delay { wait, .. } => wait,
+                Verdict::Abandon => AGAIN,
+            };
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = journey.stop.cancelled() => return None,
+            }
+            ask.hold_until = Instant::now() + LONGEST_HOLD;
+        }
+    }
+}
+
+/// What a stored reply says.
+fn outcome(stored: &Stored) -> Outcome {
+    read_reply(&stored.reply).unwrap_or_else(|| {
+        problem(stored.status, "reply_unreadable", "the ledger's reply cannot be read (a bug)")
+    })
+}
+
+/// What a reply says, if it is one.
+#[must_use]
+pub fn read_reply(bytes: &[u8]) -> Option<Outcome> {
+    let reply: Reply = serde_json::from_slice(bytes).ok()?;
+    let (code, message) = reply.error.map(|error| (error.code, error.message)).unzip();
+    Some(Outcome {
+        status: Status::parse(&reply.status)?,
+        checkout_id: reply.checkout_id,
+        checkout_url: reply.checkout_url,
+        error_code: code,
+        error_message: message,
+    })
+}
+
+fn conflict(fields: &[String]) -> Outcome {
+    let text = format!(
+        "this request_id has, or may have, a link for another row; they differ in {}",
+        fields.join(", ")
+    );
+    problem(Status::Conflict, "request_id_reused", &text)
+}
+
+/// An outcome without a link.
+#[must_use]
+pub fn problem(status: Status, code: &str, message: &str) -> Outcome {
+    Outcome {
+        status,
+        checkout_id: None,
+        checkout_url: None,
+        error_code: Some(code.to_owned()),
+        error_message: Some(message.to_owned()),
+    }
+}

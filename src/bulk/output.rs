@@ -1,0 +1,502 @@
+//! The file of links: the input's own columns and what came of each row, in the order of the input.
+//!
+//! It grows beside its name, with `.part` behind it, and takes its place when it is whole. A run that was
+//! interrupted finds it there and goes on behind its last whole row.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::{Path, PathBuf};
+
+use csv::ByteRecord;
+
+use super::columns::RESULT;
+use super::input::{Format, Row};
+use crate::job::Status;
+
+/// The id of each row, where the input does not show it as it is.
+pub const REQUEST_ID: &str = "request_id";
+const BOM: &[u8] = b"\xef\xbb\xbf";
+
+/// Why there is no output. Each says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OutputError {
+    /// The file system says no.
+    #[error("{0} cannot be written: {1}")]
+    Io(PathBuf, io::Error),
+    /// It is something else.
+    #[error(
+        "{0} is there and is no output for this input (its first line differs): give another --out, or remove it"
+    )]
+    Foreign(PathBuf),
+}
+
+/// What came of a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// In a word.
+    pub status: Status,
+    /// Creem's id of the session.
+    pub checkout_id: Option<String>,
+    /// The link.
+    pub checkout_url: Option<String>,
+    /// The broken rule or the cause.
+    pub error_code: Option<String>,
+    /// In a sentence.
+    pub error_message: Option<String>,
+}
+
+/// What the lines of an output look like.
+#[derive(Debug, Clone)]
+pub struct Shape {
+    format: Format,
+    header: ByteRecord,
+    /// How many cells of a line are the input's.
+    own: usize,
+    shows_ids: bool,
+}
+
+impl Shape {
+    /// The output of an input with that header.
+    #[must_use]
+    pub fn new(format: Format, names: &[String], shows_ids: bool) -> Self {
+        let mut header = ByteRecord::new();
+        if format == Format::Ndjson {
+            header.push_field(REQUEST_ID.as_bytes());
+        }
+        for name in names {
+            header.push_field(&harmless(name.as_bytes()));
+        }
+        let own = header.len();
+        for name in RESULT {
+            header.push_field(name.as_bytes());
+        }
+        let shows_ids = shows_ids || format == Format::Ndjson;
+        if !shows_ids {
+            header.push_field(REQUEST_ID.as_bytes());
+        }
+        Self { format, header, own, shows_ids }
+    }
+
+    fn own_cells(&self, row: &Row) -> ByteRecord {
+        let mut cells = ByteRecord::new();
+        if self.format == Format::Ndjson {
+            cells.push_field(row.request_id.as_deref().unwrap_or_default().as_bytes());
+        }
+        for cell in &row.cells {
+            cells.push_field(&harmless(cell));
+        }
+        cells
+    }
+
+    fn line(&self, row: &Row, outcome: &Outcome) -> ByteRecord {
+        let mut line = self.own_cells(row);
+        let Outcome { status, checkout_id, checkout_url, error_code, error_message } = outcome;
+        line.push_field(status.as_str().as_bytes());
+        for cell in [checkout_id, checkout_url, error_code, error_message] {
+            line.push_field(&harmless(cell.as_deref().unwrap_or_default().as_bytes()));
+        }
+        if !self.shows_ids {
+            line.push_field(row.request_id.as_deref().unwrap_or_default().as_bytes());
+        }
+        line
+    }
+
+    /// What came of a row in an earlier run, if the line is of that row.
+    fn outcome_in(&self, line: &ByteRecord, row: &Row) -> Option<Outcome> {
+        let id = row.request_id.as_deref().unwrap_or_default().as_bytes();
+        let same = line.len() == self.header.len()
+            && line.iter().take(self.own).eq(self.own_cells(row).iter())
+            && (self.shows_ids || line.iter().next_back() == Some(id));
+        let cell = |at: usize| std::str::from_utf8(line.get(self.own + at)?).ok();
+        let text = |at: usize| cell(at).filter(|text| !text.is_empty()).map(str::to_owned);
+        let status = Status::parse(cell(0)?).filter(|_| same)?;
+        Some(Outcome {
+            status,
+            checkout_id: text(1),
+            checkout_url: text(2),
+            error_code: text(3),
+            error_message: text(4),
+        })
+    }
+
+    /// Whether a file holds no more than the beginning of what every output begins with.
+    fn begins_like(&self, path: &Path) -> bool {
+        let mut start = if self.bom_len() > 0 { BOM.to_vec() } else { Vec::new() };
+        let mut writer = self.writer(&mut start);
+        let written = writer.write_byte_record(&self.header).is_ok() && writer.flush().is_ok();
+        drop(writer);
+        written && std::fs::read(path).is_ok_and(|text| start.starts_with(&text))
+    }
+
+    /// Where the line ends that was read last.
+    fn end_of_line(&self, reader: &csv::Reader<File>) -> u64 {
+        // A reader is satisfied with the first of two characters that end a line.
+        let second = u64::from(matches!(self.format, Format::Csv { crlf: true, .. }));
+        self.bom_len() + reader.position().byte() + second
+    }
+
+    fn bom_len(&self) -> u64 {
+        if matches!(self.format, Format::Csv { bom: true, .. }) { BOM.len() as u64 } else { 0 }
+    }
+
+    fn delimiter(&self) -> u8 {
+        if let Format::Csv { delimiter, .. } = self.format { delimiter } else { b',' }
+    }
+
+    fn writer<W: io::Write>(&self, inner: W) -> csv::Writer<W> {
+        let crlf = matches!(self.format, Format::Csv { crlf: true, .. });
+        let end = if crlf { csv::Terminator::CRLF } else { csv::Terminator::Any(b'\n') };
+        let mut builder = csv::WriterBuilder::new();
+        builder.flexible(true).delimiter(self.delimiter()).terminator(end).from_writer(inner)
+    }
+
+    fn reader(&self, mut file: File) -> io::Result<Option<csv::Reader<File>>> {
+        if self.bom_len() > 0 {
+            let mut start = [0; BOM.len()];
+            if file.read_exact(&mut start).is_err() || start != BOM {
+                return Ok(None);
+            }
+        }
+        let mut builder = csv::ReaderBuilder::new();
+        builder.has_headers(false).flexible(true).delimiter(self.delimiter());
+        let mut reader = builder.from_reader(file);
+        let mut header = ByteRecord::new();
+        let read = reader.read_byte_record(&mut header).map_err(io::Error::other)?;
+        Ok((read && header == self.header).then_some(reader))
+    }
+}
+
+/// A cell as a spreadsheet may have it: none that begins like a formula is left so (OWASP, "CSV
+/// injection"), as the input's cells and Creem's words are other people's. Plain numbers stay.
+fn harmless(cell: &[u8]) -> Vec<u8> {
+    let begins = matches!(cell.first(), Some(b'=' | b'+' | b'-' | b'@' | b'\t' | b'\r'));
+    let number = std::str::from_utf8(cell).is_ok_and(|text| {
+        text.bytes().all(|byte| byte.is_ascii_digit() || b"+-.,".contains(&byte))
+            && text.bytes().any(|byte| byte.is_ascii_digit())
+    });
+    if begins && !number { [b"'", cell].concat() } else { cell.to_vec() }
+}
+
+/// An output that is being written.
+#[derive(Debug)]
+pub struct Output {
+    shape: Shape,
+    writer: csv::Writer<BufWriter<File>>,
+    part: PathBuf,
+    path: PathBuf,
+}
+
+/// What earlier runs have left, row by row in the order of the input.
+#[derive(Debug)]
+pub struct Earlier {
+    shape: Shape,
+    /// Of the run that was interrupted.
+    part: Option<Part>,
+    /// Of the last run that was not.
+    whole: Option<csv::Reader<File>>,
+    path: PathBuf,
+}
+
+/// What is known of a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Known {
+    /// The interrupted run has written it: this came of it.
+    Written(Status),
+    /// A whole run found its link.
+    Linked(Outcome),
+    /// Nothing.
+    Nothing,
+}
+
+#[derive(Debug)]
+struct Part {
+    reader: csv::Reader<File>,
+    /// Where its lines end that are whole and of rows of the input.
+    good: u64,
+    /// How many of its bytes are whole lines' at most.
+    whole: u64,
+    /// Whether each line so far was such a line.
+    holds: bool,
+}
+
+impl Earlier {
+    /// Looks for what earlier runs have left.
+    ///
+    /// # Errors
+    /// See [`OutputError`].
+    pub fn look(path: &Path, shape: Shape) -> Result<Self, OutputError> {
+        let part_path = part_of(path);
+        let part = match read(&shape, &part_path) {
+            // One whose first line was cut off is as good as none.
+            Err(OutputError::Foreign(_)) if shape.begins_like(&part_path) => None,
+            other => other?,
+        };
+        let part = match part {
+            None => None,
+            Some(reader) => {
+                let whole =
+                    whole_lines(&part_path).map_err(|error| OutputError::Io(part_path, error))?;
+                let good = shape.end_of_line(&reader);
+                // Its first line, too, counts only if it ends.
+                (good <= whole).then_some(Part { reader, good, whole, holds: true })
+            }
+        };
+        let whole = read(&shape, path)?;
+        Ok(Self { shape, part, whole, path: path.to_owned() })
+    }
+
+    /// Whether a run was interrupted.
+    #[must_use]
+    pub fn was_interrupted(&self) -> bool {
+        self.part.is_some()
+    }
+
+    /// What is known of a row; asked for each, from the first on.
+    pub fn next(&mut self, row: &Row) -> Known {
+        let linked = self.whole.as_mut().and_then(next_line);
+        let linked = linked.and_then(|line| self.shape.outcome_in(&line, row));
+        if let Some(part) = &mut self.part
+            && part.holds
+        {
+            if let Some(line) = next_line(&mut part.reader)
+                && let Some(outcome) = self.shape.outcome_in(&line, row)
+            {
+                let end = self.shape.end_of_line(&part.reader);
+                // However whole a line looks that does not end.
+                if end <= part.whole {
+                    part.good = end;
+                    return Known::Written(outcome.status);
+                }
+            }
+            part.holds = false;
+        }
+        match linked.filter(|outcome| outcome.status == Status::Succeeded) {
+            Some(outcome) => Known::Linked(outcome),
+            None => Known::Nothing,
+        }
+    }
+
+    /// Begins to write behind the rows that the interrupted run has written.
+    ///
+    /// # Errors
+    /// See [`OutputError`].
+    pub fn go_on(&self) -> Result<Output, OutputError> {
+        let part = part_of(&self.path);
+        let io = |error| OutputError::Io(part.clone(), error);
+        let mut options = OpenOptions::new();
+        let mut file = options.write(true).create(true).truncate(false).open(&part).map_err(io)?;
+        let good = self.part.as_ref().map_or(0, |part| part.good);
+        file.set_len(good).map_err(io)?;
+        file.seek(SeekFrom::End(0)).map_err(io)?;
+        if good == 0 && self.shape.bom_len() > 0 {
+            file.write_all(BOM).map_err(io)?;
+        }
+        let mut writer = self.shape.writer(BufWriter::new(file));
+        if good == 0 {
+            let written = writer.write_byte_record(&self.shape.header);
+            written.map_err(|error| io(io::Error::other(error)))?;
+        }
+        Ok(Output { shape: self.shape.clone(), writer, part, path: self.path.clone() })
+    }
+}
+
+/// Begins to read an output, if it is there; an empty file is none.
+fn read(shape: &Shape, path: &Path) -> Result<Option<csv::Reader<File>>, OutputError> {
+    let io = |error| OutputError::Io(path.to_owned(), error);
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        other => other.map_err(io)?,
+    };
+    let about = file.metadata().map_err(io)?;
+    if about.is_file() && about.len() == 0 {
+        return Ok(None);
+    }
+    let reader = shape.reader(file).map_err(io)?;
+    reader.map(Some).ok_or_else(|| OutputError::Foreign(path.to_owned()))
+}
+
+/// How long a file is, but for a last byte that ends no line.
+fn whole_lines(path: &Path) -> io::Result<u64> {
+    let mut file = File::open(path)?;
+    let before_last = file.seek(SeekFrom::End(-1))?;
+    let mut last = [0];
+    file.read_exact(&mut last)?;
+    Ok(before_last + u64::from(last == *b"\n"))
+}
+
+fn next_line(reader: &mut csv::Reader<File>) -> Option<ByteRecord> {
+    let mut line = ByteRecord::new();
+    reader.read_byte_record(&mut line).ok().filter(|read| *read).map(|_| line)
+}
+
+impl Output {
+    /// Writes a row's line.
+    ///
+    /// # Errors
+    /// See [`OutputError`].
+    pub fn write(&mut self, row: &Row, outcome: &Outcome) -> Result<(), OutputError> {
+        let written = self.writer.write_byte_record(&self.shape.line(row, outcome));
+        written.map_err(|error| OutputError::Io(self.part.clone(), io::Error::other(error)))
+    }
+
+    /// Hands what is written to the operating system: a process that is killed loses none of it.
+    ///
+    /// # Errors
+    /// See [`OutputError`].
+    pub fn flush(&mut self) -> Result<(), OutputError> {
+        self.writer.flush().map_err(|error| OutputError::Io(self.part.clone(), error))
+    }
+
+    /// Puts the whole output in its place, for good.
+    ///
+    /// # Errors
+    /// See [`OutputError`].
+    pub fn finish(mut self) -> Result<(), OutputError> {
+        self.flush()?;
+        let io = |error| OutputError::Io(self.path.clone(), error);
+        File::open(&self.part).and_then(|file| file.sync_all()).map_err(io)?;
+        std::fs::rename(&self.part, &self.path).map_err(io)?;
+        let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let directory = directory.unwrap_or_else(|| Path::new("."));
+        File::open(directory).and_then(|directory| directory.sync_all()).map_err(io)
+    }
+}
+
+/// Where an output grows.
+#[must_use]
+pub fn part_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".part");
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bulk::columns::Defaults;
+    use crate::bulk::input::{Input, Wishes};
+
+    const TABLE: &str = "product_id,Notes\nprod_1,=1+1\nprod_2,-5\nprod_3,plain\n";
+
+    fn rows(text: &str) -> (Shape, Vec<Row>) {
+        let defaults = Defaults { request_id_prefix: Some("c-".into()), ..Defaults::default() };
+        let wishes = Wishes { defaults, ..Wishes::default() };
+        let mut input = Input::open(io::Cursor::new(text.to_owned()), wishes).unwrap();
+        let shape = Shape::new(input.format(), input.names(), input.shows_ids());
+        (shape, std::iter::from_fn(|| input.next_row().unwrap()).map(|(row, _)| row).collect())
+    }
+
+    fn link(number: u64) -> Outcome {
+        Outcome {
+            status: Status::Succeeded,
+            checkout_id: Some(format!("ch_{number}")),
+            checkout_url: Some(format!("https://pay.example/{number}")),
+            error_code: None,
+            error_message: None,
+        }
+    }
+
+    fn failure(message: &str) -> Outcome {
+        Outcome {
+            status: Status::Failed,
+            checkout_id: None,
+            checkout_url: None,
+            error_code: Some("code".to_owned()),
+            error_message: Some(message.to_owned()),
+        }
+    }
+
+    fn known(path: &Path, shape: &Shape, rows: &[Row]) -> (Earlier, Vec<Known>) {
+        let mut earlier = Earlier::look(path, shape.clone()).unwrap();
+        let known = rows.iter().map(|row| earlier.next(row)).collect();
+        (earlier, known)
+    }
+
+    #[test]
+    fn lines_carry_the_inputs_cells_and_no_formula() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("links.csv");
+        for (text, begins, end) in [
+            (TABLE.to_owned(), "", "\n"),
+            (format!("\u{feff}{}", TABLE.replace('\n', "\r\n")), "\u{feff}", "\r\n"),
+        ] {
+            let (shape, rows) = rows(&text);
+            let mut output = Earlier::look(&path, shape).unwrap().go_on().unwrap();
+            output.write(&rows[0], &link(1)).unwrap();
+            output.write(&rows[1], &failure("=cmd, \"quoted\"")).unwrap();
+            output.finish().unwrap();
+            let expected = [
+                "product_id,Notes,status,checkout_id,checkout_url,error_code,error_message,request_id",
+                "prod_1,'=1+1,succeeded,ch_1,https://pay.example/1,,,c-1",
+                "prod_2,-5,failed,,,code,\"'=cmd, \"\"quoted\"\"\",c-2",
+                "",
+            ];
+            let written = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(written, format!("{begins}{}", expected.join(end)));
+            assert!(!part_of(&path).exists());
+            std::fs::remove_file(&path).unwrap();
+        }
+    }
+
+    #[test]
+    fn wherever_a_run_is_cut_off_the_next_one_goes_on_behind_its_last_whole_line() {
+        for text in [TABLE.to_owned(), format!("\u{feff}{}", TABLE.replace('\n', "\r\n"))] {
+            let directory = tempfile::TempDir::new().unwrap();
+            let path = directory.path().join("links.csv");
+            let (shape, rows) = rows(&text);
+            let mut output = Earlier::look(&path, shape.clone()).unwrap().go_on().unwrap();
+            let outcomes = [link(1), failure("no"), link(3)];
+            for (row, outcome) in rows.iter().zip(&outcomes) {
+                output.write(row, outcome).unwrap();
+            }
+            output.flush().unwrap();
+            let whole = std::fs::read(part_of(&path)).unwrap();
+            for cut in 0..=whole.len() {
+                std::fs::write(part_of(&path), &whole[..cut]).unwrap();
+                let (earlier, known) = known(&path, &shape, &rows);
+                let lines = whole[..cut].iter().filter(|byte| **byte == b'\n').count();
+                let written = known.iter().take_while(|known| **known != Known::Nothing).count();
+                assert_eq!(written, lines.saturating_sub(1), "cut at {cut}");
+                let mut output = earlier.go_on().unwrap();
+                for (row, outcome) in rows.iter().zip(&outcomes).skip(written) {
+                    output.write(row, outcome).unwrap();
+                }
+                output.flush().unwrap();
+                assert_eq!(std::fs::read(part_of(&path)).unwrap(), whole, "cut at {cut}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_input_that_has_changed_is_done_again_from_there_and_links_of_a_whole_run_hold() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("links.csv");
+        let (shape, first) = rows(TABLE);
+        let mut output = Earlier::look(&path, shape.clone()).unwrap().go_on().unwrap();
+        for (row, outcome) in first.iter().zip([link(1), failure("no"), link(3)]) {
+            output.write(row, &outcome).unwrap();
+        }
+        output.flush().unwrap();
+        let changed = rows(&TABLE.replace("-5", "6")).1;
+        let (_, of_part) = known(&path, &shape, &changed);
+        assert_eq!(of_part, [Known::Written(Status::Succeeded), Known::Nothing, Known::Nothing]);
+        output.finish().unwrap();
+        let (_, of_whole) = known(&path, &shape, &changed);
+        assert_eq!(of_whole, [Known::Linked(link(1)), Known::Nothing, Known::Linked(link(3))]);
+    }
+
+    #[test]
+    fn what_is_no_output_for_the_input_is_left_alone() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("links.csv");
+        let (shape, _) = rows(TABLE);
+        for place in [path.clone(), part_of(&path)] {
+            std::fs::write(&place, "product_id,Notes\nprod_1,mine\n").unwrap();
+            let refused = Earlier::look(&path, shape.clone());
+            assert!(matches!(refused, Err(OutputError::Foreign(_))), "{refused:?}");
+            std::fs::remove_file(&place).unwrap();
+        }
+        std::fs::write(&path, "").unwrap();
+        assert!(Earlier::look(&path, shape).is_ok(), "nothing is in it");
+    }
+}

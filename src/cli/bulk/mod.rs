@@ -1,0 +1,282 @@
+//! `bulk`: a file of jobs into a file of links, without any broker.
+
+mod dry_run;
+mod progress;
+
+use std::fs::File;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, anyhow};
+use tokio::task::JoinSet;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::engine;
+use super::look::shown;
+use super::{Failure, Outcome, block_on, resolved, resolved_without_key, say_error};
+use crate::bulk::columns::Defaults;
+use crate::bulk::input::{Input, Wishes};
+use crate::bulk::inside::Inside;
+use crate::bulk::output::{Earlier, Shape, part_of};
+use crate::bulk::{self, Tally};
+use crate::config::Problem;
+use crate::config::check::{Ledger, Resolved};
+use crate::job::Lane;
+use crate::ledger::Standing;
+use crate::lifecycle::Stages;
+use crate::observe::health::Health;
+use crate::observe::logging;
+use crate::rabbit::envelope::is_campaign;
+use crate::simulator::{Options, Simulator};
+use crate::worker::Fatal;
+use progress::Shown;
+
+/// How many sessions a sandbox remembers.
+const SANDBOX_KEEPS: usize = 1_024;
+
+/// Make a file of jobs into a file of links.
+///
+/// Reads a table (CSV with `,`, `;` or tabs, as spreadsheets save it as "CSV UTF-8") or NDJSON, and
+/// writes a table of links in the same order. A column that is called like a field of a job is that
+/// field (`product_id`, `customer.email`, `metadata.KEY`); all others are carried through. Interrupted,
+/// it goes on where it was when it is started again.
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// The jobs; `-` is standard input.
+    file: PathBuf,
+    /// The links. While it grows it is called FILE.part.
+    #[arg(long, value_name = "FILE", required_unless_present = "dry_run")]
+    out: Option<PathBuf>,
+    /// The product of rows that name none.
+    #[arg(long, value_name = "PRODUCT_ID")]
+    product: Option<String>,
+    /// The discount code of rows without one.
+    #[arg(long)]
+    discount_code: Option<String>,
+    /// Where buyers are sent who have paid, where the row does not say.
+    #[arg(long)]
+    success_url: Option<String>,
+    /// Metadata of every row, as often as needed; a row's own wins.
+    #[arg(long, value_name = "KEY=VALUE", value_parser = super::enqueue::pair)]
+    metadata: Vec<(String, String)>,
+    /// Comes before each row's `request_id`, or before its number where it has none. The same
+    /// prefix for the same file means the same links.
+    #[arg(long, value_name = "PREFIX")]
+    request_id_prefix: Option<String>,
+    /// The campaign that the rows belong to, at most 64 characters.
+    #[arg(long, value_name = "NAME", value_parser = campaign)]
+    campaign: Option<String>,
+    /// A column that is only carried through though it looks like a field, as often as needed.
+    #[arg(long, value_name = "COLUMN")]
+    carry: Vec<String>,
+    /// Only say what is wrong with the rows, each with its line and column.
+    #[arg(long, conflicts_with_all = ["out", "sandbox"])]
+    dry_run: bool,
+    /// Play it through: a built-in double of Creem, no key, no network, and a ledger of its own
+    /// beside the output.
+    #[arg(long)]
+    sandbox: bool,
+    /// A file that gets a JSON line of every session that the sandbox makes.
+    #[arg(long, value_name = "FILE", requires = "sandbox")]
+    sandbox_log: Option<PathBuf>,
+}
+
+fn campaign(text: &str) -> Result<String, String> {
+    let fine = is_campaign(text);
+    fine.then(|| text.to_owned()).ok_or_else(|| "1-64 printable characters".to_owned())
+}
+
+pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
+    let Some(out) = &arguments.out else {
+        return dry_run::run(&resolved_without_key(file, None)?, arguments);
+    };
+    if same_file(&arguments.file, out) {
+        let text = "--out is the input itself: give another name";
+        return Err(Failure::Usage(text.to_owned()));
+    }
+    block_on(async {
+        let sandbox = if arguments.sandbox { Some(Sandbox::start(arguments).await?) } else { None };
+        let settings = match &sandbox {
+            Some(sandbox) => sandbox.settings(file, out)?,
+            None => resolved(file).map_err(with_sandbox)?,
+        };
+        logging::install(settings.log.0, &settings.log.1)
+            .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
+        links(&settings, arguments, out).await
+    })?
+}
+
+/// Whoever only wants to see it needs no key.
+fn with_sandbox(failure: Failure) -> Failure {
+    match failure {
+        Failure::Configuration(mut problems) => {
+            let text = "a run without a key and without Creem is";
+            problems.push(Problem::new(text.to_owned(), "checkout-worker bulk --sandbox"));
+            Failure::Configuration(problems)
+        }
+        other @ (Failure::Failed(_) | Failure::Usage(_)) => other,
+    }
+}
+
+fn same_file(one: &Path, other: &Path) -> bool {
+    let whole = |path: &Path| std::fs::canonicalize(path).ok();
+    whole(one).is_some() && whole(one) == whole(other)
+}
+
+/// Begins to read the input; how many bytes it has, if that is known.
+fn input(settings: &Resolved, arguments: &Arguments) -> Result<(Input, Option<u64>), Failure> {
+    let path = &arguments.file;
+    let (source, bytes): (Box<dyn Read + Send>, _) = if path.as_os_str() == "-" {
+        (Box::new(std::io::stdin()), None)
+    } else {
+        let file =
+            File::open(path).with_context(|| format!("{} cannot be opened", path.display()))?;
+        let about = file.metadata().with_context(|| path.display().to_string())?;
+        if about.is_dir() {
+            return Err(Failure::Usage(format!("{} is a directory: give a file", path.display())));
+        }
+        (Box::new(file), about.is_file().then_some(about.len()))
+    };
+    let wishes = Wishes {
+        defaults: Defaults {
+            product_id: arguments.product.clone(),
+            discount_code: arguments.discount_code.clone(),
+            success_url: arguments.success_url.clone(),
+            metadata: arguments.metadata.clone(),
+            request_id_prefix: arguments.request_id_prefix.clone(),
+        },
+        carry: arguments.carry.clone(),
+        rules: settings.job.clone(),
+    };
+    let input = Input::open(source, wishes).with_context(|| path.display().to_string())?;
+    let carried: Vec<&str> = input.carried().collect();
+    if !carried.is_empty() {
+        say_error(&format!("carried through, and no part of the jobs: {}", carried.join(", ")));
+    }
+    Ok((input, bytes))
+}
+
+async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
+    let (input, bytes) = input(settings, arguments)?;
+    let shape = Shape::new(input.format(), input.names(), input.shows_ids());
+    let earlier = Earlier::look(out, shape)?;
+    if earlier.was_interrupted() {
+        say_error(&format!("going on with {}", part_of(out).display()));
+    }
+    let stages = Stages::default();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(stages.follow_signals(settings.grace).context("signals cannot be listened for")?);
+    let health = Health::default();
+    let opened = engine::open(&settings.ledger, &health, &stages).await;
+    let opened = opened.map_err(|failure| at_the_ledger(failure, &settings.ledger))?;
+    let Some(opened) = opened else { return Err(interrupted(0, out)) };
+    if opened.ledger.identity().standing == Standing::Refused {
+        return Err(Failure::Failed(Fatal::EmptyLedger.into()));
+    }
+    let began_at = opened.clock.now();
+    let engine = Arc::new(engine::engine(settings, opened, health, stages.soft.clone())?);
+    engine.look().await;
+    engine.watch(&mut tasks);
+    let inside = Inside { engine: engine.clone(), campaign: arguments.campaign.clone(), began_at };
+    let at_once = settings.lanes.iter().find(|size| size.lane == Lane::Bulk);
+    let at_once = at_once.map_or(1, |size| usize::from(size.concurrency));
+    let mut shown = Shown::new(bytes);
+    let (broken, soft) = (engine.clone(), stages.soft.clone());
+    tasks.spawn(async move {
+        broken.broken().await;
+        soft.cancel();
+    });
+    let made = bulk::run(
+        input,
+        earlier,
+        at_once,
+        |_, request| inside.make(request),
+        &stages.soft,
+        |progress| shown.tell(progress),
+    );
+    let made = tokio::select! {
+        made = made => made,
+        () = stages.hard.cancelled() => return Err(interrupted(0, out)),
+    };
+    shown.finish();
+    tasks.shutdown().await;
+    if let Some(fatal) = engine.fatal() {
+        return Err(Failure::Failed(fatal.into()));
+    }
+    summary(&made?, arguments, out)
+}
+
+fn at_the_ledger(failure: Failure, ledger: &Ledger) -> Failure {
+    match failure {
+        Failure::Failed(error) => Failure::Failed(error.context(shown(ledger))),
+        other @ (Failure::Usage(_) | Failure::Configuration(_)) => other,
+    }
+}
+
+fn interrupted(rows: u64, out: &Path) -> Failure {
+    let kept = if rows == 0 { String::new() } else { format!(" after {rows} rows") };
+    Failure::Failed(anyhow!(
+        "interrupted{kept}; the same command goes on with {}",
+        part_of(out).display()
+    ))
+}
+
+/// The last words, and whether all is well.
+fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
+    if !tally.whole {
+        return Err(interrupted(tally.rows, out));
+    }
+    let mut text = format!("{} rows, {} with a link", tally.rows, tally.linked());
+    for (status, rows) in tally.statuses.iter().filter(|(status, _)| **status != "succeeded") {
+        text = format!("{text}, {rows} {status}");
+    }
+    text = format!("{text}: {}", out.display());
+    if arguments.sandbox {
+        text.push_str(" (a sandbox: the links lead nowhere)");
+    }
+    if tally.linked() == tally.rows {
+        say_error(&text);
+        return Ok(());
+    }
+    text.push_str(
+        ". The columns error_code and error_message say why; the same command tries those rows again and keeps the links",
+    );
+    Err(Failure::Failed(anyhow!(text)))
+}
+
+/// A double of Creem in this process.
+struct Sandbox {
+    url: String,
+    _serving: AbortOnDropHandle<()>,
+}
+
+impl Sandbox {
+    async fn start(arguments: &Arguments) -> Result<Self, Failure> {
+        let options = Options {
+            keep: Some(SANDBOX_KEEPS),
+            sessions_file: arguments.sandbox_log.clone(),
+            ..Options::default()
+        };
+        let anywhere = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let started = Simulator::start(anywhere, options).await;
+        let (simulator, serve) = started.context("the sandbox cannot be started")?;
+        #[expect(clippy::disallowed_methods, reason = "it ends with its handle")]
+        let serving = AbortOnDropHandle::new(tokio::spawn(serve));
+        Ok(Self { url: simulator.url(), _serving: serving })
+    }
+
+    /// The settings, but for whatever leads to a real Creem or a real ledger.
+    fn settings(&self, file: Option<&Path>, out: &Path) -> Result<Resolved, Failure> {
+        let mut settings = super::settings_without_key(file)?;
+        settings.creem.api_key = Some("creem_test_sandbox".to_owned().into());
+        settings.creem.base_url = Some(self.url.clone());
+        settings.creem.proxy = None;
+        settings.creem.ca_file = None;
+        settings.creem.checkout_hosts.clear();
+        let mut ledger = out.as_os_str().to_owned();
+        ledger.push(".sandbox-ledger.db");
+        settings.ledger.url = format!("sqlite:{}", Path::new(&ledger).display()).into();
+        crate::config::resolve(&settings).map_err(Failure::Configuration)
+    }
+}

@@ -1,0 +1,301 @@
+//! A file of jobs into a file of links, with nothing but the program and a Creem.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
+use creem_checkout_worker::simulator::script::Script;
+use creem_checkout_worker::simulator::{Options, Simulator};
+use tempfile::TempDir;
+
+use crate::cli::command;
+use crate::support::{Process, eventually, soon};
+
+struct Desk {
+    directory: TempDir,
+    simulator: Arc<Simulator>,
+    serving: tokio::task::JoinHandle<()>,
+    settings: BTreeMap<String, String>,
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+impl Desk {
+    async fn new() -> Self {
+        let directory = TempDir::new().unwrap();
+        let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let (simulator, serve) = Simulator::start(anywhere, Options::default()).await.unwrap();
+        let ledger = directory.path().join("ledger.db");
+        let settings = [
+            ("CREEM_API_KEY", "creem_test_canary".to_owned()),
+            ("CREEM_BASE_URL", simulator.url()),
+            ("LEDGER_URL", format!("sqlite:{}", ledger.display())),
+            // Nobody is there: no broker is needed.
+            ("AMQP_URL", "amqp://guest:guest@127.0.0.1:1/%2f".to_owned()),
+            ("CHECKOUT_WORKER__RETRY__FIRST", "10ms".to_owned()),
+        ];
+        let settings = settings.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        Self { directory, simulator, serving: tokio::spawn(serve), settings }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn write(&self, name: &str, text: &str) -> String {
+        std::fs::write(self.path(name), text).unwrap();
+        self.path(name).display().to_string()
+    }
+
+    fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(name)).unwrap()
+    }
+
+    fn script(&self, text: &str) {
+        self.simulator.set_script(Script::parse(text.as_bytes()).unwrap());
+    }
+
+    /// The arguments that make the rows of a file into `links.csv`.
+    fn arguments(&self, input: &str, more: &[&str]) -> Vec<String> {
+        let out = self.path("links.csv").display().to_string();
+        let arguments = ["bulk", input, "--out", &out].into_iter().chain(more.iter().copied());
+        arguments.map(str::to_owned).collect()
+    }
+
+    async fn bulk(&self, input: &str, more: &[&str]) -> (i32, String) {
+        let arguments = self.arguments(input, more);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let (code, _, said) = command(&arguments, self.settings.clone(), "").await;
+        (code, said)
+    }
+
+    fn start(&self, input: &str) -> Process {
+        let arguments = self.arguments(input, &[]);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        Process::start(&arguments, &self.settings)
+    }
+
+    fn sessions(&self) -> usize {
+        self.simulator.log().sessions().len()
+    }
+}
+
+/// A table of so many rows.
+fn table(rows: usize) -> String {
+    let lines = (0..rows).map(|row| format!("r-{row},prod_1,somebody {row}\n"));
+    format!("request_id,product_id,Name\n{}", lines.collect::<String>())
+}
+
+/// The cells of a simple table, without its header.
+fn cells(text: &str) -> Vec<Vec<String>> {
+    text.lines().skip(1).map(|line| line.split(',').map(str::to_owned).collect()).collect()
+}
+
+#[tokio::test]
+async fn a_table_becomes_a_table_of_links_in_its_own_order() {
+    let desk = Desk::new().await;
+    let input = desk.write(
+        "in.csv",
+        "\u{feff}product_id;customer.email;Notes;metadata.source\r\nprod_1;a@b.example;=1+1;fair\r\nprod_missing;;\"two\nlines\";\r\n;nobody;x;\r\n",
+    );
+    let flags = ["--request-id-prefix", "fair-", "--product", "prod_2", "--metadata", "year=2026"];
+    let (code, said) = desk.bulk(&input, &flags).await;
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("3 rows, 1 with a link, 1 invalid, 1 rejected"), "{said}");
+    assert!(said.contains("carried through, and no part of the jobs: Notes"), "{said}");
+    let text = desk.read("links.csv");
+    let expected = [
+        "\u{feff}product_id;customer.email;Notes;metadata.source;status;checkout_id;checkout_url;error_code;error_message;request_id",
+        "prod_1;a@b.example;'=1+1;fair;succeeded;ch_",
+        "prod_missing;;\"two\nlines\";;rejected;;;creem_rejected;Creem refused the request: Product not found;fair-2",
+        ";nobody;x;;invalid;;;email;column customer.email: ",
+    ];
+    let lines: Vec<&str> = text.split("\r\n").collect();
+    for (line, expected) in lines.iter().zip(expected) {
+        assert!(line.starts_with(expected), "{line}");
+    }
+    let posts: Vec<String> =
+        desk.simulator.log().posts().iter().map(|post| post.body.clone()).collect();
+    let first = r#"{"request_id":"fair-1","product_id":"prod_1","customer":{"email":"a@b.example"},"metadata":{"source":"fair","year":"2026"}}"#;
+    assert!(posts.contains(&first.to_owned()), "{posts:?}");
+
+    // Again: the link stays, and the others are tried again.
+    let (_, said) = desk.bulk(&input, &flags).await;
+    assert!(said.contains("3 rows, 1 with a link"), "{said}");
+    assert_eq!(desk.read("links.csv"), text);
+    assert_eq!((desk.sessions(), desk.simulator.log().posts().len()), (1, 3));
+
+    // Corrected: they get theirs.
+    let text = std::fs::read_to_string(&input).unwrap().replace("prod_missing", "prod_3");
+    let input = desk.write("in.csv", &text.replace(";nobody", ";c@d.example"));
+    let (code, said) = desk.bulk(&input, &flags).await;
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(desk.sessions(), 3);
+}
+
+#[tokio::test]
+async fn lines_of_json_become_a_table_of_links() {
+    let desk = Desk::new().await;
+    let input = desk.write(
+        "in.ndjson",
+        "{\"request_id\":\"a\",\"product_id\":\"prod_1\"}\nnonsense\n{\"request_id\":\"a\",\"product_id\":\"prod_2\"}\n",
+    );
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert_eq!(code, 1, "{said}");
+    let rows = cells(&desk.read("links.csv"));
+    let words: Vec<(&str, &str, &str)> =
+        rows.iter().map(|row| (&*row[0], &*row[1], &*row[4])).collect();
+    assert_eq!(
+        words,
+        [
+            ("a", "succeeded", ""),
+            ("", "invalid", "not_json"),
+            ("a", "conflict", "request_id_reused")
+        ]
+    );
+}
+
+#[tokio::test]
+async fn a_dry_run_names_line_column_and_fix_and_asks_nobody() {
+    let desk = Desk::new().await;
+    let input = desk.write(
+        "in.csv",
+        "request_id,product_id,units\na,prod_1,1\nb,prod_1,many\n\na,prod_1,2\nc,prod 1,1\n",
+    );
+    let run =
+        async |input: String| command(&["bulk", &input, "--dry-run"], BTreeMap::new(), "").await;
+    let (code, output, said) = run(input).await;
+    assert_eq!(code, 1, "{output}{said}");
+    let lines: Vec<&str> = output.lines().collect();
+    assert!(lines[0].starts_with("line 3, column units: units must be an integer"), "{output}");
+    assert!(lines[1].starts_with("line 5, column request_id: line 2 has the same one"), "{output}");
+    assert!(lines[2].starts_with("line 6, column product_id: "), "{output}");
+    assert!(said.contains("3 of 4 rows wrong"), "{said}");
+    let (code, _, said) = run(desk.write("good.csv", &table(3))).await;
+    assert_eq!(code, 0, "{said}");
+    let (code, _, said) =
+        run(desk.write("typo.csv", "request_id,product_id,dicsount_code\n")).await;
+    assert!(code == 1 && said.contains("nearly `discount_code`"), "{said}");
+    assert_eq!(desk.simulator.log().posts().len(), 0);
+}
+
+#[tokio::test]
+async fn killed_and_started_again_it_makes_no_link_twice_but_what_the_ledger_counts() {
+    const ROWS: usize = 1_500;
+    let desk = Desk::new().await;
+    desk.script(
+        r#"{"latency_ms":5,"seed":3,"faults":[{"weight":0.02,"kind":"cut_after"},{"weight":0.02,"kind":"status","status":500}]}"#,
+    );
+    let input = desk.write("in.csv", &table(ROWS));
+    for until in [100, 500, 900] {
+        let process = desk.start(&input);
+        soon("some calls", desk.simulator.posts_arrived(until)).await;
+        process.kill().await;
+    }
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(said.contains("going on with"), "{said}");
+    let rows = cells(&desk.read("links.csv"));
+    let ids: Vec<&str> = rows.iter().map(|row| row[0].as_str()).collect();
+    let expected: Vec<String> = (0..ROWS).map(|row| format!("r-{row}")).collect();
+    assert_eq!(ids, expected, "every row once, in order");
+    let links: HashSet<&str> = rows.iter().map(|row| row[5].as_str()).collect();
+    assert_eq!(links.len(), ROWS);
+    let made: HashMap<String, String> = desk
+        .simulator
+        .log()
+        .sessions()
+        .iter()
+        .map(|session| (session.url.clone(), session.request_id.clone()))
+        .collect();
+    for row in &rows {
+        assert_eq!(made.get(&row[5]), Some(&row[0]), "the link is this row's");
+    }
+    let extra = u64::try_from(desk.sessions() - ROWS).unwrap();
+    let counted = Inspector::open(&desk.path("ledger.db")).unwrap().report().ambiguous_attempts;
+    assert!(extra > 0, "some answers were cut off on purpose");
+    assert!(extra <= counted, "{extra} sessions that nobody was given, {counted} counted");
+}
+
+#[tokio::test]
+async fn an_interrupt_finishes_what_was_sent_and_the_same_command_goes_on() {
+    let desk = Desk::new().await;
+    desk.script(r#"{"latency_ms":50}"#);
+    let input = desk.write("in.csv", &table(400));
+    let mut process = desk.start(&input);
+    soon("some calls", desk.simulator.posts_arrived(20)).await;
+    process.signal("INT");
+    assert_eq!(process.ended().await, 1);
+    let said = process.log().join("\n");
+    assert!(said.contains("the same command goes on"), "{said}");
+    let before = desk.sessions();
+    assert!(before < 400, "it did not stop");
+    assert_eq!(cells(&desk.read("links.csv.part")).len(), before, "what was sent is written");
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(desk.sessions(), 400);
+    assert_eq!(cells(&desk.read("links.csv")).len(), 400);
+    assert!(!desk.path("links.csv.part").exists());
+}
+
+#[tokio::test]
+async fn a_sandbox_needs_no_key_and_touches_no_ledger_of_yours() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(20));
+    let log = desk.path("sessions.ndjson").display().to_string();
+    let flags = ["--sandbox", "--sandbox-log", &log];
+    let arguments = desk.arguments(&input, &flags);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    for settings in [BTreeMap::new(), desk.settings.clone()] {
+        let (code, _, said) = command(&arguments, settings, "").await;
+        assert_eq!(code, 0, "{said}");
+        assert!(said.contains("20 rows, 20 with a link") && said.contains("a sandbox"), "{said}");
+    }
+    assert_eq!(desk.read("sessions.ndjson").lines().count(), 20, "the second run kept the links");
+    assert_eq!(desk.simulator.log().posts().len(), 0);
+    assert!(!desk.path("ledger.db").exists());
+}
+
+#[tokio::test]
+async fn a_paused_lane_holds_it_and_a_second_one_on_the_ledger_is_refused() {
+    let desk = Desk::new().await;
+    desk.script(r#"{"latency_ms":20}"#);
+    let input = desk.write("in.csv", &table(500));
+    let mut process = desk.start(&input);
+    soon("some calls", desk.simulator.posts_arrived(20)).await;
+    let pause = command(&["pause", "--lane", "bulk"], desk.settings.clone(), "").await;
+    assert_eq!(pause.0, 0, "{pause:?}");
+    soon("it notices", process.logged("paused lanes")).await;
+    let other = desk.write("other.csv", &table(1));
+    let out = desk.path("other.out.csv").display().to_string();
+    let second = command(&["bulk", &other, "--out", &out], desk.settings.clone(), "").await;
+    assert!(second.0 == 1 && second.2.contains("another worker"), "{second:?}");
+    let posts = || desk.simulator.log().posts().len();
+    let held = std::cell::Cell::new(posts());
+    eventually("what was sent is over", || async { held.replace(posts()) == posts() }).await;
+    assert!(posts() < 500);
+    let resume = command(&["resume", "--lane", "bulk"], desk.settings.clone(), "").await;
+    assert_eq!(resume.0, 0, "{resume:?}");
+    assert_eq!(process.ended().await, 0);
+    assert_eq!(desk.sessions(), 500);
+}
+
+#[tokio::test]
+async fn what_is_in_the_way_is_left_alone() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(2));
+    desk.write("links.csv", "my,precious\n1,2\n");
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 1 && said.contains("is no output for this input"), "{said}");
+    assert_eq!(desk.read("links.csv"), "my,precious\n1,2\n");
+    let (code, _, said) =
+        command(&["bulk", &input, "--out", &input], desk.settings.clone(), "").await;
+    assert!(code == 2 && said.contains("--out is the input itself"), "{said}");
+    assert_eq!(desk.simulator.log().posts().len(), 0);
+}
