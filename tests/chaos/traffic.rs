@@ -18,8 +18,10 @@ use super::oracle::{Books, Message};
 
 /// The first word of all names.
 pub(crate) const PREFIX: &str = "chaos";
-/// Longest time without a new answer.
-const PATIENCE: Duration = Duration::from_secs(120);
+/// Longest time without a new answer. A broker's dead-letter worker that has published to a queue whose leader died
+/// tries again when it has waited for the confirm for three minutes (RabbitMQ's
+/// `dead_letter_worker_publisher_confirm_timeout`), and looks for that every three minutes.
+const PATIENCE: Duration = Duration::from_secs(400);
 
 /// What is published.
 #[derive(Debug, Clone, Copy)]
