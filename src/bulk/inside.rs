@@ -72,7 +72,7 @@ impl Inside {
                 Verdict::GiveBack if journey.stop.is_cancelled() => return None,
                 Verdict::GiveBack => {
                     tokio::select! {
-                        () = journey.lanes.resumed(Lane::Bulk) => {}
+                        () = journey.orders.resumed(Lane::Bulk) => {}
                         () = journey.stop.cancelled() => return None,
                     }
                     Duration::ZERO

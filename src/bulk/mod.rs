@@ -8,6 +8,7 @@ pub mod columns;
 pub mod input;
 pub mod inside;
 pub mod output;
+pub mod table;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;

@@ -11,11 +11,11 @@ use csv::ByteRecord;
 
 use super::columns::RESULT;
 use super::input::{Format, Row};
+use super::table::{BOM, harmless};
 use crate::job::Status;
 
 /// The id of each row, where the input does not show it as it is.
 pub const REQUEST_ID: &str = "request_id";
-const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// Why there is no output. Each says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -164,17 +164,6 @@ impl Shape {
         let read = reader.read_byte_record(&mut header).map_err(io::Error::other)?;
         Ok((read && header == self.header).then_some(reader))
     }
-}
-
-/// A cell as a spreadsheet may have it: none that begins like a formula is left so (OWASP, "CSV
-/// injection"), as the input's cells and Creem's words are other people's. Plain numbers stay.
-fn harmless(cell: &[u8]) -> Vec<u8> {
-    let begins = matches!(cell.first(), Some(b'=' | b'+' | b'-' | b'@' | b'\t' | b'\r'));
-    let number = std::str::from_utf8(cell).is_ok_and(|text| {
-        text.bytes().all(|byte| byte.is_ascii_digit() || b"+-.,".contains(&byte))
-            && text.bytes().any(|byte| byte.is_ascii_digit())
-    });
-    if begins && !number { [b"'", cell].concat() } else { cell.to_vec() }
 }
 
 /// An output that is being written.
@@ -454,7 +443,7 @@ mod tests {
             for cut in 0..=whole.len() {
                 std::fs::write(part_of(&path), &whole[..cut]).unwrap();
                 let (earlier, known) = known(&path, &shape, &rows);
-                let lines = whole[..cut].iter().filter(|byte| **byte == b'\n').count();
+                let lines = String::from_utf8_lossy(&whole[..cut]).matches('\n').count();
                 let written = known.iter().take_while(|known| **known != Known::Nothing).count();
                 assert_eq!(written, lines.saturating_sub(1), "cut at {cut}");
                 let mut output = earlier.go_on().unwrap();

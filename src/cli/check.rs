@@ -7,13 +7,14 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::look::{Look, shown};
 use super::{Failure, Outcome, block_on, resolved, say};
+use crate::clock::{Clock as _, SystemClock, as_duration, as_millis};
 use crate::config::check::{Ledger, Resolved};
 use crate::creem::{Client, KeyCheck};
-use crate::job::Lane;
 use crate::job::reply::rfc3339;
-use crate::ledger::PausedLane;
+use crate::job::{Lane, printable};
 use crate::ledger::postgres::{self, ready::Ready};
 use crate::ledger::sqlite::inspect::Inspector;
+use crate::ledger::{CancelledCampaign, PausedLane};
 use crate::observe::admin::LIVEZ;
 use crate::rabbit::compare::Differences;
 use crate::rabbit::{Topology, link};
@@ -59,9 +60,9 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let there = ledger.is_ok();
     report("ledger", ledger);
     if there {
-        let lanes = block_on(within(paused_lanes(&settings.ledger)))?;
-        for line in lanes.unwrap_or_else(|silent| vec![Err(silent)]) {
-            report("lanes", line);
+        let orders = block_on(within(orders(&settings.ledger)))?;
+        for (what, line) in orders.unwrap_or_else(|silent| vec![("orders", Err(silent))]) {
+            report(what, line);
         }
     }
     report("http.listen", listen);
@@ -75,6 +76,9 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         Err(Failure::Failed(anyhow::anyhow!("{} wrong, see above", super::count(wrong, "thing"))))
     }
 }
+
+/// For how long it matters that clocks were seen to differ.
+const SKEW_MATTERS: Duration = Duration::from_hours(24);
 
 /// How long one part of the surroundings may take to be checked.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -90,22 +94,42 @@ async fn within<T>(work: impl Future<Output = T>) -> Result<T, String> {
     tokio::time::timeout(PATIENCE, work).await.map_err(silent)
 }
 
-/// A line for each lane that is paused: that is no fault, but explains much.
-async fn paused_lanes(ledger: &Ledger) -> Vec<Result<String, String>> {
-    // One that is yet to be made has none.
+/// A line for each lane that is paused and each campaign that is cancelled: that is no fault, but explains
+/// much.
+async fn orders(ledger: &Ledger) -> Vec<(&'static str, Result<String, String>)> {
+    // A ledger that is yet to be made has none.
     let Ok(look) = Look::open(ledger).await else { return Vec::new() };
-    match look.paused_lanes().await {
-        Ok(paused) => paused
-            .iter()
-            .map(|PausedLane { lane, since }| {
-                let since = rfc3339(*since);
-                Ok(format!(
-                    "{lane} is paused since {since}; checkout-worker resume --lane {lane} ends that"
-                ))
-            })
-            .collect(),
-        Err(error) => vec![Err(error.to_string())],
+    let orders = match look.orders().await {
+        Ok(orders) => orders,
+        Err(error) => return vec![("orders", Err(error.to_string()))],
+    };
+    let lane = |PausedLane { lane, since }: &PausedLane| {
+        let since = rfc3339(*since);
+        let text = format!(
+            "{lane} is paused since {since}; checkout-worker resume --lane {lane} ends that"
+        );
+        ("lanes", Ok(text))
+    };
+    let campaign = |CancelledCampaign { campaign, before }: &CancelledCampaign| {
+        let (campaign, before) = (printable(campaign, 64), rfc3339(*before));
+        let text =
+            format!("{campaign} is cancelled: its jobs published before {before} get no link");
+        ("campaigns", Ok(text))
+    };
+    let mut lines: Vec<_> = orders.paused_lanes.iter().map(lane).collect();
+    lines.extend(orders.cancelled.iter().map(campaign));
+    let now = SystemClock.now();
+    if let Some((ahead, at)) = orders.skew.filter(|(_, at)| now - at < as_millis(SKEW_MATTERS)) {
+        let ahead = humantime::format_duration(Duration::from_secs(as_duration(ahead).as_secs()));
+        let at = rfc3339(at);
+        lines.push((
+            "clocks",
+            Err(format!(
+                "at {at} a worker was given a job that was published {ahead} in the future: set the clocks of producers and workers by NTP, for deadlines and max_age are judged by them"
+            )),
+        ));
     }
+    lines
 }
 
 async fn ledger(ledger: &Ledger) -> Result<String, String> {

@@ -22,7 +22,7 @@ use crate::worker::circuit::Circuit;
 use crate::worker::engine::Engine;
 use crate::worker::gate::Gate;
 use crate::worker::journey::Journey;
-use crate::worker::lanes::Lanes;
+use crate::worker::orders::Orders;
 use crate::worker::trouble::Trouble;
 use crate::worker::turns::Turns;
 
@@ -62,7 +62,7 @@ pub(super) fn engine(
             _ => Pacer::new(settings.limits),
         },
         gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
-        lanes: Lanes::default(),
+        orders: Orders::default(),
         circuit: Circuit::default(),
         turns: Turns::default(),
         trouble: Trouble::default(),

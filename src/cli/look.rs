@@ -1,11 +1,12 @@
 //! A look into the ledger, whichever it is, beside running workers.
 
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use super::Failure;
 use crate::config::check::Ledger;
 use crate::job::Key;
-use crate::ledger::{KnownOrphan, LedgerError, PausedLane, Report, Row, postgres, sqlite};
+use crate::ledger::{Campaign, KnownOrphan, LedgerError, Orders, Report, Row, postgres, sqlite};
 
 /// An open ledger.
 pub(super) enum Look {
@@ -30,10 +31,31 @@ impl Look {
         }
     }
 
-    pub(super) async fn paused_lanes(&self) -> Result<Vec<PausedLane>, LedgerError> {
+    pub(super) async fn orders(&self) -> Result<Orders, LedgerError> {
         match self {
-            Self::File(file) => locked(file).paused_lanes(),
-            Self::Database(database) => database.paused_lanes().await,
+            Self::File(file) => locked(file).orders(),
+            Self::Database(database) => database.orders().await,
+        }
+    }
+
+    pub(super) async fn campaigns(
+        &self,
+        name: Option<&str>,
+    ) -> Result<BTreeMap<String, Campaign>, LedgerError> {
+        match self {
+            Self::File(file) => locked(file).campaigns(name),
+            Self::Database(database) => database.campaigns(name).await,
+        }
+    }
+
+    pub(super) async fn jobs_of(
+        &self,
+        campaign: &str,
+        visit: impl FnMut(Result<(Key, Row), LedgerError>),
+    ) -> Result<(), LedgerError> {
+        match self {
+            Self::File(file) => locked(file).jobs_of(campaign, visit),
+            Self::Database(database) => database.jobs_of(campaign, visit).await,
         }
     }
 

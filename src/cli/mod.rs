@@ -1,6 +1,7 @@
 //! The commands, what they share, and the one place where an error becomes an exit code.
 
 mod bulk;
+mod campaign;
 mod check;
 mod engine;
 mod enqueue;
@@ -9,6 +10,7 @@ mod ledger;
 mod look;
 mod run;
 mod show;
+mod tell;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -48,6 +50,8 @@ enum Command {
     Pause(lanes::Arguments),
     /// Take the jobs of a paused lane again.
     Resume(lanes::Arguments),
+    /// What became of the jobs of a campaign; cancel it, or export its links.
+    Campaign(campaign::Arguments),
     /// Tell the ledger what only an operator knows, e.g. that it was restored from a backup.
     Ledger(ledger::Arguments),
     /// Delete the queues and exchanges under `topology.prefix`, messages included; for demos and
@@ -95,6 +99,7 @@ pub fn main() -> ExitCode {
         Command::Show(command) => show::run(file, command),
         Command::Pause(command) => lanes::pause(file, command),
         Command::Resume(command) => lanes::resume(file, command),
+        Command::Campaign(command) => campaign::run(file, command),
         Command::Ledger(command) => ledger::run(file, command),
         Command::RemoveTopology => remove_topology(file),
     };

@@ -127,6 +127,8 @@ pub enum Ending {
     Failed(Problem),
     /// Nobody knows.
     Unresolved(Problem),
+    /// Not wanted any more.
+    Cancelled(Problem),
 }
 
 impl Ending {
@@ -139,6 +141,7 @@ impl Ending {
             Self::Expired(_) => Status::Expired,
             Self::Failed(_) => Status::Failed,
             Self::Unresolved(_) => Status::Unresolved,
+            Self::Cancelled(_) => Status::Cancelled,
         }
     }
 
@@ -150,7 +153,8 @@ impl Ending {
             Self::Rejected(problem)
             | Self::Expired(problem)
             | Self::Failed(problem)
-            | Self::Unresolved(problem) => Some(problem),
+            | Self::Unresolved(problem)
+            | Self::Cancelled(problem) => Some(problem),
         }
     }
 
@@ -164,9 +168,10 @@ impl Ending {
             return self;
         }
         match self {
-            Self::Rejected(problem) | Self::Expired(problem) | Self::Failed(problem) => {
-                Self::Unresolved(problem)
-            }
+            Self::Rejected(problem)
+            | Self::Expired(problem)
+            | Self::Failed(problem)
+            | Self::Cancelled(problem) => Self::Unresolved(problem),
             ending @ (Self::Succeeded { .. } | Self::Unresolved(_)) => ending,
         }
     }
@@ -179,9 +184,12 @@ mod tests {
     #[test]
     fn no_session_exists_is_never_said_after_an_ambiguous_attempt() {
         let problem = || Problem::new("code", "text");
-        for ending in
-            [Ending::Rejected(problem()), Ending::Expired(problem()), Ending::Failed(problem())]
-        {
+        for ending in [
+            Ending::Rejected(problem()),
+            Ending::Expired(problem()),
+            Ending::Failed(problem()),
+            Ending::Cancelled(problem()),
+        ] {
             assert_eq!(ending.clone().honest(0), ending);
             assert_eq!(ending.honest(1), Ending::Unresolved(problem()));
         }

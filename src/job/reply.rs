@@ -95,9 +95,11 @@ pub fn encode(ending: &Ending, facts: Facts<'_>) -> Vec<u8> {
         Ending::Succeeded { checkout_id, checkout_url } => {
             (Some(checkout_id.clone()), Some(checkout_url.clone()))
         }
-        Ending::Rejected(_) | Ending::Expired(_) | Ending::Failed(_) | Ending::Unresolved(_) => {
-            (None, None)
-        }
+        Ending::Rejected(_)
+        | Ending::Expired(_)
+        | Ending::Failed(_)
+        | Ending::Unresolved(_)
+        | Ending::Cancelled(_) => (None, None),
     };
     let linked = checkout_url.is_some();
     to_bytes(&Reply {

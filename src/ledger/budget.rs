@@ -12,9 +12,9 @@ use crate::job::Mode;
 /// Places of the shared budget: points in time at which one call each may be made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Places {
-    /// When the first one is, as this worker's clock has it.
+    /// When the first one is, as this worker's clock has it; where there is none, when there may be one.
     pub first: Instant,
-    /// How many there are.
+    /// How many there are: all that were wished for, or none.
     pub count: u32,
     /// How far apart they are.
     pub interval: Duration,
@@ -22,29 +22,52 @@ pub struct Places {
     pub quiet: Duration,
 }
 
+/// A wish for places.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Wish {
+    /// How many.
+    pub count: u32,
+    /// How far apart.
+    pub interval: Duration,
+    /// How bulk gets them; interactive gets them at once.
+    pub bulk: Option<BulkTerms>,
+}
+
+/// How bulk gets places of a budget, so that nobody who waits is behind a campaign.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct BulkTerms {
+    /// None are given to it that lie further ahead: what is taken now cannot be given to somebody else.
+    pub horizon: Duration,
+    /// But once in so long it gets them all the same, at the end of the line: it is never starved.
+    pub every: Duration,
+}
+
+/// What is known of Creem.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct News {
+    /// For how long at least nobody may call, because Creem asked for that.
+    pub quiet: Duration,
+    /// For how long it is taken to be down, unless somebody says so again.
+    pub down: Duration,
+}
+
 /// What the workers of a shared ledger share besides jobs.
 pub trait Budget: Send + Sync {
-    /// Takes `count` places, `interval` apart, from the budget of that world.
+    /// Takes places from the budget of that world.
     ///
     /// # Errors
     /// See [`LedgerError`].
     fn lease_places(
         &self,
         mode: Mode,
-        count: u32,
-        interval: Duration,
+        wish: Wish,
     ) -> BoxFuture<'static, Result<Places, LedgerError>>;
 
-    /// Makes sure that all workers are quiet towards that world for at least that long, and tells for
-    /// how long they are.
+    /// Tells all workers what this one knows of Creem, and what all of them know together.
     ///
     /// # Errors
     /// See [`LedgerError`].
-    fn quiet(
-        &self,
-        mode: Mode,
-        at_least: Duration,
-    ) -> BoxFuture<'static, Result<Duration, LedgerError>>;
+    fn share(&self, mode: Mode, news: News) -> BoxFuture<'static, Result<News, LedgerError>>;
 }
 
 /// A reading that is surer than this needs no better one.

@@ -262,7 +262,7 @@ impl JobCommand {
 }
 
 /// What a ledger can be told about itself.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum OwnCommand {
     /// A time in which nothing could be tried.
     Pause {
@@ -284,6 +284,18 @@ pub enum OwnCommand {
     PauseLane(Lane),
     /// They do again.
     ResumeLane(Lane),
+    /// A job was published so far in the future: somebody's clock is wrong.
+    Skew {
+        /// How far, in milliseconds.
+        ahead: Millis,
+    },
+    /// Jobs of that campaign that were published before then are not wanted any more.
+    CancelCampaign {
+        /// Its name.
+        campaign: String,
+        /// When.
+        before: Millis,
+    },
 }
 
 /// A lane that an operator has paused.
@@ -294,6 +306,50 @@ pub struct PausedLane {
     /// Since when.
     pub since: Millis,
 }
+
+/// A campaign that an operator has cancelled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CancelledCampaign {
+    /// Its name.
+    pub campaign: String,
+    /// Its jobs that were published before that are cancelled.
+    pub before: Millis,
+}
+
+/// What a ledger keeps for all of its workers, and for operators: what those have told it, and what workers
+/// have seen.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Orders {
+    /// Lanes whose jobs are not taken.
+    pub paused_lanes: Vec<PausedLane>,
+    /// Campaigns whose jobs are not wanted.
+    pub cancelled: Vec<CancelledCampaign>,
+    /// How far in the future a job was published, in milliseconds, and when a worker last saw such a one.
+    pub skew: Option<(Millis, Millis)>,
+}
+
+impl Orders {
+    /// Reads one out of the names and numbers that a ledger keeps.
+    pub(super) fn note(&mut self, name: &str, number: Millis) {
+        if let Some(campaign) = name.strip_prefix(CANCELLED) {
+            let campaign = campaign.to_owned();
+            self.cancelled.push(CancelledCampaign { campaign, before: number });
+        } else if let Some(lane) = Lane::ALL.into_iter().find(|lane| pause_name(*lane) == name) {
+            self.paused_lanes.push(PausedLane { lane, since: number });
+        } else if name == SKEW {
+            self.skew.get_or_insert_default().0 = number;
+        } else if name == SKEW_AT {
+            self.skew.get_or_insert_default().1 = number;
+        }
+    }
+}
+
+/// What the names begin with under which a ledger keeps that lanes are paused, and campaigns cancelled.
+pub(super) const PAUSED: &str = "paused.";
+pub(super) const CANCELLED: &str = "cancelled.";
+/// Under which names it keeps how far clocks differ, and when that was seen.
+pub(super) const SKEW: &str = "skew";
+pub(super) const SKEW_AT: &str = "skew_at";
 
 /// Under which name a ledger keeps that a lane is paused.
 #[must_use]

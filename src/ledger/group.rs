@@ -11,7 +11,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Answer, Command, LedgerError, PausedLane};
+use super::{Answer, Command, LedgerError, Orders};
 use crate::clock::Millis;
 
 /// Most commands in one commit: past it the sync's share per command is below the cost of the
@@ -26,11 +26,11 @@ pub trait Store: Send + 'static {
     /// See [`LedgerError`].
     fn commit(&mut self, batch: &[Command]) -> Result<Committed, LedgerError>;
 
-    /// The lanes that are paused.
+    /// What operators have told it.
     ///
     /// # Errors
     /// See [`LedgerError`].
-    fn paused_lanes(&mut self) -> Result<Vec<PausedLane>, LedgerError>;
+    fn orders(&mut self) -> Result<Orders, LedgerError>;
 
     /// Removes a small batch of old rows.
     ///
@@ -55,7 +55,7 @@ type Waiter<T> = oneshot::Sender<Result<T, LedgerError>>;
 enum Work {
     Apply(Command, Waiter<Answer>),
     Sweep(Millis, Waiter<usize>),
-    PausedLanes(Waiter<Vec<PausedLane>>),
+    Orders(Waiter<Orders>),
 }
 
 /// The way to a store's thread. Dropping it waits until the thread has closed the store.
@@ -127,11 +127,11 @@ impl Group {
         wait(self.send(Work::Sweep(before, waiter)), answer)
     }
 
-    /// The lanes that are paused.
+    /// What operators have told it.
     #[must_use]
-    pub fn paused_lanes(&self) -> BoxFuture<'static, Result<Vec<PausedLane>, LedgerError>> {
+    pub fn orders(&self) -> BoxFuture<'static, Result<Orders, LedgerError>> {
         let (waiter, answer) = oneshot::channel();
-        wait(self.send(Work::PausedLanes(waiter)), answer)
+        wait(self.send(Work::Orders(waiter)), answer)
     }
 
     fn send(&self, work: Work) -> bool {
@@ -167,7 +167,7 @@ fn turn(
                 waiters.push(waiter);
             }
             Work::Sweep(before, waiter) => sweeps.push((before, waiter)),
-            Work::PausedLanes(waiter) => questions.push(waiter),
+            Work::Orders(waiter) => questions.push(waiter),
         }
         next = if commands.len() < MOST { work.try_recv().ok() } else { None };
     }
@@ -192,7 +192,7 @@ fn turn(
         give(waiter, store.sweep(before));
     }
     for waiter in questions {
-        give(waiter, store.paused_lanes());
+        give(waiter, store.orders());
     }
 }
 

@@ -36,10 +36,10 @@ use futures::future::BoxFuture;
 use crate::clock::Millis;
 use crate::job::{Key, LedgerSecret};
 
-pub use budget::{Budget, Places};
-use command::pause_name;
+pub use budget::{Budget, BulkTerms, News, Places, Wish};
 pub use command::*;
-pub use report::{KnownOrphan, Report};
+use command::{CANCELLED, PAUSED, SKEW, SKEW_AT, pause_name};
+pub use report::{Campaign, KnownOrphan, Report};
 pub use row::{Row, State};
 
 /// Why the ledger did not answer, sorted by what the caller does.
@@ -110,11 +110,11 @@ pub trait Ledger: Send + Sync + std::fmt::Debug + 'static {
     /// What the ledger knew of itself when it was opened.
     fn identity(&self) -> &Identity;
 
-    /// The lanes that an operator has paused.
+    /// What operators have told it.
     ///
     /// # Errors
     /// See [`LedgerError`].
-    fn paused_lanes(&self) -> BoxFuture<'static, Result<Vec<PausedLane>, LedgerError>>;
+    fn orders(&self) -> BoxFuture<'static, Result<Orders, LedgerError>>;
 
     /// Removes rows that ended before that time and cannot hide a session; at most a small
     /// batch. Returns how many went.

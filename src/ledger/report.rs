@@ -19,6 +19,27 @@ pub struct KnownOrphan {
     pub found_at: Millis,
 }
 
+/// What the ledger knows of a campaign: of those of its jobs that a worker has taken.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Campaign {
+    /// How many of its jobs are in each state.
+    pub states: BTreeMap<String, u64>,
+    /// When the first of them was last changed.
+    pub first_change: Millis,
+    /// And the last.
+    pub last_change: Millis,
+}
+
+impl Campaign {
+    /// Takes note of the jobs in one state.
+    pub(super) fn note(&mut self, state: String, jobs: u64, first: Millis, last: Millis) {
+        let nothing = self.states.is_empty();
+        self.first_change = if nothing { first } else { self.first_change.min(first) };
+        self.last_change = self.last_change.max(last);
+        *self.states.entry(state).or_default() += jobs;
+    }
+}
+
 /// What a check of a whole ledger found.
 #[derive(Debug, Clone, Default)]
 pub struct Report {

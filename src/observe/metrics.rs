@@ -86,6 +86,10 @@ fn describe() {
         "1 while an operator has paused the lane (checkout-worker pause)"
     );
     describe_gauge!(
+        "checkout_worker_clock_skew_seconds",
+        "How far in the future a job of the last ten seconds was published: a producer's clock is ahead of the ledger's, or 0"
+    );
+    describe_gauge!(
         "checkout_worker_circuit_open",
         "1 while the circuit breaker is open: most calls to Creem failed, and none is made but one now and then"
     );
@@ -149,6 +153,11 @@ pub fn rate_limit(per_second: f64) {
 /// Whether an operator has paused a lane.
 pub fn lane_paused(lane: Lane, paused: bool) {
     gauge!("checkout_worker_lane_paused", "lane" => lane.as_str()).set(f64::from(u8::from(paused)));
+}
+
+/// How far in the future a job was published.
+pub fn clock_skew(ahead: Duration) {
+    gauge!("checkout_worker_clock_skew_seconds").set(ahead.as_secs_f64());
 }
 
 /// Whether calls to Creem are held back because most failed.

@@ -85,6 +85,15 @@ enum Step {
     Wait,
 }
 
+/// How many callers wait for a place in each lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waiters {
+    /// Somebody waits behind them.
+    pub interactive: usize,
+    /// Nobody does.
+    pub bulk: usize,
+}
+
 /// Counts a caller as long as it waits.
 struct Waiting<'a> {
     pacer: &'a Pacer,
@@ -257,10 +266,24 @@ impl Pacer {
         place.latest.is_some_and(|latest| now > latest) || now < self.state().quiet_until
     }
 
-    /// Waits until somebody wants a granted place; how many callers wait, at least one.
-    pub async fn wanted(&self) -> usize {
+    /// What part of the calls is bulk's where both lanes wait.
+    #[must_use]
+    pub const fn bulk_share(&self) -> f64 {
+        self.limits.bulk_share
+    }
+
+    /// Waits until somebody wants a granted place; how many callers wait then.
+    pub async fn wanted(&self) -> Waiters {
         self.wanted.notified().await;
-        self.waiting.iter().map(|count| count.load(Ordering::Relaxed)).sum::<usize>().max(1)
+        self.waiters()
+    }
+
+    /// How many callers wait for a place.
+    #[must_use]
+    pub fn waiters(&self) -> Waiters {
+        let [interactive, bulk] =
+            self.waiting.each_ref().map(|count| count.load(Ordering::Relaxed));
+        Waiters { interactive, bulk }
     }
 
     /// Grants places.
@@ -417,7 +440,8 @@ mod tests {
             async move {
                 let pacer: &Pacer = pacer;
                 loop {
-                    let wanted = pacer.wanted().await;
+                    let Waiters { interactive, bulk } = pacer.wanted().await;
+                    let wanted = interactive + bulk;
                     // A round trip.
                     tokio::time::sleep(Duration::from_millis(2)).await;
                     let interval = Pacer::shared_interval(rate);
@@ -534,7 +558,8 @@ mod tests {
         pacer.admit(Lane::Interactive).await.come().await;
         assert_eq!(now.elapsed(), Duration::from_millis(100), "the first one is lost");
         assert!(pacer.admit(Lane::Interactive).now_or_never().is_none());
-        assert_eq!(pacer.wanted().now_or_never(), Some(1));
+        let nobody = Waiters { interactive: 0, bulk: 0 };
+        assert_eq!(pacer.wanted().now_or_never(), Some(nobody), "who asked has given up");
     }
 
     #[tokio::test(start_paused = true)]

@@ -24,6 +24,8 @@ pub struct Circuit {
     due: watch::Sender<Option<Instant>>,
     /// The right to be the probe.
     right: Notify,
+    /// Since when another worker finds Creem down: it makes the probes, and this one waits.
+    by_others: Mutex<Option<Instant>>,
 }
 
 impl Default for Circuit {
@@ -34,6 +36,7 @@ impl Default for Circuit {
             repeats: Mutex::new(RetryBudget::new(now)),
             due: watch::Sender::new(None),
             right: Notify::new(),
+            by_others: Mutex::default(),
         }
     }
 }
@@ -93,11 +96,39 @@ impl Circuit {
             }
             Change::Closed => {
                 self.due.send_replace(None);
-                metrics::circuit_open(false);
-                pacer.restart();
-                gate.open(Reason::Circuit);
-                tracing::info!("Creem is back; intake goes on, slowly at first");
+                if self.by_others().is_none() {
+                    go_on(gate, pacer);
+                }
             }
+        }
+    }
+
+    /// Whether this worker's own calls show that Creem is down.
+    #[must_use]
+    pub fn finds_creem_down(&self) -> bool {
+        self.due.borrow().is_some()
+    }
+
+    /// Hears whether another worker finds Creem down: each would need calls of its own to find out.
+    pub fn hear(&self, down: bool, gate: &Gate, pacer: &Pacer) {
+        // What this one has told comes back to it.
+        let down = down && !self.finds_creem_down();
+        {
+            let mut by_others = self.by_others();
+            if by_others.is_some() == down {
+                return;
+            }
+            *by_others = down.then(Instant::now);
+        }
+        if down {
+            metrics::circuit_open(true);
+            if gate.close(Reason::Circuit) {
+                tracing::warn!(
+                    "intake is paused: another worker of this ledger finds that most calls to Creem fail"
+                );
+            }
+        } else if !self.finds_creem_down() {
+            go_on(gate, pacer);
         }
     }
 
@@ -109,7 +140,9 @@ impl Circuit {
     /// For how long the circuit has been open, if it is.
     #[must_use]
     pub fn open_for(&self) -> Option<Duration> {
-        self.breaker().open_for(Instant::now())
+        let now = Instant::now();
+        let by_others = self.by_others().map(|since| now.saturating_duration_since(since));
+        self.breaker().open_for(now).or(by_others)
     }
 
     /// Gives the right to be the probe whenever one is due; never ends.
@@ -132,6 +165,10 @@ impl Circuit {
         }
     }
 
+    fn by_others(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.by_others.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn breaker(&self) -> MutexGuard<'_, Breaker> {
         self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -139,6 +176,14 @@ impl Circuit {
     fn repeats(&self) -> MutexGuard<'_, RetryBudget> {
         self.repeats.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Creem is back.
+fn go_on(gate: &Gate, pacer: &Pacer) {
+    metrics::circuit_open(false);
+    pacer.restart();
+    gate.open(Reason::Circuit);
+    tracing::info!("Creem is back; intake goes on, slowly at first");
 }
 
 #[cfg(test)]
@@ -219,5 +264,27 @@ mod tests {
             () = work => {}
             () = circuit.keep_time() => unreachable!("it never ends"),
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_another_worker_finds_holds_this_one_and_it_makes_no_probe() {
+        let gate = Gate::recording(Arc::new(SystemClock), Pauses::default(), |_, _| {});
+        let pacer = Pacer::new(Limits { ceiling: None, bulk_share: 0.05 });
+        let circuit = Circuit::default();
+        circuit.hear(true, &gate, &pacer);
+        assert!(gate.is_held_only_by(Reason::Circuit) && !circuit.finds_creem_down());
+        tokio::select! {
+            _ = circuit.probe(&gate) => panic!("it made a probe of its own"),
+            () = circuit.keep_time() => unreachable!("it never ends"),
+            () = tokio::time::sleep(Duration::from_secs(60)) => {}
+        }
+        circuit.hear(false, &gate, &pacer);
+        assert!(gate.is_open());
+
+        // Its own finding outlives what it hears, and what it told does not come back to it.
+        let (circuit, gate, pacer) = open();
+        circuit.hear(true, &gate, &pacer);
+        circuit.hear(false, &gate, &pacer);
+        assert!(gate.is_held_only_by(Reason::Circuit) && circuit.finds_creem_down());
     }
 }

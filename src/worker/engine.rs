@@ -66,21 +66,21 @@ impl Engine {
     /// What operators have told the ledger so far: before a job is taken of a lane that was paused long ago.
     pub async fn look(&self) {
         let journey = &self.journey;
-        journey.lanes.look(&*journey.ledger, &self.health).await;
+        journey.orders.look(&*journey.ledger, &self.health).await;
     }
 
     /// Starts what looks after the things that can hold the gate.
     pub fn watch(self: &Arc<Self>, tasks: &mut JoinSet<()>) {
         tasks.spawn(watchers::ledger(self.clone()));
         tasks.spawn(watchers::key(self.clone()));
-        let lanes = self.clone();
+        let orders = self.clone();
         tasks.spawn(async move {
-            lanes.journey.lanes.follow(&*lanes.journey.ledger, &lanes.health).await;
+            orders.journey.orders.follow(&*orders.journey.ledger, &orders.health).await;
         });
         let circuit = self.clone();
         tasks.spawn(async move { circuit.journey.circuit.keep_time().await });
         if let Some(budget) = &self.budget {
-            tasks.spawn(budget::share_silence(self.clone(), budget.store.clone()));
+            tasks.spawn(budget::share_news(self.clone(), budget.store.clone()));
             if let Some(per_second) = budget.per_second {
                 tasks.spawn(budget::lease(self.clone(), budget.store.clone(), per_second));
             }

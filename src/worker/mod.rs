@@ -12,10 +12,11 @@ pub mod engine;
 pub mod gate;
 pub mod intake;
 pub mod journey;
-pub mod lanes;
+pub mod orders;
 pub mod rules;
 mod sessions;
 pub mod settle;
+mod skew;
 pub mod trouble;
 pub mod turns;
 mod watch;
@@ -102,6 +103,8 @@ struct Shared {
     permits: Vec<(LaneSize, Arc<Semaphore>)>,
     /// Cancelled when nothing new is begun.
     stop: CancellationToken,
+    /// How far producers' clocks are ahead.
+    skew: skew::Skew,
     /// What has been decided about a new ledger.
     adoption: tokio::sync::Mutex<Option<Adoption>>,
 }
@@ -127,6 +130,7 @@ impl Worker {
             jobs: TaskTracker::new(),
             permits,
             stop: soft,
+            skew: skew::Skew::default(),
             adoption: tokio::sync::Mutex::default(),
         });
         shared.begin_with_the_ledger().await;
@@ -204,8 +208,9 @@ impl Shared {
         permits: &Arc<Semaphore>,
     ) -> (Option<String>, Summary) {
         let worker = &self.worker;
-        let Read { envelope, job } =
-            worker.intake.read(delivery, worker.engine.journey.clock.now(), permits);
+        let now = worker.engine.journey.clock.now();
+        let Read { envelope, job } = worker.intake.read(delivery, now, permits);
+        self.skew.note(envelope.timestamp, now);
         let ask = match job {
             Ok(ask) => ask,
             Err(unfit) => {

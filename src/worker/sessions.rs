@@ -261,14 +261,14 @@ impl LaneLoop {
     /// Takes deliveries, but for times in which the lane is paused, until the session breaks (then why) or
     /// the worker stops.
     async fn run(self, subscribed: mpsc::Sender<(Lane, Subscribed)>) -> Option<LinkError> {
-        let lanes = &self.shared.worker.engine.journey.lanes;
+        let orders = &self.shared.worker.engine.journey.orders;
         loop {
-            if lanes.is_paused(self.lane) {
+            if orders.is_paused(self.lane) {
                 if subscribed.send((self.lane, Subscribed::Paused)).await.is_err() {
                     return None;
                 }
                 tokio::select! {
-                    () = lanes.resumed(self.lane) => {}
+                    () = orders.resumed(self.lane) => {}
                     () = self.session.over.cancelled() => return None,
                     () = self.shared.stop.cancelled() => return None,
                 }
@@ -297,7 +297,7 @@ impl LaneLoop {
                 biased;
                 () = self.shared.stop.cancelled() => return Taken::Enough,
                 () = self.session.over.cancelled() => return Taken::Over(None),
-                () = self.shared.worker.engine.journey.lanes.paused(self.lane) => return Taken::Enough,
+                () = self.shared.worker.engine.journey.orders.paused(self.lane) => return Taken::Enough,
                 granted = self.permits.clone().acquire_owned(), if permit.is_none() => {
                     let Ok(granted) = granted else { return Taken::Over(None) };
                     permit = Some(granted);

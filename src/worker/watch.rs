@@ -34,6 +34,8 @@ pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     tasks.spawn(publishing(shared.clone()));
     tasks.spawn(sweep(shared.clone()));
     tasks.spawn(gauges(shared.clone()));
+    let skew = shared.clone();
+    tasks.spawn(async move { skew.skew.tell(&*skew.worker.engine.journey.ledger).await });
 }
 
 /// While the ledger is away, asks whether it is back.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use creem_checkout_worker::job::{Lane, Mode};
 use creem_checkout_worker::ledger::budget::Reckoning;
-use creem_checkout_worker::ledger::{Budget, LedgerError, Places};
+use creem_checkout_worker::ledger::{Budget, LedgerError, News, Places, Wish};
 use creem_checkout_worker::pace::{Limits, Pacer};
 use creem_checkout_worker::worker::budget::{grant, listen};
 use fastrand::Rng;
@@ -27,6 +27,17 @@ pub(crate) struct Fleet {
     pub(crate) per_second: f64,
     pub(crate) workers: usize,
     pub(crate) duration: Duration,
+    /// Whose callers they are that could use the whole budget.
+    pub(crate) lane: Lane,
+}
+
+/// What came of buyers who come now and then, beside a campaign that wants the whole budget.
+pub(crate) struct Waited {
+    pub(crate) most_in_a_second: usize,
+    /// Share of the budget that was used.
+    pub(crate) used: f64,
+    /// How long each buyer waited for a place, in order.
+    pub(crate) waits: Vec<Duration>,
 }
 
 /// What came of it.
@@ -47,6 +58,7 @@ struct Row {
     started: Instant,
     next: Instant,
     quiet_until: Instant,
+    bulk_at: Instant,
 }
 
 /// A worker's way to it.
@@ -94,9 +106,9 @@ impl Budget for Seat {
     fn lease_places(
         &self,
         _mode: Mode,
-        count: u32,
-        interval: Duration,
+        wish: Wish,
     ) -> BoxFuture<'static, Result<Places, LedgerError>> {
+        let Wish { count, interval, bulk } = wish;
         let (there, back) = (self.way(), self.way());
         let (row, lead) = (self.row.clone(), self.lead.clone());
         let reckoning = self.reckoning.clone();
@@ -106,13 +118,24 @@ impl Budget for Seat {
             let asked = Instant::now();
             let expected = *lead.lock().unwrap();
             tokio::time::sleep(there).await;
-            let (first, now, quiet) = {
+            let (first, now, quiet, count) = {
                 let mut row = row.lock().unwrap();
                 let now = Instant::now();
-                let first = row.next.max(row.quiet_until).max(now + expected);
-                row.next = first + interval * count;
+                let next = row.next.max(row.quiet_until);
+                let given =
+                    bulk.is_none_or(|terms| next <= now + terms.horizon || row.bulk_at <= now);
+                let first = if given {
+                    let first = next.max(now + expected);
+                    row.next = first + interval * count;
+                    row.bulk_at = bulk.map_or(row.bulk_at, |terms| now + terms.every);
+                    first
+                } else {
+                    let horizon = bulk.map_or(Duration::ZERO, |terms| terms.horizon);
+                    (next - horizon).min(row.bulk_at)
+                };
                 let shown = |at: Instant| micros(at - row.started);
-                (shown(first), shown(now), row.quiet_until.saturating_duration_since(now))
+                let quiet = row.quiet_until.saturating_duration_since(now);
+                (shown(first), shown(now), quiet, if given { count } else { 0 })
             };
             tokio::time::sleep(back).await;
             *lead.lock().unwrap() = asked.elapsed();
@@ -123,24 +146,20 @@ impl Budget for Seat {
         .boxed()
     }
 
-    fn quiet(
-        &self,
-        _mode: Mode,
-        at_least: Duration,
-    ) -> BoxFuture<'static, Result<Duration, LedgerError>> {
+    fn share(&self, _mode: Mode, news: News) -> BoxFuture<'static, Result<News, LedgerError>> {
         let (there, back, row) = (self.way(), self.way(), self.row.clone());
         async move {
             tokio::time::sleep(there).await;
             let quiet = {
                 let mut row = row.lock().unwrap();
                 let now = Instant::now();
-                if !at_least.is_zero() {
-                    row.quiet_until = row.quiet_until.max(now + at_least);
+                if !news.quiet.is_zero() {
+                    row.quiet_until = row.quiet_until.max(now + news.quiet);
                 }
                 row.quiet_until.saturating_duration_since(now)
             };
             tokio::time::sleep(back).await;
-            Ok(quiet)
+            Ok(News { quiet, ..news })
         }
         .boxed()
     }
@@ -166,9 +185,68 @@ impl Fleet {
         runtime.block_on(self.simulate())
     }
 
+    /// Buyers at a tenth of the budget, at any worker and at one that has no bulk at all.
+    pub(crate) fn with_buyers(&self) -> Waited {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(self.simulate_buyers())
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "a few thousand")]
+    async fn simulate_buyers(&self) -> Waited {
+        let started = Instant::now();
+        let row = Row { started, next: started, quiet_until: started, bulk_at: started };
+        let row = Arc::new(Mutex::new(row));
+        let calls: Calls = Arc::default();
+        let mut random = Rng::with_seed(self.seed);
+        let mut workers: Vec<_> = (0..self.workers)
+            .map(|number| self.worker(number, &row, &calls, started, random.fork()))
+            .collect();
+        let idle = Fleet { lane: Lane::Interactive, ..*self };
+        let apart = idle.worker_of(0, self.workers, &row, &calls, started, random.fork());
+        workers.push(apart);
+        // Until the campaign is in full swing.
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let waits: Arc<Mutex<Vec<Duration>>> = Arc::default();
+        let mut buyers = JoinSet::new();
+        while started.elapsed() < self.duration {
+            let pause = -(1.0 - random.f64()).ln() / (self.per_second / 10.0);
+            tokio::time::sleep(Duration::from_secs_f64(pause)).await;
+            // Half of them where no bulk is.
+            let at = if random.bool() { self.workers } else { random.usize(0..self.workers) };
+            let (pacer, calls, waits) = (workers[at].0.clone(), calls.clone(), waits.clone());
+            buyers.spawn(async move {
+                let came = Instant::now();
+                pacer.pass(pacer.admit(Lane::Interactive).await).await;
+                waits.lock().unwrap().push(came.elapsed());
+                calls.lock().unwrap().push((started.elapsed(), at));
+            });
+        }
+        let busy = started.elapsed().as_secs_f64();
+        while buyers.join_next().await.is_some() {}
+        drop(workers);
+        let mut waits = std::mem::take(&mut *waits.lock().unwrap());
+        waits.sort_unstable();
+        let mut times: Vec<Duration> = calls.lock().unwrap().iter().map(|call| call.0).collect();
+        times.sort_unstable();
+        Waited {
+            most_in_a_second: most_in_a_second(&times),
+            used: times.len() as f64 / (busy * self.per_second),
+            waits,
+        }
+    }
+
     async fn simulate(&self) -> Ran {
         let started = Instant::now();
-        let row = Arc::new(Mutex::new(Row { started, next: started, quiet_until: started }));
+        let row = Arc::new(Mutex::new(Row {
+            started,
+            next: started,
+            quiet_until: started,
+            bulk_at: started,
+        }));
         let calls: Calls = Arc::default();
         let mut random = Rng::with_seed(self.seed);
         let mut workers = Vec::new();
@@ -202,6 +280,19 @@ impl Fleet {
         started: Instant,
         random: Rng,
     ) -> (Arc<Pacer>, JoinSet<()>) {
+        self.worker_of(IN_THE_WORKS, number, row, calls, started, random)
+    }
+
+    /// The same with so many jobs.
+    fn worker_of(
+        &self,
+        jobs: usize,
+        number: usize,
+        row: &Arc<Mutex<Row>>,
+        calls: &Calls,
+        started: Instant,
+        random: Rng,
+    ) -> (Arc<Pacer>, JoinSet<()>) {
         let limits = Limits { ceiling: Some(self.per_second), bulk_share: 0.05 };
         let pacer = Arc::new(Pacer::shared(limits));
         let random = Arc::new(Mutex::new(random));
@@ -218,12 +309,15 @@ impl Fleet {
         tasks.spawn(async move {
             grant(&for_grants, &leasing, Mode::Test, per_second).await.unwrap();
         });
-        tasks.spawn(async move { listen(&for_silence, &listening, Mode::Test).await.unwrap() });
-        for _ in 0..IN_THE_WORKS {
+        tasks.spawn(async move {
+            listen(&for_silence, &listening, Mode::Test, || false, |_| {}).await.unwrap();
+        });
+        let lane = self.lane;
+        for _ in 0..jobs {
             let (pacer, calls, random) = (pacer.clone(), calls.clone(), random.clone());
             tasks.spawn(async move {
                 loop {
-                    pacer.pass(pacer.admit(Lane::Interactive).await).await;
+                    pacer.pass(pacer.admit(lane).await).await;
                     calls.lock().unwrap().push((started.elapsed(), number));
                     let answer = random.lock().unwrap().u32(ANSWER_MS);
                     tokio::time::sleep(Duration::from_millis(answer.into())).await;

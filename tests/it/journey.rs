@@ -13,8 +13,7 @@ use creem_checkout_worker::job::{
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
 use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
 use creem_checkout_worker::ledger::{
-    Answer, Command, Identity, JobCommand, Ledger, LedgerError, OnUnknown, PausedLane, Standing,
-    State,
+    Answer, Command, Identity, JobCommand, Ledger, LedgerError, OnUnknown, Orders, Standing, State,
 };
 use creem_checkout_worker::pace::{Limits, Pacer};
 use creem_checkout_worker::retry::{Backoff, Policy};
@@ -23,7 +22,7 @@ use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD};
 use creem_checkout_worker::worker::circuit::Circuit;
 use creem_checkout_worker::worker::gate::{Gate, Reason};
 use creem_checkout_worker::worker::journey::{Journey, Verdict};
-use creem_checkout_worker::worker::lanes::Lanes;
+use creem_checkout_worker::worker::orders::Orders as WorkerOrders;
 use creem_checkout_worker::worker::rules::{LaneRules, Rules};
 use creem_checkout_worker::worker::trouble::Trouble;
 use creem_checkout_worker::worker::turns::Turns;
@@ -82,7 +81,7 @@ fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -
         creem: Client::new(&creem).unwrap(),
         pacer: Pacer::new(Limits { ceiling: None, bulk_share: 0.05 }),
         gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
-        lanes: Lanes::default(),
+        orders: WorkerOrders::default(),
         circuit: Circuit::default(),
         turns: Turns::default(),
         trouble: Trouble::default(),
@@ -192,8 +191,8 @@ impl Ledger for Buggy {
         self.ledger.identity()
     }
 
-    fn paused_lanes(&self) -> BoxFuture<'static, Result<Vec<PausedLane>, LedgerError>> {
-        self.ledger.paused_lanes()
+    fn orders(&self) -> BoxFuture<'static, Result<Orders, LedgerError>> {
+        self.ledger.orders()
     }
 
     fn sweep(&self, before: i64) -> BoxFuture<'static, Result<usize, LedgerError>> {

@@ -5,7 +5,8 @@ use lapin::types::FieldTable;
 
 use crate::cli::command;
 use crate::support::postgres::{database, shared};
-use crate::support::{World, body, eventually, next, persistent};
+use crate::support::{World, body, eventually, next, persistent, soon};
+use crate::worker::now;
 
 async fn consumers(world: &World, queue: &str) -> u32 {
     let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
@@ -81,4 +82,21 @@ async fn a_pause_holds_for_all_workers_of_a_ledger() {
     assert_eq!(consumers(&world, "jobs.bulk").await, 2);
     told(&world, &["resume", "--lane", "interactive"]).await;
     eventually("all are back", || async { consumers(&world, "jobs").await == 2 }).await;
+}
+
+#[tokio::test]
+async fn a_job_out_of_the_future_shows_that_clocks_differ() {
+    let Some(world) = World::new("clock_skew").await else { return };
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    assert!(!told(&world, &["check"]).await.contains("clocks"));
+    let in_an_hour = u64::try_from(now() / 1000 + 3_600).unwrap();
+    world.publish(body("early"), persistent().with_timestamp(in_an_hour)).await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    soon("it says so", worker.logged("a job was published in the future")).await;
+    let reported = || async {
+        let (code, output, _) = command(&["check"], world.environment(), "").await;
+        code == 1 && output.contains("WRONG    clocks: at 20") && output.contains("59m")
+    };
+    eventually("check reports it", reported).await;
 }

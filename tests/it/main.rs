@@ -10,6 +10,7 @@
 
 mod architecture;
 mod bulk;
+mod campaigns;
 mod cli;
 mod creem;
 mod deploy;

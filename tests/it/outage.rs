@@ -4,7 +4,8 @@ use std::collections::HashSet;
 
 use creem_checkout_worker::job::reply::rfc3339;
 
-use crate::support::{World, body, header, next, soon};
+use crate::support::postgres::{database, shared};
+use crate::support::{World, body, eventually, header, next, persistent, soon};
 use crate::worker::now;
 
 const JOBS: usize = 300;
@@ -49,4 +50,35 @@ async fn an_outage_pauses_intake_and_is_over_by_itself() {
     assert!(failed < 200, "{failed} calls for nothing");
     let (_, metrics) = worker.get("/metrics").await;
     assert!(metrics.contains("checkout_worker_circuit_open 0"), "{metrics}");
+}
+
+#[tokio::test]
+async fn what_one_worker_finds_holds_all_workers_of_a_ledger() {
+    let Some(server) = shared("outage_shared").await else { return };
+    let url = database(&server).await;
+    let Some(mut world) = World::new("outage_shared").await else { return };
+    world.settings.insert("LEDGER_URL".into(), url);
+    let finder = world.worker_unready(&["--lanes", "interactive"]);
+    let other = world.worker_unready(&["--lanes", "bulk"]);
+    for worker in [&finder, &other] {
+        soon("it serves", worker.logged("consuming")).await;
+    }
+    let mut replies = world.replies().await;
+    world.script(r#"{"faults":[{"weight":1.0,"kind":"status","status":503}]}"#);
+    for number in 0..JOBS {
+        world.job(&format!("job-{number}")).await;
+    }
+    soon("it finds out", finder.logged("at least half of the last calls to Creem failed")).await;
+    soon("the other hears of it", other.logged("another worker of this ledger finds")).await;
+    let says = || async { !other.get("/status").await.1.contains(r#""circuit":"closed""#) };
+    eventually("its status says so", says).await;
+    world.publish_to(&world.queue("jobs.bulk"), body("held"), persistent()).await;
+    world.script(r#"{"faults":[]}"#);
+    for worker in [&finder, &other] {
+        soon("Creem is back", worker.logged("Creem is back")).await;
+    }
+    for _ in 0..=JOBS {
+        assert_eq!(next(&mut replies).await.status(), "succeeded");
+    }
+    assert_eq!(world.simulator.log().posts_for("held"), 1, "it made no call before");
 }

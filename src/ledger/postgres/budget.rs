@@ -8,8 +8,8 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Error};
 
 use crate::job::Mode;
-use crate::ledger::Places;
 use crate::ledger::budget::Reckoning;
+use crate::ledger::{News, Places, Wish};
 
 /// A value with its type.
 type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
@@ -49,79 +49,138 @@ macro_rules! believed {
     };
 }
 
-/// Takes a block of `$2` microseconds: when its first place is, what the clock shows, and for how long
-/// all are quiet. The first place is not before the answer can be there, in `$3`.
+/// When the next place is, as far as the row says and silence allows.
+macro_rules! next {
+    () => {
+        concat!("greatest(", believed!("next_at"), ", ", believed!("quiet_until"), ")")
+    };
+}
+
+/// Takes a block of `$2` microseconds: how many there are (one or none), when its first place is, what the
+/// clock shows, and for how long all are quiet. The first place is not before the answer can be there, in
+/// `$3`. Bulk gets none that lies further ahead than `$4`, but every `$5` at the end of the line; where it
+/// gets none, it is told when there may be one.
 const LEASE: &str = concat!(
-    "INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until, written_at)
+    "WITH leased (given, first, clock, quiet) AS (
+     INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until, written_at, bulk_at)
      VALUES ($1, ",
     now!(),
     " + $2::int8 + $3::int8, 0, ",
     now!(),
-    ")
+    ", ",
+    now!(),
+    " + coalesce($5::int8, 0))
      ON CONFLICT (mode) DO UPDATE SET
          next_at = greatest(",
-    believed!("next_at"),
-    ", ",
-    believed!("quiet_until"),
+    next!(),
     ", ",
     now!(),
     " + $3::int8) + $2::int8,
          quiet_until = ",
     believed!("quiet_until"),
-    ", written_at = ",
+    ", down_until = ",
+    believed!("down_until"),
+    ", bulk_at = CASE WHEN $5::int8 IS NULL THEN ",
+    believed!("bulk_at"),
+    " ELSE ",
+    now!(),
+    " + $5::int8 END, written_at = ",
     now!(),
     "
-     RETURNING b.next_at - $2::int8, ",
+     WHERE $4::int8 IS NULL OR ",
+    next!(),
+    " <= ",
+    now!(),
+    " + $4::int8 OR ",
+    believed!("bulk_at"),
+    " <= ",
+    now!(),
+    "
+     RETURNING 1, b.next_at - $2::int8, ",
     now!(),
     ", greatest(b.quiet_until - ",
     now!(),
-    ", 0)"
+    ", 0)
+     )
+     SELECT * FROM leased
+     UNION ALL
+     SELECT 0, least(",
+    next!(),
+    " - $4::int8, ",
+    believed!("bulk_at"),
+    "), ",
+    now!(),
+    ", greatest(",
+    believed!("quiet_until"),
+    " - ",
+    now!(),
+    ", 0)
+     FROM checkout_worker.budget AS b WHERE b.mode = $1 AND NOT EXISTS (SELECT FROM leased)"
 );
 
 /// The clock alone, asked a few times: the fastest answer tells it best.
 const CLOCK: &str = concat!("SELECT ", now!());
 const CLOCK_QUESTIONS: usize = 5;
 
-/// Makes sure of silence for `$2` microseconds.
-const QUIET: &str = concat!(
-    "INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until, written_at)
+/// What all know together, in microseconds from now.
+macro_rules! news {
+    ($quiet:expr, $down:expr) => {
+        concat!("greatest(", $quiet, " - ", now!(), ", 0), greatest(", $down, " - ", now!(), ", 0)")
+    };
+}
+
+/// Makes sure of silence for `$2` microseconds, and that Creem is taken to be down for `$3`.
+const SHARE: &str = concat!(
+    "INSERT INTO checkout_worker.budget AS b (mode, next_at, quiet_until, down_until, written_at)
      VALUES ($1, 0, ",
     now!(),
     " + $2::int8, ",
+    now!(),
+    " + $3::int8, ",
     now!(),
     ")
      ON CONFLICT (mode) DO UPDATE SET
          next_at = ",
     believed!("next_at"),
+    ", bulk_at = ",
+    believed!("bulk_at"),
     ",
          quiet_until = greatest(",
     believed!("quiet_until"),
-    ", excluded.quiet_until), written_at = excluded.written_at
-     RETURNING greatest(b.quiet_until - ",
-    now!(),
-    ", 0)"
+    ", excluded.quiet_until),
+         down_until = greatest(",
+    believed!("down_until"),
+    ", excluded.down_until), written_at = excluded.written_at
+     RETURNING ",
+    news!("b.quiet_until", "b.down_until")
 );
 
 /// The question alone writes nothing: every worker asks it several times a second.
-const HOW_QUIET: &str = concat!(
-    "SELECT greatest(",
-    believed!("quiet_until"),
-    " - ",
-    now!(),
-    ", 0) FROM checkout_worker.budget AS b WHERE mode = $1"
+const ASK: &str = concat!(
+    "SELECT ",
+    news!(believed!("quiet_until"), believed!("down_until")),
+    " FROM checkout_worker.budget AS b WHERE mode = $1"
 );
 
-/// Takes places, so many and so far apart; `lead` is how long the last answer took.
+/// Takes places; `lead` is how long the last answer took.
 pub(super) async fn lease(
     client: &Client,
     mode: Mode,
-    (count, interval): (u32, Duration),
+    wish: Wish,
     lead: Duration,
     reckoning: &Reckoning,
 ) -> Result<Places, Error> {
+    let Wish { count, interval, bulk } = wish;
     let (block, lead, mode) = (micros(interval * count), micros(lead), mode.as_str());
-    let arguments: [Parameter<'_>; 3] =
-        [(&mode, Type::TEXT), (&block, Type::INT8), (&lead, Type::INT8)];
+    let horizon = bulk.map(|terms| micros(terms.horizon));
+    let every = bulk.map(|terms| micros(terms.every));
+    let arguments: [Parameter<'_>; 5] = [
+        (&mode, Type::TEXT),
+        (&block, Type::INT8),
+        (&lead, Type::INT8),
+        (&horizon, Type::INT8),
+        (&every, Type::INT8),
+    ];
     if reckoning.should_try() {
         for _ in 0..CLOCK_QUESTIONS {
             let asked = Instant::now();
@@ -130,28 +189,30 @@ pub(super) async fn lease(
         }
     }
     let asked = Instant::now();
-    let row = client.query_typed_one(LEASE, &arguments).await?;
-    let (first, now, quiet): (i64, i64, i64) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+    let Some(row) = client.query_typed_opt(LEASE, &arguments).await? else {
+        // Somebody else has just made the row.
+        return Ok(Places { first: asked, count: 0, interval, quiet: Duration::ZERO });
+    };
+    let (given, first): (i32, i64) = (row.try_get(0)?, row.try_get(1)?);
+    let (now, quiet): (i64, i64) = (row.try_get(2)?, row.try_get(3)?);
     reckoning.hear(now, asked);
     let first = reckoning.instant(first).unwrap_or(asked);
+    let count = if given == 1 { count } else { 0 };
     Ok(Places { first, count, interval, quiet: duration(quiet) })
 }
 
-/// Makes sure that all are quiet for `at_least`, if that is anything; for how long they are.
-pub(super) async fn quiet(
-    client: &Client,
-    mode: Mode,
-    at_least: Duration,
-) -> Result<Duration, Error> {
-    let (at_least, mode) = (micros(at_least), mode.as_str());
+/// Tells all what one knows; what all know together.
+pub(super) async fn share(client: &Client, mode: Mode, news: News) -> Result<News, Error> {
+    let (quiet, down, mode) = (micros(news.quiet), micros(news.down), mode.as_str());
     let mode: Parameter<'_> = (&mode, Type::TEXT);
-    let row = if at_least == 0 {
-        client.query_typed_opt(HOW_QUIET, &[mode]).await?
+    let row = if news == News::default() {
+        client.query_typed_opt(ASK, &[mode]).await?
     } else {
-        Some(client.query_typed_one(QUIET, &[mode, (&at_least, Type::INT8)]).await?)
+        let arguments = [mode, (&quiet, Type::INT8), (&down, Type::INT8)];
+        Some(client.query_typed_one(SHARE, &arguments).await?)
     };
-    let quiet: i64 = row.map_or(Ok(0), |row| row.try_get(0))?;
-    Ok(duration(quiet))
+    let Some(row) = row else { return Ok(News::default()) };
+    Ok(News { quiet: duration(row.try_get(0)?), down: duration(row.try_get(1)?) })
 }
 
 fn micros(duration: Duration) -> i64 {

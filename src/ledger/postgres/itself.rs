@@ -7,9 +7,11 @@ use super::connect::OpenError;
 use super::statements::durable;
 use super::{ADOPTION, HOUSEKEEPING};
 use crate::clock::{Millis, as_millis};
-use crate::job::{Lane, LedgerSecret};
+use crate::job::LedgerSecret;
 use crate::ledger::transition::Forgotten;
-use crate::ledger::{Adoption, Identity, OwnCommand, PausedLane, Standing, pause_name};
+use crate::ledger::{
+    Adoption, CANCELLED, Identity, Orders, OwnCommand, PAUSED, SKEW, SKEW_AT, Standing, pause_name,
+};
 
 /// What all workers have recorded, and what holds for all.
 #[derive(Debug, Clone, Copy)]
@@ -87,7 +89,7 @@ const TRIED: [&str; 3] = [
 /// Carries out what is about no job.
 pub(super) async fn about_itself(
     client: &Object,
-    command: OwnCommand,
+    command: &OwnCommand,
     now: Millis,
 ) -> Result<(), tokio_postgres::Error> {
     let write = async |sql: &str, parameters: &[Parameter<'_>]| {
@@ -98,7 +100,7 @@ pub(super) async fn about_itself(
     };
     match command {
         OwnCommand::Pause { from, to } => {
-            write(PAUSE, &[(&from, Type::INT8), (&to, Type::INT8)]).await
+            write(PAUSE, &[(from, Type::INT8), (to, Type::INT8)]).await
         }
         OwnCommand::Probe => {
             for same in TRIED {
@@ -106,9 +108,16 @@ pub(super) async fn about_itself(
             }
             set(SET, "probed", now).await
         }
-        OwnCommand::Restored { until } => set(SET_LATEST, "restored", until).await,
-        OwnCommand::PauseLane(lane) => set(SET_FIRST, pause_name(lane), now).await,
-        OwnCommand::ResumeLane(lane) => write(FORGET, &[(&pause_name(lane), Type::TEXT)]).await,
+        OwnCommand::Restored { until } => set(SET_LATEST, "restored", *until).await,
+        OwnCommand::PauseLane(lane) => set(SET_FIRST, pause_name(*lane), now).await,
+        OwnCommand::ResumeLane(lane) => write(FORGET, &[(&pause_name(*lane), Type::TEXT)]).await,
+        OwnCommand::Skew { ahead } => {
+            set(SET, SKEW, *ahead).await?;
+            set(SET, SKEW_AT, now).await
+        }
+        OwnCommand::CancelCampaign { campaign, before } => {
+            set(SET_LATEST, &format!("{CANCELLED}{campaign}"), *before).await
+        }
         OwnCommand::Adopt(Adoption::Adopted) => write(ADOPT, &[(&now, Type::INT8)]).await,
         OwnCommand::Adopt(Adoption::Refused) => set(SET, "refused", now).await,
         OwnCommand::Adopt(Adoption::Accepted) => {
@@ -119,24 +128,26 @@ pub(super) async fn about_itself(
     }
 }
 
-/// The lanes that an operator has paused.
-pub(super) async fn paused_lanes(
-    client: &Object,
-) -> Result<Vec<PausedLane>, tokio_postgres::Error> {
-    let names: Vec<&str> = Lane::ALL.map(pause_name).to_vec();
+/// What operators have told it.
+pub(super) async fn orders(client: &Object) -> Result<Orders, tokio_postgres::Error> {
     let rows = client
         .query_typed(
-            "SELECT name, number FROM checkout_worker.meta WHERE name = ANY($1)",
-            &[(&names, Type::TEXT_ARRAY)],
+            "SELECT name, number FROM checkout_worker.meta
+             WHERE starts_with(name, $1) OR starts_with(name, $2) OR name IN ($3, $4)",
+            &[
+                (&PAUSED, Type::TEXT),
+                (&CANCELLED, Type::TEXT),
+                (&SKEW, Type::TEXT),
+                (&SKEW_AT, Type::TEXT),
+            ],
         )
         .await?;
-    let mut paused = Vec::new();
+    let mut orders = Orders::default();
     for row in &rows {
-        let (name, since): (&str, Option<Millis>) = (row.try_get(0)?, row.try_get(1)?);
-        let lane = Lane::ALL.into_iter().find(|lane| pause_name(*lane) == name);
-        paused.extend(lane.map(|lane| PausedLane { lane, since: since.unwrap_or(0) }));
+        let (name, number): (&str, Option<Millis>) = (row.try_get(0)?, row.try_get(1)?);
+        orders.note(name, number.unwrap_or(0));
     }
-    Ok(paused)
+    Ok(orders)
 }
 
 /// Whether the ledger is a new one, or a worker has refused it.
@@ -177,7 +188,7 @@ pub(super) async fn identity(client: &Object, now: Millis) -> Result<Identity, O
     let alive: Option<Millis> = row.try_get(1)?;
     if let Some(alive) = alive.filter(|alive| now - alive > 3 * as_millis(HOUSEKEEPING)) {
         // No worker ran: that time counts against nobody.
-        about_itself(client, OwnCommand::Pause { from: alive, to: now }, now).await?;
+        about_itself(client, &OwnCommand::Pause { from: alive, to: now }, now).await?;
     }
     let pauses = client
         .query_typed(

@@ -8,7 +8,10 @@ use super::connect::OpenError;
 /// A step: its number, the least number that a program must know to work on what it leaves behind,
 /// and its SQL. Steps only add, so that replicas of the version before go on beside it; a step that
 /// must not be worked beside raises the second number.
-const STEPS: [(i32, i32, &str); 1] = [(1, 1, include_str!("../schema/postgres_1.sql"))];
+const STEPS: [(i32, i32, &str); 2] = [
+    (1, 1, include_str!("../schema/postgres_1.sql")),
+    (2, 1, include_str!("../schema/postgres_2.sql")),
+];
 /// The last step that this program knows.
 pub(super) const VERSION: i32 = STEPS[STEPS.len() - 1].0;
 /// Names the lock under which steps are applied: "crCW".

@@ -31,13 +31,16 @@ use tokio_postgres::types::{ToSql, Type};
 use super::budget::Reckoning;
 use super::group::Commit;
 use super::transition::Forgotten;
-use super::{Answer, Budget, Command, Identity, Ledger, LedgerError, PausedLane, Places, Standing};
+use super::{
+    Answer, Budget, CANCELLED, Command, Identity, Ledger, LedgerError, News, Orders, Places,
+    Standing, Wish,
+};
 use crate::clock::{Millis, SharedClock};
 use crate::job::Mode;
 use batch::{Batch, Memory};
 pub use connect::{OpenError, Options};
 use connect::{describe_pool, pool, pool_error, unavailable};
-use itself::{Totals, about_itself, identity, paused_lanes, standing, totals};
+use itself::{Totals, about_itself, identity, orders, standing, totals};
 pub use time::DatabaseClock;
 
 /// Batches under way at once: while one waits for its commit, the next is on its way.
@@ -193,8 +196,7 @@ impl Budget for PostgresLedger {
     fn lease_places(
         &self,
         mode: Mode,
-        count: u32,
-        interval: Duration,
+        wish: Wish,
     ) -> BoxFuture<'static, Result<Places, LedgerError>> {
         let (pool, lead) = (self.pool.clone(), self.lead.clone());
         let reckoning = self.reckoning.clone();
@@ -205,9 +207,8 @@ impl Budget for PostgresLedger {
                 0 => FIRST_LEAD,
                 micros => Duration::from_micros(micros),
             };
-            let block = (count, interval);
             let leased = ask(&pool, async |client| {
-                budget::lease(client, mode, block, last, &reckoning).await
+                budget::lease(client, mode, wish, last, &reckoning).await
             })
             .await;
             let took = asked.elapsed().min(LONGEST_LEAD);
@@ -217,13 +218,9 @@ impl Budget for PostgresLedger {
         .boxed()
     }
 
-    fn quiet(
-        &self,
-        mode: Mode,
-        at_least: Duration,
-    ) -> BoxFuture<'static, Result<Duration, LedgerError>> {
+    fn share(&self, mode: Mode, news: News) -> BoxFuture<'static, Result<News, LedgerError>> {
         let pool = self.pool.clone();
-        async move { ask(&pool, async |client| budget::quiet(client, mode, at_least).await).await }
+        async move { ask(&pool, async |client| budget::share(client, mode, news).await).await }
             .boxed()
     }
 }
@@ -248,9 +245,9 @@ impl Ledger for PostgresLedger {
         async move { ask(&pool, async |client| standing(client, now).await).await }.boxed()
     }
 
-    fn paused_lanes(&self) -> BoxFuture<'static, Result<Vec<PausedLane>, LedgerError>> {
+    fn orders(&self) -> BoxFuture<'static, Result<Orders, LedgerError>> {
         let pool = self.pool.clone();
-        async move { ask(&pool, async |client| paused_lanes(client).await).await }.boxed()
+        async move { ask(&pool, async |client| orders(client).await).await }.boxed()
     }
 
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
@@ -264,6 +261,12 @@ impl Ledger for PostgresLedger {
                     .query_typed(
                         "DELETE FROM checkout_worker.pause WHERE ended < $1",
                         &[(&before, Type::INT8)],
+                    )
+                    .await?;
+                client
+                    .query_typed(
+                        "DELETE FROM checkout_worker.meta WHERE starts_with(name, $1) AND number < $2",
+                        &[(&CANCELLED, Type::TEXT), (&before, Type::INT8)],
                     )
                     .await?;
                 Ok(usize::try_from(swept).unwrap_or(0))
@@ -366,7 +369,7 @@ impl Parts {
     ) -> Result<Vec<Result<Answer, LedgerError>>, tokio_postgres::Error> {
         for command in commands {
             if let Command::Own(command) = command {
-                about_itself(client, *command, self.clock.now()).await?;
+                about_itself(client, command, self.clock.now()).await?;
             }
         }
         let heard = self.heard.as_deref();

@@ -39,14 +39,15 @@ const READ: &str = concat!(
 const WRITE: &str = concat!(
     "WITH written AS (
          INSERT INTO checkout_worker.job AS j
-             (mode, request_id, state, version, updated_at, ended_at, ambiguous, body, sum, prior)
+             (mode, request_id, state, version, updated_at, ended_at, ambiguous, body, sum, prior,
+              campaign)
          SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::int8[], $5::int8[], $6::int8[],
-                              $7::int4[], $8::bytea[], $9::bytea[], $19::bytea[])
+                              $7::int4[], $8::bytea[], $9::bytea[], $19::bytea[], $21::text[])
          ORDER BY 1, 2
          ON CONFLICT (mode, request_id) DO UPDATE SET
              state = excluded.state, version = excluded.version, updated_at = excluded.updated_at,
              ended_at = excluded.ended_at, ambiguous = excluded.ambiguous, body = excluded.body,
-             sum = excluded.sum, prior = excluded.prior
+             sum = excluded.sum, prior = excluded.prior, campaign = excluded.campaign
          WHERE j.version = excluded.version - 1 AND j.sum = excluded.prior
          RETURNING j.mode, j.request_id
      ), counted AS (
@@ -196,6 +197,8 @@ pub(super) async fn write(
     let bodies: Vec<&[u8]> = rows.iter().map(|change| change.body.as_slice()).collect();
     let sums: Vec<&[u8]> = rows.iter().map(|change| change.sum.as_slice()).collect();
     let priors: Vec<&[u8]> = rows.iter().map(|change| change.read.1).collect();
+    let campaigns: Vec<Option<&str>> =
+        rows.iter().map(|change| change.row.campaign.as_deref()).collect();
     let lost = Arrays::of(changes.ambiguous.iter().map(|(key, ..)| *key));
     let fences: Vec<i64> =
         changes.ambiguous.iter().map(|(_, number, _)| i64::from(*number)).collect();
@@ -231,6 +234,7 @@ pub(super) async fn write(
                 (&reasons, Type::TEXT_ARRAY),
                 (&priors, Type::BYTEA_ARRAY),
                 (&created, Type::INT8_ARRAY),
+                (&campaigns, Type::TEXT_ARRAY),
             ],
         )
         .await?;

@@ -1,4 +1,5 @@
-//! What an operator tells a ledger file beside the worker that has it: that lanes are to be paused. It is
+//! What an operator tells a ledger file beside the worker that has it: that lanes are to be paused, or campaigns
+//! cancelled. It is
 //! one small write of its own, and the worker looks for it.
 
 use std::path::Path;
@@ -22,11 +23,11 @@ pub enum Error {
     Ledger(#[from] LedgerError),
 }
 
-/// Pauses or resumes a lane.
+/// Pauses or resumes a lane, or cancels a campaign.
 ///
 /// # Errors
 /// See [`Error`].
-pub fn tell(path: &Path, command: OwnCommand, now: Millis) -> Result<(), Error> {
+pub fn tell(path: &Path, command: &OwnCommand, now: Millis) -> Result<(), Error> {
     // It knows what a ledger is, and of which version.
     drop(Inspector::open(path)?);
     let written = || {

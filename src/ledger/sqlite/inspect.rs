@@ -1,5 +1,6 @@
 //! A look into a ledger file beside a running worker: read-only and without its lock.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags};
@@ -7,7 +8,7 @@ use rusqlite::{Connection, OpenFlags};
 use super::open::{APPLICATION, OpenError, VERSION, foreign_database, recognise, unreadable};
 use super::{load, own_damage, read, unavailable};
 use crate::job::{Key, Mode, RequestId};
-use crate::ledger::{KnownOrphan, LedgerError, PausedLane, Report, Row};
+use crate::ledger::{Campaign, KnownOrphan, LedgerError, Orders, Report, Row};
 
 /// An open ledger file.
 #[derive(Debug)]
@@ -49,12 +50,48 @@ impl Inspector {
         load(&self.connection, key).map_err(|error| unavailable(&error))?
     }
 
-    /// The lanes that an operator has paused.
+    /// What operators have told it.
     ///
     /// # Errors
     /// See [`LedgerError`].
-    pub fn paused_lanes(&self) -> Result<Vec<PausedLane>, LedgerError> {
-        super::paused_lanes(&self.connection).map_err(|error| unavailable(&error))
+    pub fn orders(&self) -> Result<Orders, LedgerError> {
+        super::orders(&self.connection).map_err(|error| unavailable(&error))
+    }
+
+    /// The campaigns of its jobs, by name; of all, or of one.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub fn campaigns(&self, name: Option<&str>) -> Result<BTreeMap<String, Campaign>, LedgerError> {
+        const CAMPAIGNS: &str = "SELECT campaign, state, count(*), min(updated_at), max(updated_at)
+             FROM job WHERE campaign IS NOT NULL AND (?1 IS NULL OR campaign = ?1) GROUP BY 1, 2";
+        let query = || {
+            let mut campaigns: BTreeMap<String, Campaign> = BTreeMap::new();
+            let mut statement = self.connection.prepare(CAMPAIGNS)?;
+            let mut rows = statement.query([name])?;
+            while let Some(row) = rows.next()? {
+                let jobs: i64 = row.get(2)?;
+                let campaign = campaigns.entry(row.get(0)?).or_default();
+                campaign.note(row.get(1)?, jobs.cast_unsigned(), row.get(3)?, row.get(4)?);
+            }
+            Ok(campaigns)
+        };
+        query().map_err(|error| unavailable(&error))
+    }
+
+    /// Visits the jobs of a campaign in the order of their ids; a damaged one comes as an error.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub fn jobs_of(
+        &self,
+        campaign: &str,
+        visit: impl FnMut(Result<(Key, Row), LedgerError>),
+    ) -> Result<(), LedgerError> {
+        const JOBS: &str =
+            "SELECT mode, request_id, state, updated_at, ended_at, ambiguous, body, sum
+             FROM job WHERE campaign = ?1 ORDER BY mode, request_id";
+        self.visit(JOBS, [campaign], visit)
     }
 
     /// The sessions nobody was given for one job.
@@ -79,13 +116,22 @@ impl Inspector {
     /// See [`LedgerError`].
     pub fn rows(
         &self,
+        visit: impl FnMut(Result<(Key, Row), LedgerError>),
+    ) -> Result<(), LedgerError> {
+        const ALL: &str =
+            "SELECT mode, request_id, state, updated_at, ended_at, ambiguous, body, sum FROM job";
+        self.visit(ALL, [], visit)
+    }
+
+    fn visit(
+        &self,
+        sql: &str,
+        parameters: impl rusqlite::Params,
         mut visit: impl FnMut(Result<(Key, Row), LedgerError>),
     ) -> Result<(), LedgerError> {
-        let mut query = || -> rusqlite::Result<()> {
-            let mut statement = self.connection.prepare(
-                "SELECT mode, request_id, state, updated_at, ended_at, ambiguous, body, sum FROM job",
-            )?;
-            let mut rows = statement.query([])?;
+        let query = || -> rusqlite::Result<()> {
+            let mut statement = self.connection.prepare(sql)?;
+            let mut rows = statement.query(parameters)?;
             while let Some(row) = rows.next()? {
                 let (mode, id): (String, String) = (row.get(0)?, row.get(1)?);
                 let (Some(mode), Ok(request_id)) = (Mode::parse(&mode), RequestId::parse(&id))

@@ -15,13 +15,13 @@ use futures::future::BoxFuture;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, TransactionBehavior, params};
 
 use crate::clock::{Millis, SharedClock};
-use crate::job::{Key, Lane};
+use crate::job::Key;
 use crate::ledger::group::{Commit, Committed, Group, Store};
 use crate::ledger::row::{Columns, Row};
 use crate::ledger::transition::{self, Context, Effect, Forgotten};
 use crate::ledger::{
-    Adoption, Answer, Command, Identity, Ledger, LedgerError, OwnCommand, PausedLane, Standing,
-    pause_name,
+    Adoption, Answer, CANCELLED, CancelledCampaign, Command, Identity, Ledger, LedgerError, Orders,
+    OwnCommand, PAUSED, SKEW, SKEW_AT, Standing, pause_name,
 };
 pub use open::OpenError;
 use open::{begin, lock, prepare, recognise, refuse_network};
@@ -99,8 +99,8 @@ impl Ledger for SqliteLedger {
         std::future::ready(Ok(standing)).boxed()
     }
 
-    fn paused_lanes(&self) -> BoxFuture<'static, Result<Vec<PausedLane>, LedgerError>> {
-        self.group.paused_lanes()
+    fn orders(&self) -> BoxFuture<'static, Result<Orders, LedgerError>> {
+        self.group.orders()
     }
 
     fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
@@ -151,8 +151,8 @@ impl Store for SqliteStore {
         self.apply_all(batch).map_err(|error| unavailable(&error))
     }
 
-    fn paused_lanes(&mut self) -> Result<Vec<PausedLane>, LedgerError> {
-        paused_lanes(&self.connection).map_err(|error| unavailable(&error))
+    fn orders(&mut self) -> Result<Orders, LedgerError> {
+        orders(&self.connection).map_err(|error| unavailable(&error))
     }
 
     fn sweep(&mut self, before: Millis) -> Result<usize, LedgerError> {
@@ -180,6 +180,11 @@ fn sweep(connection: &mut Connection, before: Millis) -> rusqlite::Result<usize>
         set_meta_number(&transaction, "swept", so_far.max(before))?;
     }
     transaction.execute("DELETE FROM pause WHERE ended < ?1", [before])?;
+    for CancelledCampaign { campaign, .. } in
+        orders(&transaction)?.cancelled.into_iter().filter(|cancelled| cancelled.before < before)
+    {
+        forget(&transaction, &format!("{CANCELLED}{campaign}"))?;
+    }
     transaction.commit()?;
     Ok(swept)
 }
@@ -204,7 +209,7 @@ impl SqliteStore {
             let command = match command {
                 Command::Job(command) => command,
                 Command::Own(command) => {
-                    carry_out_own(&transaction, *command, context.now)?;
+                    carry_out_own(&transaction, command, context.now)?;
                     answers.push(Ok(Answer::Done));
                     continue;
                 }
@@ -240,14 +245,20 @@ impl SqliteStore {
     }
 }
 
-fn paused_lanes(connection: &Connection) -> rusqlite::Result<Vec<PausedLane>> {
-    let mut paused = Vec::new();
-    for lane in Lane::ALL {
-        if let Some(since) = meta_number(connection, pause_name(lane))? {
-            paused.push(PausedLane { lane, since });
+fn orders(connection: &Connection) -> rusqlite::Result<Orders> {
+    let mut orders = Orders::default();
+    let mut statement = connection.prepare_cached(
+        "SELECT name, value FROM meta WHERE substr(name, 1, length(?1)) = ?1 OR substr(name, 1, length(?2)) = ?2
+             OR name IN (?3, ?4)",
+    )?;
+    let mut rows = statement.query([PAUSED, CANCELLED, SKEW, SKEW_AT])?;
+    while let Some(row) = rows.next()? {
+        let (name, value): (String, Vec<u8>) = (row.get(0)?, row.get(1)?);
+        if let Ok(number) = value.try_into() {
+            orders.note(&name, i64::from_le_bytes(number));
         }
     }
-    Ok(paused)
+    Ok(orders)
 }
 
 fn forget(connection: &Connection, name: &str) -> rusqlite::Result<()> {
@@ -257,23 +268,30 @@ fn forget(connection: &Connection, name: &str) -> rusqlite::Result<()> {
 /// Carries out what is about no job.
 fn carry_out_own(
     connection: &Connection,
-    command: OwnCommand,
+    command: &OwnCommand,
     now: Millis,
 ) -> rusqlite::Result<()> {
     match command {
-        OwnCommand::Pause { from, to } => record_pause(connection, from, to),
+        OwnCommand::Pause { from, to } => record_pause(connection, *from, *to),
         OwnCommand::Probe => set_meta_number(connection, "probed", now),
-        OwnCommand::Adopt(adoption) => adopt(connection, adoption, now),
+        OwnCommand::Adopt(adoption) => adopt(connection, *adoption, now),
         // What was told before is not taken back by an earlier time.
         OwnCommand::Restored { until } => {
             let before = meta_number(connection, "restored")?.unwrap_or(0);
-            set_meta_number(connection, "restored", before.max(until))
+            set_meta_number(connection, "restored", before.max(*until))
         }
-        OwnCommand::PauseLane(lane) => match meta_number(connection, pause_name(lane))? {
+        OwnCommand::PauseLane(lane) => match meta_number(connection, pause_name(*lane))? {
             Some(_) => Ok(()),
-            None => set_meta_number(connection, pause_name(lane), now),
+            None => set_meta_number(connection, pause_name(*lane), now),
         },
-        OwnCommand::ResumeLane(lane) => forget(connection, pause_name(lane)),
+        OwnCommand::ResumeLane(lane) => forget(connection, pause_name(*lane)),
+        OwnCommand::Skew { ahead } => {
+            set_meta_number(connection, SKEW, *ahead)?;
+            set_meta_number(connection, SKEW_AT, now)
+        }
+        OwnCommand::CancelCampaign { campaign, before } => {
+            set_meta_number(connection, &format!("{CANCELLED}{campaign}"), *before)
+        }
     }
 }
 
@@ -380,11 +398,12 @@ fn store(connection: &Connection, key: &Key, row: &Row) -> rusqlite::Result<()> 
     let sum = columns.checksum(key.mode.as_str(), key.request_id.as_str());
     connection
         .prepare_cached(
-            "INSERT INTO job (mode, request_id, state, updated_at, ended_at, ambiguous, body, sum)
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8)
+            "INSERT INTO job (mode, request_id, state, updated_at, ended_at, ambiguous, body, sum, campaign)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)
              ON CONFLICT (mode, request_id) DO UPDATE SET state = excluded.state,
                  updated_at = excluded.updated_at, ended_at = excluded.ended_at,
-                 ambiguous = excluded.ambiguous, body = excluded.body, sum = excluded.sum",
+                 ambiguous = excluded.ambiguous, body = excluded.body, sum = excluded.sum,
+                 campaign = excluded.campaign",
         )?
         .execute(params![
             key.mode.as_str(),
@@ -394,7 +413,8 @@ fn store(connection: &Connection, key: &Key, row: &Row) -> rusqlite::Result<()> 
             columns.ended_at,
             columns.ambiguous,
             columns.body,
-            sum.as_slice()
+            sum.as_slice(),
+            row.campaign
         ])
         .map(|_| ())
 }

@@ -11,9 +11,11 @@ use crate::clock::Millis;
 use crate::job::LedgerSecret;
 use crate::ledger::{Identity, Standing};
 
-const SCHEMA: &str = include_str!("../schema/sqlite.sql");
+/// Each step leads to the version of its number, from 1.
+const STEPS: [&str; 2] =
+    [include_str!("../schema/sqlite_1.sql"), include_str!("../schema/sqlite_2.sql")];
 /// `user_version` of the schema above.
-pub(super) const VERSION: i64 = 1;
+pub(super) const VERSION: i64 = 2;
 /// `application_id`: "crCW", so that another program's database is not taken for a ledger.
 pub(super) const APPLICATION: i64 = 0x6372_4357;
 
@@ -167,6 +169,11 @@ pub(super) fn prepare(connection: &mut Connection, path: &Path) -> Result<(), Op
     if tables == 0 {
         create(connection).map_err(io)?;
         sync_directory(path).map_err(|error| OpenError::Io(path.to_owned(), error.to_string()))?;
+    } else if version < VERSION {
+        let transaction =
+            connection.transaction_with_behavior(TransactionBehavior::Immediate).map_err(io)?;
+        take_steps(&transaction, version).map_err(io)?;
+        transaction.commit().map_err(io)?;
     }
     Ok(())
 }
@@ -222,11 +229,18 @@ fn create(connection: &mut Connection) -> rusqlite::Result<()> {
     getrandom::fill(&mut key)
         .map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?;
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    transaction.execute_batch(SCHEMA)?;
+    take_steps(&transaction, 0)?;
     transaction.execute("INSERT INTO meta VALUES ('secret', ?1)", params![key.as_slice()])?;
     transaction.pragma_update(None, "application_id", APPLICATION)?;
-    transaction.pragma_update(None, "user_version", VERSION)?;
     transaction.commit()
+}
+
+/// Brings the schema from a version up to this program's.
+fn take_steps(connection: &Connection, from: i64) -> rusqlite::Result<()> {
+    for step in STEPS.iter().skip(usize::try_from(from).unwrap_or(0)) {
+        connection.execute_batch(step)?;
+    }
+    connection.pragma_update(None, "user_version", VERSION)
 }
 
 /// A new file is durable only when its directory entry is.

@@ -271,9 +271,11 @@ fn end(
     row.parked = false;
     row.checkout_id = match ending {
         Ending::Succeeded { checkout_id, .. } => Some(checkout_id),
-        Ending::Rejected(_) | Ending::Expired(_) | Ending::Failed(_) | Ending::Unresolved(_) => {
-            None
-        }
+        Ending::Rejected(_)
+        | Ending::Expired(_)
+        | Ending::Failed(_)
+        | Ending::Unresolved(_)
+        | Ending::Cancelled(_) => None,
     };
     let stored = row.stored(key).expect("a row that was just ended has an outcome");
     Effect { write: Some(row), ..Effect::keep(answer(stored)) }

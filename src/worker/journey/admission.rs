@@ -56,6 +56,7 @@ impl Journey {
             verdict = self.interrupted(ask) => Admission::Verdict(verdict),
             pass = paced => Admission::Admitted(pass),
             () = expiry => Admission::LookAgain,
+            () = self.orders.cancelled(ask) => Admission::LookAgain,
             why = self.must_make_room(ask) => {
                 Admission::Verdict(Verdict::Delay { wait: ASIDE, why: why.as_str() })
             }

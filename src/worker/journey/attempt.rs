@@ -40,10 +40,10 @@ impl Journey {
                 .settle(ask, lease, Attempt::GivenBack, Next::Wait { until: self.clock.now() })
                 .await;
         }
-        if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
-            return self
-                .settle(ask, lease, Attempt::GivenBack, Next::End(Ending::Expired(problem)))
-                .await;
+        let cancelled = self.orders.cancels(ask).map(Ending::Cancelled);
+        let too_late = || self.rules.too_late(ask, self.clock.now()).map(Ending::Expired);
+        if let Some(ending) = cancelled.or_else(too_late) {
+            return self.settle(ask, lease, Attempt::GivenBack, Next::End(ending)).await;
         }
         let asked = Instant::now();
         let body = ask.request.wire.clone();

@@ -18,12 +18,13 @@ use tokio_util::sync::CancellationToken;
 use super::ask::Ask;
 use super::circuit::Circuit;
 use super::gate::Gate;
-use super::lanes::Lanes;
+use super::orders::Orders;
 use super::rules::Rules;
 use super::trouble::Trouble;
 use super::turns::{Turn, Turns};
 use crate::clock::{Millis, SharedClock, as_duration};
 use crate::creem::Client;
+use crate::job::Ending;
 use crate::ledger::{Claim, Ledger, LedgerError, Stored};
 use crate::observe::metrics;
 use crate::pace::Pacer;
@@ -75,8 +76,8 @@ pub struct Journey {
     pub pacer: Pacer,
     /// Whether at all.
     pub gate: Arc<Gate>,
-    /// Which lanes are paused.
-    pub lanes: Lanes,
+    /// What operators have told all workers.
+    pub orders: Orders,
     /// Whether Creem is there.
     pub circuit: Circuit,
     /// One at a time per key.
@@ -121,8 +122,11 @@ impl Journey {
 
     async fn travel(&self, ask: &Ask) -> Verdict {
         loop {
+            if let Some(problem) = self.orders.cancels(ask) {
+                return self.close(ask, Ending::Cancelled(problem)).await;
+            }
             if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
-                return self.close(ask, problem).await;
+                return self.close(ask, Ending::Expired(problem)).await;
             }
             let pass = match self.admit(ask).await {
                 Admission::Admitted(pass) => pass,
@@ -136,7 +140,7 @@ impl Journey {
                     if why == NOT_DUE
                         && let Some(problem) = self.rules.in_vain(ask, until)
                     {
-                        return self.close(ask, problem).await;
+                        return self.close(ask, Ending::Expired(problem)).await;
                     }
                     let wait = as_duration(until - self.clock.now());
                     if wait > LONGEST_IN_PLACE {
@@ -144,6 +148,7 @@ impl Journey {
                     }
                     tokio::select! {
                         () = tokio::time::sleep(wait) => {}
+                        () = self.orders.cancelled(ask) => {}
                         verdict = self.interrupted(ask) => return verdict,
                     }
                 }
@@ -157,7 +162,7 @@ impl Journey {
             biased;
             () = ask.session.cancelled() => Verdict::Abandon,
             () = self.stop.cancelled() => Verdict::GiveBack,
-            () = self.lanes.paused(ask.lane) => Verdict::GiveBack,
+            () = self.orders.paused(ask.lane) => Verdict::GiveBack,
             // A broker takes a delivery back that is held too long, and counts that against it.
             () = tokio::time::sleep_until(ask.hold_until) => {
                 Verdict::Delay { wait: ASIDE, why: "held_too_long" }

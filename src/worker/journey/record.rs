@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::{Journey, Step, Verdict};
 use crate::clock::as_duration;
-use crate::job::{Ending, Problem};
+use crate::job::Ending;
 use crate::ledger::{
     Attempt, Claim, ClaimRequest, Claimant, CloseRequest, Lease, LedgerError, Next, Settle,
     SettleRequest, token,
@@ -94,10 +94,9 @@ impl Journey {
         }
     }
 
-    /// Ends a job that is too late, unless the ledger has its outcome.
-    pub(super) async fn close(&self, ask: &Ask, problem: Problem) -> Verdict {
-        let request =
-            CloseRequest { claimant: self.claimant(ask), ending: Ending::Expired(problem) };
+    /// Ends a job without a call, unless the ledger has its outcome.
+    pub(super) async fn close(&self, ask: &Ask, ending: Ending) -> Verdict {
+        let request = CloseRequest { claimant: self.claimant(ask), ending };
         loop {
             match self.ledger.close(request.clone()).await {
                 Ok(Claim::Settled(stored)) => return Verdict::Reply(stored),

@@ -134,3 +134,24 @@ async fn a_ledger_that_cannot_write_is_unavailable_and_counts_nothing() {
     );
     assert!(matches!(bench.claim("a").await, Claim::Settled(_)));
 }
+
+#[tokio::test]
+async fn a_ledger_of_the_version_before_is_brought_up_to_date_and_keeps_its_links() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("ledger.db");
+    let bench = Bench::new(&Backend::Sqlite, OnUnknown::Retry).await;
+    let stored = bench.end("a", link("ch_1")).await;
+    std::fs::copy(bench.path(), &path).unwrap();
+    std::fs::copy(bench.path().with_extension("db-wal"), path.with_extension("db-wal")).unwrap();
+    let before = rusqlite::Connection::open(&path).unwrap();
+    before
+        .execute_batch("DROP INDEX job_campaign; ALTER TABLE job DROP COLUMN campaign; PRAGMA user_version = 1")
+        .unwrap();
+    drop(before);
+    drop(open(&path).unwrap());
+    let inspector = Inspector::open(&path).unwrap();
+    let row = inspector.row(&key("a")).unwrap().unwrap();
+    assert_eq!(row.reply, Some(stored.reply));
+    assert!(inspector.campaigns(None).unwrap().is_empty());
+    assert_eq!(inspector.report().damage, Vec::<String>::new());
+}

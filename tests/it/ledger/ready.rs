@@ -63,9 +63,9 @@ async fn each_right_that_is_missing_is_named_before_a_worker_starts() {
     tell("REVOKE DELETE ON checkout_worker.pause FROM ROLE").await;
     assert!(refusal(&theirs).await.ends_with("lacks DELETE on pause"));
     tell("GRANT DELETE ON checkout_worker.pause TO ROLE").await;
-    tell("INSERT INTO checkout_worker.schema_step VALUES (3, 2, now())").await;
+    tell("INSERT INTO checkout_worker.schema_step VALUES (4, 3, now())").await;
     let newer = ready(&options(&theirs)).await;
-    assert!(matches!(newer, Err(OpenError::Newer { found: 3, .. })), "{newer:?}");
+    assert!(matches!(newer, Err(OpenError::Newer { found: 4, .. })), "{newer:?}");
     owner.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await.unwrap();
 }
 

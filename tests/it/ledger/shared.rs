@@ -117,16 +117,45 @@ async fn a_newer_schema_is_worked_on_only_if_it_allows_that() {
     let Some(bench) = bench("newer").await else { return };
     let client = connect(bench.url()).await;
     client
-        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (2, 1, now())")
+        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (3, 1, now())")
         .await
         .unwrap();
     assert!(open(bench.url()).await.is_ok(), "an addition harms nobody");
     client
-        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (3, 2, now())")
+        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (4, 3, now())")
         .await
         .unwrap();
     let error = open(bench.url()).await.unwrap_err();
-    assert!(matches!(error, OpenError::Newer { found: 3, known: 1 }), "{error}");
+    assert!(matches!(error, OpenError::Newer { found: 4, known: 2 }), "{error}");
+}
+
+#[tokio::test]
+async fn a_ledger_of_the_version_before_is_brought_up_to_date_beside_its_workers() {
+    let Some(bench) = bench("older").await else { return };
+    let stored = bench.end("a", link("ch_1")).await;
+    let client = connect(bench.url()).await;
+    client
+        .batch_execute(
+            "DROP INDEX checkout_worker.job_campaign;
+             ALTER TABLE checkout_worker.job DROP COLUMN campaign;
+             ALTER TABLE checkout_worker.budget DROP COLUMN bulk_at, DROP COLUMN down_until;
+             DELETE FROM checkout_worker.schema_step WHERE version = 2",
+        )
+        .await
+        .unwrap();
+    drop(open(bench.url()).await.unwrap());
+    let row = bench.row("a").await;
+    assert_eq!((row.reply, row.campaign), (Some(stored.reply), None));
+    // What a worker of the version before writes names no campaign, and is a row all the same.
+    client
+        .batch_execute(
+            "INSERT INTO checkout_worker.job
+                 (mode, request_id, state, version, updated_at, ended_at, ambiguous, body, sum, prior)
+             SELECT 'prod', request_id, state, version, updated_at, ended_at, ambiguous, body, sum, prior
+             FROM checkout_worker.job",
+        )
+        .await
+        .unwrap();
 }
 
 #[tokio::test]
@@ -311,30 +340,40 @@ async fn a_row_that_a_failover_brought_back_is_not_taken_for_its_like() {
     assert_eq!(bench.orphans("a").await[0].checkout_id, "ch_first");
 }
 
+async fn quiet(ledger: &PostgresLedger, mode: Mode, quiet: Duration) -> Duration {
+    let news = News { quiet, ..News::default() };
+    ledger.share(mode, news).await.unwrap().quiet
+}
+
+/// Places for somebody who waits.
+fn wish(count: u32, interval: Duration) -> Wish {
+    Wish { count, interval, bulk: None }
+}
+
 #[tokio::test]
 async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
     let Some(bench) = bench("places").await else { return };
     let ledger = open(bench.url()).await.unwrap();
     let interval = Duration::from_millis(50);
-    ledger.lease_places(Mode::Test, 1, interval).await.unwrap();
+    ledger.lease_places(Mode::Test, wish(1, interval)).await.unwrap();
     // Nobody has called for a while; the answer comes late.
     let client = connect(bench.url()).await;
     client.batch_execute("UPDATE checkout_worker.budget SET next_at = 0").await.unwrap();
     client.batch_execute("BEGIN; LOCK TABLE checkout_worker.budget").await.unwrap();
-    let (slow, ()) = tokio::join!(ledger.lease_places(Mode::Test, 1, interval), async {
+    let (slow, ()) = tokio::join!(ledger.lease_places(Mode::Test, wish(1, interval)), async {
         client.batch_execute("SELECT pg_sleep(0.3); COMMIT").await.unwrap();
     });
     slow.unwrap();
     // No place of before makes it lie ahead.
     client.batch_execute("UPDATE checkout_worker.budget SET next_at = 0").await.unwrap();
-    let places = ledger.lease_places(Mode::Test, 1, interval).await.unwrap();
+    let places = ledger.lease_places(Mode::Test, wish(1, interval)).await.unwrap();
     assert!(
         places.first > tokio::time::Instant::now(),
         "it allows for an answer as slow as the last"
     );
 
     // A clock that was set back by a day must not mean a day of silence, nor places that are given twice.
-    let before = ledger.lease_places(Mode::Test, 40, interval).await.unwrap();
+    let before = ledger.lease_places(Mode::Test, wish(40, interval)).await.unwrap();
     client
         .batch_execute(
             "UPDATE checkout_worker.budget
@@ -344,30 +383,28 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
         )
         .await
         .unwrap();
-    assert_eq!(ledger.quiet(Mode::Test, Duration::ZERO).await.unwrap(), Duration::ZERO);
-    let places = ledger.lease_places(Mode::Test, 1, interval).await.unwrap();
+    assert_eq!(quiet(&ledger, Mode::Test, Duration::ZERO).await, Duration::ZERO);
+    let places = ledger.lease_places(Mode::Test, wish(1, interval)).await.unwrap();
     assert!(places.first < tokio::time::Instant::now() + Duration::from_secs(4));
     let after_the_last = places.first.duration_since(before.first);
     assert!(after_the_last > interval * 39, "{after_the_last:?}");
     assert_eq!(places.quiet, Duration::ZERO);
-    assert!(
-        ledger.quiet(Mode::Test, Duration::from_secs(3)).await.unwrap() > Duration::from_secs(2)
-    );
-    assert!(ledger.quiet(Mode::Test, Duration::ZERO).await.unwrap() > Duration::from_secs(2));
+    assert!(quiet(&ledger, Mode::Test, Duration::from_secs(3)).await > Duration::from_secs(2));
+    assert!(quiet(&ledger, Mode::Test, Duration::ZERO).await > Duration::from_secs(2));
 
     // Places may lie as far ahead as they must: a slow budget, and many that wait.
     let slow = Duration::from_secs(1_000);
-    let mut last = ledger.lease_places(Mode::Test, 1, slow).await.unwrap().first;
+    let mut last = ledger.lease_places(Mode::Test, wish(1, slow)).await.unwrap().first;
     for _ in 0..8 {
-        let next = ledger.lease_places(Mode::Test, 1, slow).await.unwrap().first;
+        let next = ledger.lease_places(Mode::Test, wish(1, slow)).await.unwrap().first;
         assert!(next > last + Duration::from_secs(990), "no place is given twice");
         last = next;
     }
 
     // Creem's other world has a budget of its own.
-    assert_eq!(ledger.quiet(Mode::Live, Duration::ZERO).await.unwrap(), Duration::ZERO);
-    ledger.lease_places(Mode::Test, 1000, interval).await.unwrap();
-    let places = ledger.lease_places(Mode::Live, 1, interval).await.unwrap();
+    assert_eq!(quiet(&ledger, Mode::Live, Duration::ZERO).await, Duration::ZERO);
+    ledger.lease_places(Mode::Test, wish(1000, interval)).await.unwrap();
+    let places = ledger.lease_places(Mode::Live, wish(1, interval)).await.unwrap();
     assert!(places.first < tokio::time::Instant::now() + Duration::from_secs(2));
 }
 
@@ -396,4 +433,54 @@ async fn a_ledger_whose_table_was_partitioned_keeps_its_promises() {
     bench.clock.advance(Duration::from_secs(86_400));
     let swept = bench.ledger().sweep(bench.clock.now()).await.unwrap();
     assert_eq!(swept, 40, "retention reaches every partition");
+}
+
+#[tokio::test]
+async fn bulk_takes_no_place_far_ahead_but_its_share_of_them() {
+    let Some(bench) = bench("bulk_places").await else { return };
+    let ledger = open(bench.url()).await.unwrap();
+    let interval = Duration::from_millis(10);
+    let horizon = Duration::from_millis(80);
+    let terms = BulkTerms { horizon, every: Duration::from_secs(60) };
+    let bulk = Wish { count: 8, interval, bulk: Some(terms) };
+    let lease = async |wish| ledger.lease_places(Mode::Test, wish).await.unwrap();
+    assert_eq!(lease(bulk).await.count, 8, "nobody is before it");
+    // Buyers fill the next ten seconds.
+    let buyers = lease(wish(1_000, interval)).await;
+    assert_eq!(buyers.count, 1_000);
+    let refused = lease(bulk).await;
+    assert_eq!(refused.count, 0);
+    let line_ends = buyers.first + interval * 1_000;
+    let told = refused.first.max(line_ends - horizon) - refused.first.min(line_ends - horizon);
+    assert!(told < Duration::from_millis(50), "when there may be one: off by {told:?}");
+    // A minute later it gets places at the end of the line.
+    let client = connect(bench.url()).await;
+    client.batch_execute("UPDATE checkout_worker.budget SET bulk_at = 0").await.unwrap();
+    let share = lease(bulk).await;
+    assert_eq!(share.count, 8);
+    assert!(share.first > tokio::time::Instant::now() + Duration::from_secs(8));
+    assert_eq!(lease(bulk).await.count, 0, "not again so soon");
+    assert_eq!(lease(wish(1, interval)).await.count, 1, "who waits is never refused");
+}
+
+#[tokio::test]
+async fn what_one_worker_finds_out_about_creem_all_hear_until_it_is_over() {
+    let Some(bench) = bench("news").await else { return };
+    let (one, other) = (open(bench.url()).await.unwrap(), open(bench.url()).await.unwrap());
+    let nothing = News::default();
+    assert_eq!(other.share(Mode::Test, nothing).await.unwrap(), nothing);
+    let down = News { down: Duration::from_secs(5), ..nothing };
+    one.share(Mode::Test, down).await.unwrap();
+    let heard = other.share(Mode::Test, nothing).await.unwrap();
+    assert!(heard.down > Duration::from_secs(3) && heard.quiet.is_zero(), "{heard:?}");
+    assert_eq!(other.share(Mode::Live, nothing).await.unwrap(), nothing, "another world");
+    // A lease of places changes nothing of it, and it ends by itself.
+    one.lease_places(Mode::Test, wish(1, Duration::from_millis(10))).await.unwrap();
+    assert!(!other.share(Mode::Test, nothing).await.unwrap().down.is_zero());
+    let client = connect(bench.url()).await;
+    client
+        .batch_execute("UPDATE checkout_worker.budget SET down_until = down_until - 5000000")
+        .await
+        .unwrap();
+    assert_eq!(other.share(Mode::Test, nothing).await.unwrap(), nothing);
 }

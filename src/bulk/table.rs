@@ -1,0 +1,85 @@
+//! Tables as other programs read them.
+
+use std::io;
+
+use super::input::Format;
+
+/// What a spreadsheet knows UTF-8 by.
+pub const BOM: &[u8] = b"\xef\xbb\xbf";
+
+/// A cell as a spreadsheet may have it: none that begins like a formula is left so (OWASP, "CSV
+/// injection"), as cells and Creem's words are other people's. Plain numbers stay.
+#[must_use]
+pub fn harmless(cell: &[u8]) -> Vec<u8> {
+    let begins = matches!(cell.first(), Some(b'=' | b'+' | b'-' | b'@' | b'\t' | b'\r'));
+    let number = std::str::from_utf8(cell).is_ok_and(|text| {
+        text.bytes().all(|byte| byte.is_ascii_digit() || b"+-.,".contains(&byte))
+            && text.bytes().any(|byte| byte.is_ascii_digit())
+    });
+    if begins && !number { [b"'", cell].concat() } else { cell.to_vec() }
+}
+
+/// What a cell meant before it was made harmless.
+#[must_use]
+pub fn meant(cell: &str) -> &str {
+    match cell.strip_prefix('\'') {
+        Some(meant) if harmless(meant.as_bytes()) != meant.as_bytes() => meant,
+        _ => cell,
+    }
+}
+
+/// Writes a table with commas, line by line.
+#[derive(Debug)]
+pub struct Writer<W: io::Write>(csv::Writer<W>);
+
+impl<W: io::Write> Writer<W> {
+    /// Begins a table.
+    pub fn new(inner: W) -> Self {
+        let mut builder = csv::WriterBuilder::new();
+        Self(builder.terminator(csv::Terminator::Any(b'\n')).from_writer(inner))
+    }
+
+    /// Begins a table as another one is: with its delimiter, ends of lines and byte order mark.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn like(mut inner: W, format: Format) -> io::Result<Self> {
+        let Format::Csv { delimiter, crlf, bom } = format else { return Ok(Self::new(inner)) };
+        if bom {
+            inner.write_all(BOM)?;
+        }
+        let end = if crlf { csv::Terminator::CRLF } else { csv::Terminator::Any(b'\n') };
+        let mut builder = csv::WriterBuilder::new();
+        Ok(Self(builder.flexible(true).delimiter(delimiter).terminator(end).from_writer(inner)))
+    }
+
+    /// Writes a line of cells that are harmless.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn record(&mut self, cells: &csv::ByteRecord) -> io::Result<()> {
+        self.0.write_byte_record(cells).map_err(io::Error::from)
+    }
+
+    /// Writes a line.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn line(&mut self, cells: &[&str]) -> io::Result<()> {
+        let cells = cells.iter().map(|cell| harmless(cell.as_bytes()));
+        self.0.write_record(cells).map_err(|error| {
+            let csv::ErrorKind::Io(error) = error.into_kind() else {
+                return io::Error::other("the line cannot be written");
+            };
+            error
+        })
+    }
+
+    /// Writes whatever is left.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn finish(mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}

@@ -1,0 +1,11 @@
+-- Version 2 of the shared ledger: jobs can be found by their campaign, which a row's body has as well.
+-- Workers of version 1 go on beside it; rows that they write are of no campaign here.
+ALTER TABLE checkout_worker.job ADD COLUMN campaign text COLLATE "C";
+
+CREATE INDEX job_campaign ON checkout_worker.job (campaign, state) WHERE campaign IS NOT NULL;
+
+-- When bulk gets places at the end of the line, however far ahead it is: it is never starved.
+ALTER TABLE checkout_worker.budget ADD COLUMN bulk_at bigint NOT NULL DEFAULT 0;
+
+-- Until when some worker says that Creem is down.
+ALTER TABLE checkout_worker.budget ADD COLUMN down_until bigint NOT NULL DEFAULT 0;

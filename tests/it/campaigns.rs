@@ -1,0 +1,114 @@
+//! Jobs that belong together: found, counted, cancelled and exported, with either ledger.
+
+use std::collections::BTreeMap;
+
+use crate::cli::command;
+use crate::support::postgres::{database, shared};
+use crate::support::{World, body, header, next, soon};
+use crate::worker::now;
+
+const JOBS: usize = 5;
+
+async fn told(world: &World, arguments: &[&str]) -> String {
+    let (code, output, error) = command(arguments, world.environment(), "").await;
+    assert_eq!(code, 0, "{output}{error}");
+    output
+}
+
+async fn publish(world: &World, id: &str, campaign: &str, at: i64) {
+    let seconds = u64::try_from(at / 1000).unwrap();
+    let properties = header("checkout-campaign", campaign).with_timestamp(seconds);
+    world.publish_to(&world.queue("jobs.bulk"), body(id), properties).await;
+}
+
+async fn a_cancelled_campaign(mut world: World) {
+    // The first one is under way, and the others wait.
+    world.set("lanes.bulk.concurrency", "1");
+    world.script(r#"{"latency_ms":3000}"#);
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    for number in 0..JOBS {
+        publish(&world, &format!("job-{number}"), "Fair, 2026", now()).await;
+    }
+    soon("the first call", world.simulator.posts_arrived(1)).await;
+    let (code, _, said) = command(&["campaign", "status", "Spring"], world.environment(), "").await;
+    assert!(code == 1 && said.contains("no worker has taken a job of campaign Spring"), "{said}");
+    let said = told(&world, &["campaign", "cancel", "Fair, 2026"]).await;
+    assert!(said.contains("within two seconds"), "{said}");
+    soon("the worker hears of it", worker.logged("a campaign is cancelled")).await;
+    world.script(r#"{"latency_ms":0}"#);
+
+    let mut statuses: BTreeMap<String, usize> = BTreeMap::new();
+    for _ in 0..JOBS {
+        let reply = next(&mut replies).await;
+        *statuses.entry(reply.status()).or_default() += 1;
+        if reply.status() == "cancelled" {
+            assert_eq!(reply.text("/next"), "resend");
+            assert_eq!(reply.text("/error/code"), "campaign_cancelled");
+        }
+    }
+    assert_eq!(statuses, [("cancelled".to_owned(), JOBS - 1), ("succeeded".to_owned(), 1)].into());
+    assert_eq!(world.posts(), 1);
+
+    // A copy of what has a link gets it all the same, and what is published later is served.
+    publish(&world, "job-0", "Fair, 2026", now()).await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    publish(&world, "job-1", "Fair, 2026", now() + 2_000).await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    publish(&world, "other", "Autumn", now()).await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    assert_eq!(world.posts(), 3);
+
+    let status = told(&world, &["campaign", "status", "Fair, 2026", "--json"]).await;
+    let status: serde_json::Value = serde_json::from_str(&status).unwrap();
+    assert_eq!(status["jobs"], JOBS);
+    assert_eq!(status["states"], serde_json::json!({"cancelled": JOBS - 2, "succeeded": 2}));
+    let list = told(&world, &["campaign", "list"]).await;
+    let lines: Vec<&str> = list.lines().collect();
+    assert!(lines[0].starts_with("Autumn: 1 jobs taken (1 succeeded)"), "{list}");
+    assert!(lines[1].starts_with("Fair, 2026: 5 jobs taken (3 cancelled, 2 succeeded)"), "{list}");
+    assert!(lines[1].contains("; cancelled for jobs until 20"), "{list}");
+    assert!(told(&world, &["check"]).await.contains("Fair, 2026 is cancelled"));
+
+    let table = told(&world, &["campaign", "export", "Fair, 2026"]).await;
+    let lines: Vec<&str> = table.lines().collect();
+    assert_eq!(lines.len(), JOBS + 1, "{table}");
+    assert!(lines[0].starts_with("mode,request_id,status,checkout_id,checkout_url,"), "{table}");
+    let first = world.simulator.log().sessions()[0].clone();
+    let link = format!("test,job-0,succeeded,{},{},,,20", first.id, first.url);
+    assert!(lines[1].starts_with(&link), "{table}");
+    assert!(lines[3].starts_with("test,job-2,cancelled,,,campaign_cancelled,"), "{table}");
+    worker.kill().await;
+}
+
+#[tokio::test]
+async fn a_cancelled_campaign_gets_no_more_links() {
+    let Some(world) = World::new("campaign_file").await else { return };
+    a_cancelled_campaign(world).await;
+}
+
+#[tokio::test]
+async fn a_cancelled_campaign_gets_no_more_links_from_any_worker_of_a_shared_ledger() {
+    let Some(server) = shared("campaign_shared").await else { return };
+    let url = database(&server).await;
+    let Some(mut world) = World::new("campaign_shared").await else { return };
+    world.settings.insert("LEDGER_URL".into(), url);
+    a_cancelled_campaign(world).await;
+}
+
+#[tokio::test]
+async fn jobs_that_wait_for_their_turn_are_cancelled_without_one() {
+    let Some(mut world) = World::new("campaign_waiting").await else { return };
+    world.set("rate_limit.per_second", "0.05");
+    let _worker = world.worker().await;
+    let mut replies = world.replies().await;
+    for number in 0..3 {
+        publish(&world, &format!("job-{number}"), "Fair", now()).await;
+    }
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    told(&world, &["campaign", "cancel", "Fair"]).await;
+    for _ in 0..2 {
+        assert_eq!(next(&mut replies).await.status(), "cancelled");
+    }
+    assert_eq!(world.posts(), 1);
+}
