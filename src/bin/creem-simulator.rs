@@ -10,7 +10,8 @@ use creem_checkout_worker::simulator::{Options, Simulator};
 
 /// A local Creem: the checkout API with scripted faults. `GET /_simulator/posts` answers every
 /// POST it saw as JSON lines, `/_simulator/sessions` every session, `/_simulator/counters` the
-/// sums; `PUT /_simulator/faults` replaces the fault script.
+/// sums; `PUT /_simulator/faults` replaces the fault script, `PUT /_simulator/sessions/ID/expired` (or
+/// `completed`) changes a session.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Arguments {

@@ -188,10 +188,14 @@ fn column(name: &str, extra_fields: &[String]) -> Result<Column, HeaderError> {
 /// Writes the job of a row: what its cells say, and what they leave out as the defaults have it. Whether
 /// that is a job is for the rules of jobs to say.
 #[must_use]
-pub fn write_job(columns: &[Column], cells: &[&str], defaults: &Defaults, number: u64) -> Vec<u8> {
+pub fn write_job(
+    columns: &[Column],
+    cells: &[&str],
+    defaults: &Defaults,
+    request_id: Option<&str>,
+) -> Vec<u8> {
     let mut job = Members::default();
     let (mut customer, mut metadata) = (Members::default(), Members::default());
-    let mut own_id = None;
     for (column, cell) in columns.iter().zip(cells) {
         let cell = if let Column::Metadata(_) | Column::Carried = column {
             *cell
@@ -203,17 +207,16 @@ pub fn write_job(columns: &[Column], cells: &[&str], defaults: &Defaults, number
             continue;
         }
         match column {
-            Column::Text("request_id") => own_id = Some(cell),
+            Column::Text("request_id") | Column::Carried => {}
             Column::Text(field) => job.text(field, cell),
             Column::Raw(field) => job.raw(field, cell),
             Column::Customer(member) => customer.text(member, cell),
             Column::Metadata(key) => metadata.text(key, cell),
             Column::Extra(field) => job.text(field, cell),
-            Column::Carried => {}
         }
     }
-    if let Some(id) = defaults.request_id(own_id, number) {
-        job.text("request_id", &id);
+    if let Some(id) = request_id {
+        job.text("request_id", id);
     }
     for field in TEXTS {
         if let Some(text) = defaults.text(field)
@@ -235,6 +238,13 @@ pub fn write_job(columns: &[Column], cells: &[&str], defaults: &Defaults, number
         }
     }
     job.finish().into_bytes()
+}
+
+/// The id that a row has of its own.
+#[must_use]
+pub fn own_id<'a>(columns: &[Column], cells: &[&'a str]) -> Option<&'a str> {
+    let at = columns.iter().position(|column| *column == Column::Text("request_id"))?;
+    cells.get(at).map(|cell| cell.trim())
 }
 
 /// Which column a broken rule is about, as far as its code tells.
@@ -390,7 +400,8 @@ mod tests {
             ..Defaults::default()
         };
         let job = |cells: &[&str]| {
-            let job = write_job(&columns, cells, &defaults, 7);
+            let id = defaults.request_id(own_id(&columns, cells), 7);
+            let job = write_job(&columns, cells, &defaults, id.as_deref());
             serde_json::from_slice::<serde_json::Value>(&job).unwrap()
         };
         assert_eq!(

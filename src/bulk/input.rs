@@ -270,8 +270,9 @@ impl Input {
         }
         let cells: Result<Vec<&str>, _> = record.iter().map(std::str::from_utf8).collect();
         let Ok(cells) = cells else { return (None, Err(not_utf8())) };
-        let body = columns::write_job(&self.columns, &cells, &self.defaults, self.number);
-        self.judge(&body)
+        let own = columns::own_id(&self.columns, &cells);
+        let id = self.defaults.request_id(own, self.number);
+        self.judge(&columns::write_job(&self.columns, &cells, &self.defaults, id.as_deref()))
     }
 
     fn read_line(&self, record: &ByteRecord) -> Judged {
@@ -325,19 +326,24 @@ impl Input {
     }
 
     fn judge(&self, body: &[u8]) -> Judged {
-        match CheckoutRequest::parse(body, &self.rules) {
-            Ok(request) => (Some(request.request_id.as_str().to_owned()), Ok(Box::new(request))),
-            Err(Refusal { code, message, request_id }) => {
-                let column = columns::column_of(code);
-                let request_id = request_id.as_ref().map(RequestId::as_str).map(str::to_owned);
-                (request_id, Err(Flaw { column, code, message }))
-            }
+        judge(body, &self.rules)
+    }
+}
+
+/// Whether a body is a job.
+pub(super) fn judge(body: &[u8], rules: &Rules) -> Judged {
+    match CheckoutRequest::parse(body, rules) {
+        Ok(request) => (Some(request.request_id.as_str().to_owned()), Ok(Box::new(request))),
+        Err(Refusal { code, message, request_id }) => {
+            let column = columns::column_of(code);
+            let request_id = request_id.as_ref().map(RequestId::as_str).map(str::to_owned);
+            (request_id, Err(Flaw { column, code, message }))
         }
     }
 }
 
 /// The id, as far as it is known, and the job.
-type Judged = (Option<String>, Job);
+pub(super) type Judged = (Option<String>, Job);
 
 fn not_utf8() -> Flaw {
     Flaw {
@@ -348,7 +354,9 @@ fn not_utf8() -> Flaw {
 }
 
 /// Looks at the beginning, and passes over a byte order mark.
-fn recognise(source: &mut BufReader<Box<dyn Read + Send>>) -> Result<Format, InputError> {
+pub(super) fn recognise(
+    source: &mut BufReader<Box<dyn Read + Send>>,
+) -> Result<Format, InputError> {
     let look = source.fill_buf()?;
     if look.is_empty() {
         return Err(InputError::Empty);

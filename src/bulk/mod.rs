@@ -9,6 +9,7 @@ pub mod input;
 pub mod inside;
 pub mod output;
 pub mod table;
+pub mod verify;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;

@@ -196,6 +196,57 @@ pub fn of_fetch(response: &Response, expected: &Expected<'_>, checkout_id: &str)
     })
 }
 
+/// What Creem says of a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Seen {
+    /// Its status: `pending`, `processing`, `completed`, `expired`, or a word that is new.
+    Status(String),
+    /// There is none of that id.
+    Gone,
+    /// The question cannot be answered.
+    Never(String),
+    /// Not now.
+    Later {
+        /// Why.
+        why: String,
+        /// Whether Creem was asked too often, and when it wants to be asked again.
+        throttled: Option<Option<Duration>>,
+    },
+}
+
+/// Judges the answer to the question what has become of a session.
+#[must_use]
+pub fn of_look_up(response: &Response, checkout_id: &str) -> Seen {
+    let never = |why: &str| Seen::Never(format!("HTTP {}{why}", response.status.as_u16()));
+    match response.status.as_u16() {
+        200 => {}
+        404 => return Seen::Gone,
+        429 => {
+            let retry_after = response.retry_after.as_deref().and_then(retry_after);
+            return Seen::Later { why: "HTTP 429".to_owned(), throttled: Some(retry_after) };
+        }
+        code @ (408 | 425 | 500..=599) => {
+            return Seen::Later { why: format!("HTTP {code}"), throttled: None };
+        }
+        401 | 403 => return never(": Creem does not accept the API key"),
+        _ => return never(""),
+    }
+    let text = response.body.as_ref().and_then(|body| std::str::from_utf8(body).ok());
+    let node = text.and_then(|text| Node::parse(text).ok());
+    let field = |name: &str| node.as_ref().and_then(|node| node.get(name)).and_then(Node::as_str);
+    if field("id").is_some_and(|id| id != checkout_id) {
+        return never(", but it answered with another session");
+    }
+    let word = |status: &&str| {
+        (1..=32).contains(&status.len())
+            && status.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    };
+    match field("status").filter(word) {
+        Some(status) => Seen::Status(status.to_owned()),
+        None => never(", but it gave no status"),
+    }
+}
+
 fn of_success(response: &Response, expected: &Expected<'_>) -> Answer {
     let unknown = |reason: &str| Answer::Unknown {
         reason: format!("HTTP {}, but {reason}", response.status.as_u16()),

@@ -16,7 +16,7 @@ use reqwest::{Method, StatusCode, Url};
 use secrecy::{ExposeSecret as _, SecretString};
 
 use crate::job::{Mode, RequestId};
-pub use answer::{Answer, Checkout, Expected, Fetched, Pressure};
+pub use answer::{Answer, Checkout, Expected, Fetched, Pressure, Seen};
 
 /// Largest answer that is read, in bytes. A checkout is about 1 KiB.
 pub const MAX_ANSWER: usize = 256 * 1024;
@@ -187,6 +187,17 @@ impl Client {
         match exchange(self.http.request(Method::GET, url), deadline).await {
             Ok(response) => answer::of_fetch(&response, &self.expect(request_id), checkout_id),
             Err(_) => Fetched::Later { retry_after: None, throttled: false },
+        }
+    }
+
+    /// Asks what has become of a session: one GET, which changes nothing.
+    pub async fn look_up(&self, checkout_id: &str) -> Seen {
+        let mut url = self.checkouts.clone();
+        url.query_pairs_mut().append_pair("checkout_id", checkout_id);
+        let deadline = tokio::time::Instant::now() + self.timeout;
+        match exchange(self.http.request(Method::GET, url), deadline).await {
+            Ok(response) => answer::of_look_up(&response, checkout_id),
+            Err(failure) => Seen::Later { why: failure.text(self.timeout), throttled: None },
         }
     }
 

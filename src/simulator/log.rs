@@ -43,6 +43,8 @@ pub struct Session {
     pub url: String,
     /// The request it was made from.
     pub request: Value,
+    /// What became of it; `pending` to begin with.
+    pub status: String,
 }
 
 /// Everything that happened.
@@ -74,6 +76,12 @@ impl Log {
         Self { keep, file, ..Self::default() }
     }
 
+    /// When the first POST came.
+    #[must_use]
+    pub fn began(&self) -> Option<Instant> {
+        self.first
+    }
+
     /// Has the next GETs for a session throttled.
     pub fn throttle_gets(&mut self, id: &str, times: usize) {
         self.throttled_gets.insert(id.to_owned(), times);
@@ -102,6 +110,13 @@ impl Log {
     pub fn session(&self, id: &str) -> Option<&Session> {
         let number = self.by_id.get(id)?;
         self.sessions.get(number.checked_sub(self.forgotten_sessions)?)
+    }
+
+    /// Has a session be expired, or paid; whether there is one.
+    pub fn set_status(&mut self, id: &str, status: &str) -> bool {
+        let at = self.by_id.get(id).and_then(|number| number.checked_sub(self.forgotten_sessions));
+        let session = at.and_then(|at| self.sessions.get_mut(at));
+        session.map(|session| status.clone_into(&mut session.status)).is_some()
     }
 
     /// How many POSTs came for that id.
@@ -239,8 +254,13 @@ mod tests {
             let request_id = format!("r{number}");
             let post = log.add_post(&request_id, None, b"{}");
             let id = log.next_id();
-            let session =
-                Session { id: id.clone(), request_id, url: String::new(), request: Value::Null };
+            let session = Session {
+                id: id.clone(),
+                request_id,
+                url: String::new(),
+                request: Value::Null,
+                status: "pending".to_owned(),
+            };
             log.add_session(session);
             log.finish_post(post, 200, Some(&id));
             ids.push(id);

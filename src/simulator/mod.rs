@@ -163,6 +163,7 @@ impl Simulator {
             request_id: text("request_id"),
             url,
             request: request.clone(),
+            status: "pending".to_owned(),
         })
     }
 
@@ -171,7 +172,7 @@ impl Simulator {
             "id": session.id,
             "object": "checkout",
             "mode": self.mode(),
-            "status": "pending",
+            "status": session.status,
             "product": session.request["product_id"],
             "units": session.request.get("units").cloned().unwrap_or_else(|| json!(1)),
             "checkout_url": session.url,
@@ -200,6 +201,7 @@ fn router(simulator: Arc<Simulator>) -> Router {
         .route("/checkout/{product}/{id}", get(page))
         .route("/_simulator/posts", get(posts))
         .route("/_simulator/sessions", get(sessions))
+        .route("/_simulator/sessions/{id}/{status}", axum::routing::put(set_status))
         .route("/_simulator/counters", get(counters))
         .route("/_simulator/faults", axum::routing::put(faults))
         .with_state(simulator)
@@ -503,6 +505,17 @@ async fn posts(State(simulator): State<Arc<Simulator>>) -> Response<Body> {
 async fn sessions(State(simulator): State<Arc<Simulator>>) -> Response<Body> {
     let lines = simulator.log().session_lines();
     raw("application/x-ndjson", &lines)
+}
+
+/// Has a session be `expired`, `completed` or whatever else.
+async fn set_status(
+    State(simulator): State<Arc<Simulator>>,
+    Path((id, status)): Path<(String, String)>,
+) -> Response<Body> {
+    if simulator.log().set_status(&id, &status) {
+        return rules::json(StatusCode::OK, &json!({"accepted": true}));
+    }
+    rules::error(StatusCode::NOT_FOUND, Some(&["no such session"]))
 }
 
 async fn counters(State(simulator): State<Arc<Simulator>>) -> Response<Body> {

@@ -299,3 +299,47 @@ async fn what_is_in_the_way_is_left_alone() {
     assert!(code == 2 && said.contains("--out is the input itself"), "{said}");
     assert_eq!(desk.simulator.log().posts().len(), 0);
 }
+
+#[tokio::test]
+async fn dead_links_are_found_and_renewed_under_an_id_that_follows_from_theirs() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(4));
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let links = desk.path("links.csv").display().to_string();
+    let rows = cells(&desk.read("links.csv"));
+    {
+        let mut log = desk.simulator.log();
+        assert!(log.set_status(&rows[0][4], "expired") && log.set_status(&rows[1][4], "completed"));
+    }
+    // One that Creem does not know.
+    let strange = desk.read("links.csv").replace(&rows[3][4], "ch_unknown");
+    std::fs::write(desk.path("links.csv"), strange).unwrap();
+
+    let checked = desk.path("checked.csv").display().to_string();
+    let verify = ["bulk", &links, "--out", &checked, "--verify"];
+    let (code, _, said) = command(&verify, desk.settings.clone(), "").await;
+    assert_eq!(code, 1, "{said}");
+    assert!(said.contains("4 rows: 1 expired, 1 gone, 1 open, 1 paid"), "{said}");
+    assert!(said.contains("--refresh makes new links"), "{said}");
+    let words = |name: &str| -> Vec<String> {
+        cells(&desk.read(name)).iter().map(|row| row[8].clone()).collect()
+    };
+    assert_eq!(words("checked.csv"), ["expired", "paid", "open", "gone"]);
+    assert_eq!(desk.sessions(), 4, "it only asks");
+
+    let renewed = desk.path("renewed.csv").display().to_string();
+    let refresh = ["bulk", &checked, "--out", &renewed, "--verify", "--refresh"];
+    for _ in 0..2 {
+        // Again is the same.
+        let (code, _, said) = command(&refresh, desk.settings.clone(), "").await;
+        assert_eq!(code, 0, "{said}");
+        assert!(said.contains("4 rows: 1 open, 1 paid, 2 renewed"), "{said}");
+        assert_eq!(desk.sessions(), 6);
+    }
+    let new = cells(&desk.read("renewed.csv"));
+    let ids: Vec<&str> = new.iter().map(|row| row[0].as_str()).collect();
+    assert_eq!(ids, ["r-0.r1", "r-1", "r-2", "r-3.r1"]);
+    assert_ne!(new[0][5], rows[0][5]);
+    assert_eq!(new[1][5], rows[1][5]);
+    assert_eq!(words("renewed.csv"), ["open", "paid", "open", "open"]);
+}

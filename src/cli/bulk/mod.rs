@@ -2,6 +2,7 @@
 
 mod dry_run;
 mod progress;
+mod verify;
 
 use std::fs::File;
 use std::io::Read;
@@ -42,6 +43,7 @@ const SANDBOX_KEEPS: usize = 1_024;
 /// field (`product_id`, `customer.email`, `metadata.KEY`); all others are carried through. Interrupted,
 /// it goes on where it was when it is started again.
 #[derive(Debug, clap::Args)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub(super) struct Arguments {
     /// The jobs; `-` is standard input.
     file: PathBuf,
@@ -73,6 +75,14 @@ pub(super) struct Arguments {
     /// Only say what is wrong with the rows, each with its line and column.
     #[arg(long, conflicts_with_all = ["out", "sandbox"])]
     dry_run: bool,
+    /// FILE is an output of an earlier run: ask Creem what has become of each of its links, and write them
+    /// to --out with the columns `link` (open, processing, paid, expired, gone or unknown) and `checked_at`.
+    #[arg(long, conflicts_with_all = ["dry_run", "sandbox"])]
+    verify: bool,
+    /// Make new links for those that are expired or gone, under a `request_id` of their own (`x.r1` for
+    /// `x`), from the line itself and the same flags as before.
+    #[arg(long, requires = "verify")]
+    refresh: bool,
     /// Play it through: a built-in double of Creem, no key, no network, and a ledger of its own
     /// beside the output.
     #[arg(long)]
@@ -80,6 +90,18 @@ pub(super) struct Arguments {
     /// A file that gets a JSON line of every session that the sandbox makes.
     #[arg(long, value_name = "FILE", requires = "sandbox")]
     sandbox_log: Option<PathBuf>,
+}
+
+impl Arguments {
+    fn defaults(&self) -> Defaults {
+        Defaults {
+            product_id: self.product.clone(),
+            discount_code: self.discount_code.clone(),
+            success_url: self.success_url.clone(),
+            metadata: self.metadata.clone(),
+            request_id_prefix: self.request_id_prefix.clone(),
+        }
+    }
 }
 
 fn campaign(text: &str) -> Result<String, String> {
@@ -103,6 +125,9 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         };
         logging::install(settings.log.0, &settings.log.1)
             .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
+        if arguments.verify {
+            return verify::run(&settings, arguments, out).await;
+        }
         links(&settings, arguments, out).await
     })?
 }
@@ -124,28 +149,25 @@ fn same_file(one: &Path, other: &Path) -> bool {
     whole(one).is_some() && whole(one) == whole(other)
 }
 
+/// The bytes of a file, and how many they are, if that is known.
+fn source(path: &Path) -> Result<(Box<dyn Read + Send>, Option<u64>), Failure> {
+    if path.as_os_str() == "-" {
+        return Ok((Box::new(std::io::stdin()), None));
+    }
+    let file = File::open(path).with_context(|| format!("{} cannot be opened", path.display()))?;
+    let about = file.metadata().with_context(|| path.display().to_string())?;
+    if about.is_dir() {
+        return Err(Failure::Usage(format!("{} is a directory: give a file", path.display())));
+    }
+    Ok((Box::new(file), about.is_file().then_some(about.len())))
+}
+
 /// Begins to read the input; how many bytes it has, if that is known.
 fn input(settings: &Resolved, arguments: &Arguments) -> Result<(Input, Option<u64>), Failure> {
     let path = &arguments.file;
-    let (source, bytes): (Box<dyn Read + Send>, _) = if path.as_os_str() == "-" {
-        (Box::new(std::io::stdin()), None)
-    } else {
-        let file =
-            File::open(path).with_context(|| format!("{} cannot be opened", path.display()))?;
-        let about = file.metadata().with_context(|| path.display().to_string())?;
-        if about.is_dir() {
-            return Err(Failure::Usage(format!("{} is a directory: give a file", path.display())));
-        }
-        (Box::new(file), about.is_file().then_some(about.len()))
-    };
+    let (source, bytes) = source(path)?;
     let wishes = Wishes {
-        defaults: Defaults {
-            product_id: arguments.product.clone(),
-            discount_code: arguments.discount_code.clone(),
-            success_url: arguments.success_url.clone(),
-            metadata: arguments.metadata.clone(),
-            request_id_prefix: arguments.request_id_prefix.clone(),
-        },
+        defaults: arguments.defaults(),
         carry: arguments.carry.clone(),
         rules: settings.job.clone(),
     };
@@ -164,29 +186,11 @@ async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcom
     if earlier.was_interrupted() {
         say_error(&format!("going on with {}", part_of(out).display()));
     }
-    let stages = Stages::default();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(stages.follow_signals(settings.grace).context("signals cannot be listened for")?);
-    let health = Health::default();
-    let opened = engine::open(&settings.ledger, &health, &stages).await;
-    let opened = opened.map_err(|failure| at_the_ledger(failure, &settings.ledger))?;
-    let Some(opened) = opened else { return Err(interrupted(0, out)) };
-    if opened.ledger.identity().standing == Standing::Refused {
-        return Err(Failure::Failed(Fatal::EmptyLedger.into()));
-    }
-    let began_at = opened.clock.now();
-    let engine = Arc::new(engine::engine(settings, opened, health, stages.soft.clone())?);
-    engine.look().await;
-    engine.watch(&mut tasks);
-    let inside = Inside { engine: engine.clone(), campaign: arguments.campaign.clone(), began_at };
-    let at_once = settings.lanes.iter().find(|size| size.lane == Lane::Bulk);
-    let at_once = at_once.map_or(1, |size| usize::from(size.concurrency));
+    let Some(Begun { inside, stages, mut tasks, at_once }) = begin(settings, arguments).await?
+    else {
+        return Err(interrupted(0, out));
+    };
     let mut shown = Shown::new(bytes);
-    let (broken, soft) = (engine.clone(), stages.soft.clone());
-    tasks.spawn(async move {
-        broken.broken().await;
-        soft.cancel();
-    });
     let made = bulk::run(
         input,
         earlier,
@@ -201,10 +205,46 @@ async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcom
     };
     shown.finish();
     tasks.shutdown().await;
-    if let Some(fatal) = engine.fatal() {
+    if let Some(fatal) = inside.engine.fatal() {
         return Err(Failure::Failed(fatal.into()));
     }
     summary(&made?, arguments, out)
+}
+
+/// What makes links, and what it needs beside it.
+struct Begun {
+    inside: Inside,
+    stages: Stages,
+    tasks: JoinSet<()>,
+    /// How many rows at once.
+    at_once: usize,
+}
+
+/// Opens the ledger and puts together what makes links; `None` if the program is stopped before.
+async fn begin(settings: &Resolved, arguments: &Arguments) -> Result<Option<Begun>, Failure> {
+    let stages = Stages::default();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(stages.follow_signals(settings.grace).context("signals cannot be listened for")?);
+    let health = Health::default();
+    let opened = engine::open(&settings.ledger, &health, &stages).await;
+    let opened = opened.map_err(|failure| at_the_ledger(failure, &settings.ledger))?;
+    let Some(opened) = opened else { return Ok(None) };
+    if opened.ledger.identity().standing == Standing::Refused {
+        return Err(Failure::Failed(Fatal::EmptyLedger.into()));
+    }
+    let began_at = opened.clock.now();
+    let engine = Arc::new(engine::engine(settings, opened, health, stages.soft.clone())?);
+    engine.look().await;
+    engine.watch(&mut tasks);
+    let (broken, soft) = (engine.clone(), stages.soft.clone());
+    tasks.spawn(async move {
+        broken.broken().await;
+        soft.cancel();
+    });
+    let size = settings.lanes.iter().find(|size| size.lane == Lane::Bulk);
+    let at_once = size.map_or(1, |size| usize::from(size.concurrency));
+    let inside = Inside { engine, campaign: arguments.campaign.clone(), began_at };
+    Ok(Some(Begun { inside, stages, tasks, at_once }))
 }
 
 fn at_the_ledger(failure: Failure, ledger: &Ledger) -> Failure {

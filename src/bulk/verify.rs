@@ -1,0 +1,340 @@
+//! Links of an earlier run, looked at again: Creem does not say how long a link lives.
+
+use std::io::{self, Read};
+
+use csv::ByteRecord;
+
+use super::columns::{self, Column, Defaults, RESULT};
+use super::input::{Format, InputError, Job, judge, recognise};
+use super::output::REQUEST_ID;
+use super::table::meant;
+use crate::creem::Seen;
+use crate::job::{Rules, Status};
+
+/// What is added to each line.
+pub const ADDED: [&str; 2] = ["link", "checked_at"];
+
+/// What has become of a link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Link {
+    /// It can be paid.
+    Open,
+    /// Somebody is paying.
+    Processing,
+    /// It was paid.
+    Paid,
+    /// It is dead.
+    Expired,
+    /// Creem knows no such session.
+    Gone,
+    /// It could not be learned, and why.
+    Unknown(String),
+}
+
+impl Link {
+    /// The word in the column.
+    #[must_use]
+    pub const fn as_str(&self) -> &'static str {
+        match self {
+            Self::Open => "open",
+            Self::Processing => "processing",
+            Self::Paid => "paid",
+            Self::Expired => "expired",
+            Self::Gone => "gone",
+            Self::Unknown(_) => "unknown",
+        }
+    }
+
+    /// Whether a buyer cannot use it, and never could pay by it.
+    #[must_use]
+    pub const fn is_dead(&self) -> bool {
+        matches!(self, Self::Expired | Self::Gone)
+    }
+}
+
+impl From<Seen> for Link {
+    fn from(seen: Seen) -> Self {
+        match seen {
+            Seen::Status(status) => match status.as_str() {
+                "pending" => Self::Open,
+                "processing" => Self::Processing,
+                "completed" => Self::Paid,
+                "expired" => Self::Expired,
+                _ => Self::Unknown(format!("Creem calls it {status}")),
+            },
+            Seen::Gone => Self::Gone,
+            Seen::Never(why) | Seen::Later { why, .. } => Self::Unknown(why),
+        }
+    }
+}
+
+/// Where the cells are that count.
+#[derive(Debug, Clone, Copy)]
+struct Places {
+    /// The first of those that a run has added.
+    status: usize,
+    request_id: usize,
+    /// The first of those that are added here, if an earlier look has added them.
+    link: Option<usize>,
+}
+
+/// A file of links that is being read.
+pub struct Links {
+    reader: csv::Reader<Box<dyn Read + Send>>,
+    format: Format,
+    header: ByteRecord,
+    places: Places,
+    columns: Vec<Column>,
+    defaults: Defaults,
+    rules: Rules,
+}
+
+impl std::fmt::Debug for Links {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Links").field("format", &self.format).finish_non_exhaustive()
+    }
+}
+
+/// Why a file is no file of links.
+#[derive(Debug, thiserror::Error)]
+pub enum LinksError {
+    /// It cannot be read.
+    #[error(transparent)]
+    Input(#[from] InputError),
+    /// It is something else.
+    #[error(
+        "it is no output of `bulk`: the columns status, checkout_id, checkout_url, error_code, error_message or request_id are missing"
+    )]
+    Foreign,
+}
+
+impl Links {
+    /// Begins to read a file that an earlier run has made.
+    ///
+    /// # Errors
+    /// See [`LinksError`].
+    pub fn open(
+        source: impl Read + Send + 'static,
+        defaults: Defaults,
+        rules: Rules,
+    ) -> Result<Self, LinksError> {
+        let source: Box<dyn Read + Send> = Box::new(source);
+        let mut source = io::BufReader::new(source);
+        let format = recognise(&mut source)?;
+        let Format::Csv { delimiter, .. } = format else { return Err(LinksError::Foreign) };
+        let mut builder = csv::ReaderBuilder::new();
+        builder.has_headers(false).flexible(true).delimiter(delimiter);
+        let mut reader = builder.from_reader(Box::new(source) as Box<dyn Read + Send>);
+        let mut header = ByteRecord::new();
+        read(&mut reader, &mut header)?;
+        let names: Vec<String> =
+            header.iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
+        let places = places(&names).ok_or(LinksError::Foreign)?;
+        let own = &names[..places.status];
+        // Its id it has already; a column that is none of these was carried through.
+        let with_ids = Defaults { request_id_prefix: Some(String::new()), ..defaults.clone() };
+        let carry: Vec<String> = own
+            .iter()
+            .filter(|name| columns::read_header(&[(*name).clone()], &with_ids, &[], &[]).is_err())
+            .cloned()
+            .collect();
+        let columns = columns::read_header(own, &with_ids, &carry, &rules.extra_fields)
+            .map_err(InputError::Header)?;
+        Ok(Self { reader, format, header, places, columns, defaults, rules })
+    }
+
+    /// What kind of file it is.
+    #[must_use]
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// The header with what is added.
+    #[must_use]
+    pub fn header(&self) -> ByteRecord {
+        let mut header = self.header.clone();
+        if self.places.link.is_none() {
+            for name in ADDED {
+                header.push_field(name.as_bytes());
+            }
+        }
+        header
+    }
+
+    /// The next line.
+    ///
+    /// # Errors
+    /// See [`LinksError`].
+    pub fn next_line(&mut self) -> Result<Option<Line>, LinksError> {
+        let mut cells = ByteRecord::new();
+        if !read(&mut self.reader, &mut cells)? {
+            return Ok(None);
+        }
+        while cells.len() < self.header.len() {
+            cells.push_field(b"");
+        }
+        Ok(Some(Line { cells, places: self.places }))
+    }
+
+    /// The job of a line under the next id that follows from its own: `x` becomes `x.r1`, and that `x.r2`.
+    pub fn renewed(&self, line: &Line) -> (String, Job) {
+        let id = next_id(&line.text(self.places.request_id));
+        let cells: Vec<String> =
+            (0..self.places.status).map(|at| meant(&line.text(at)).to_owned()).collect();
+        let cells: Vec<&str> = cells.iter().map(String::as_str).collect();
+        let body = columns::write_job(&self.columns, &cells, &self.defaults, Some(&id));
+        let (_, job) = judge(&body, &self.rules);
+        (id, job)
+    }
+}
+
+/// A line of a file of links.
+#[derive(Debug, Clone)]
+pub struct Line {
+    cells: ByteRecord,
+    places: Places,
+}
+
+impl Line {
+    fn text(&self, at: usize) -> String {
+        String::from_utf8_lossy(self.cells.get(at).unwrap_or_default()).into_owned()
+    }
+
+    /// The session whose link it has, if it has one.
+    #[must_use]
+    pub fn checkout_id(&self) -> Option<String> {
+        let linked = Status::parse(&self.text(self.places.status)) == Some(Status::Succeeded);
+        Some(self.text(self.places.status + 1)).filter(|id| linked && !id.is_empty())
+    }
+
+    /// The line with what was learned of its link.
+    #[must_use]
+    pub fn with(&self, link: Option<&Link>, checked_at: &str) -> ByteRecord {
+        let mut cells: Vec<Vec<u8>> = self.cells.iter().map(<[u8]>::to_vec).collect();
+        let (word, at) = match link {
+            Some(link) => (link.as_str(), checked_at),
+            None => ("", ""),
+        };
+        match self.places.link {
+            Some(place) => {
+                cells[place] = word.into();
+                cells[place + 1] = at.into();
+            }
+            None => cells.extend([word.into(), at.into()]),
+        }
+        ByteRecord::from(cells)
+    }
+
+    /// The line with another outcome, under another id.
+    #[must_use]
+    pub fn renewed(&self, id: &str, outcome: &super::output::Outcome) -> Self {
+        let mut cells: Vec<Vec<u8>> = self.cells.iter().map(<[u8]>::to_vec).collect();
+        let at = self.places.status;
+        let texts = [
+            Some(outcome.status.as_str()),
+            outcome.checkout_id.as_deref(),
+            outcome.checkout_url.as_deref(),
+            outcome.error_code.as_deref(),
+            outcome.error_message.as_deref(),
+        ];
+        for (cell, text) in cells[at..].iter_mut().zip(texts) {
+            *cell = super::table::harmless(text.unwrap_or_default().as_bytes());
+        }
+        cells[self.places.request_id] = id.into();
+        Self { cells: ByteRecord::from(cells), places: self.places }
+    }
+}
+
+fn read(
+    reader: &mut csv::Reader<Box<dyn Read + Send>>,
+    record: &mut ByteRecord,
+) -> Result<bool, InputError> {
+    reader.read_byte_record(record).map_err(|error| InputError::Io(io::Error::from(error)))
+}
+
+fn places(names: &[String]) -> Option<Places> {
+    // The last one that has all of them behind it: an input may have a column of the same name.
+    let status = names.windows(RESULT.len()).rposition(|window| window.iter().eq(RESULT))?;
+    let request_id = names.iter().rposition(|name| name == REQUEST_ID)?;
+    let link = names.windows(ADDED.len()).rposition(|window| window.iter().eq(ADDED));
+    Some(Places { status, request_id, link })
+}
+
+fn next_id(id: &str) -> String {
+    let again =
+        id.rsplit_once(".r").and_then(|(stem, number)| Some((stem, number.parse::<u32>().ok()?)));
+    match again {
+        Some((stem, number)) => format!("{stem}.r{}", number.saturating_add(1)),
+        None => format!("{id}.r1"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bulk::output::Outcome;
+
+    #[test]
+    fn ids_follow_from_one_another() {
+        for (id, next) in [("a", "a.r1"), ("a.r1", "a.r2"), ("a.r9", "a.r10"), ("a.rx", "a.rx.r1")]
+        {
+            assert_eq!(next_id(id), next);
+        }
+    }
+
+    #[test]
+    fn a_dead_link_is_renewed_from_its_own_line_and_the_flags() {
+        let text = "product_id,Name,metadata.note,status,checkout_id,checkout_url,error_code,error_message,request_id\nprod_1,'=A,'=b,succeeded,ch_1,https://x/1,,,fair-1\nprod_1,B,,failed,,,c,m,fair-2\n";
+        let defaults = Defaults { discount_code: Some("AUTUMN".into()), ..Defaults::default() };
+        let mut links = Links::open(io::Cursor::new(text), defaults, Rules::default()).unwrap();
+        let line = links.next_line().unwrap().unwrap();
+        assert_eq!(line.checkout_id().as_deref(), Some("ch_1"));
+        let (id, job) = links.renewed(&line);
+        assert_eq!(id, "fair-1.r1");
+        let wire = String::from_utf8(job.unwrap().wire).unwrap();
+        assert_eq!(
+            wire,
+            r#"{"request_id":"fair-1.r1","product_id":"prod_1","discount_code":"AUTUMN","metadata":{"note":"=b"}}"#
+        );
+        let outcome = Outcome {
+            status: Status::Succeeded,
+            checkout_id: Some("ch_2".into()),
+            checkout_url: Some("https://x/2".into()),
+            error_code: None,
+            error_message: None,
+        };
+        let renewed = line.renewed(&id, &outcome).with(Some(&Link::Open), "now");
+        let cells: Vec<&str> =
+            renewed.iter().map(|cell| std::str::from_utf8(cell).unwrap()).collect();
+        assert_eq!(
+            cells,
+            [
+                "prod_1",
+                "'=A",
+                "'=b",
+                "succeeded",
+                "ch_2",
+                "https://x/2",
+                "",
+                "",
+                "fair-1.r1",
+                "open",
+                "now"
+            ]
+        );
+        assert_eq!(links.next_line().unwrap().unwrap().checkout_id(), None);
+        assert!(links.next_line().unwrap().is_none());
+    }
+
+    #[test]
+    fn a_second_look_takes_the_place_of_the_first() {
+        let text = "request_id,status,checkout_id,checkout_url,error_code,error_message,link,checked_at\na,succeeded,ch_1,u,,,open,then\n";
+        let mut links =
+            Links::open(io::Cursor::new(text), Defaults::default(), Rules::default()).unwrap();
+        assert_eq!(links.header().len(), 8);
+        let line = links.next_line().unwrap().unwrap().with(Some(&Link::Paid), "now");
+        assert_eq!(line.iter().skip(6).collect::<Vec<_>>(), [b"paid".as_slice(), b"now"]);
+        let other = Links::open(io::Cursor::new("a,b\n"), Defaults::default(), Rules::default());
+        assert!(matches!(other, Err(LinksError::Foreign)));
+    }
+}
