@@ -3,7 +3,7 @@
 
 CARGO ?= cargo
 
-.PHONY: demo test chaos chaos-fleet simulate bench lint clean
+.PHONY: demo test chaos chaos-fleet simulate bench bench-bulk lint clean
 
 demo:
 	@scripts/demo
@@ -33,6 +33,11 @@ bench:
 	@scripts/broker install
 	@scripts/postgres install
 	$(CARGO) bench --locked --bench throughput --bench lanes --bench replicas
+
+# A million rows through `bulk --sandbox`, killed three times. `make bench-bulk ROWS=100000`.
+ROWS ?= 1000000
+bench-bulk:
+	ROWS=$(ROWS) $(CARGO) bench --locked --bench bulk
 
 lint:
 	$(CARGO) fmt --check

@@ -1,5 +1,5 @@
 //! `make bench`: whether a buyer who waits is behind a campaign, and whether a limit that nobody has
-//! configured is found and kept.
+//! configured is found and kept, and whether jobs that nobody waits for cost a call.
 //!
 //! Both against a simulated Creem at 50 ms. First: interactive jobs at a steady 20 a second, on an idle
 //! worker and then beside a backlog of bulk jobs, under a ceiling of 400 calls a second; their time from
@@ -17,19 +17,23 @@
 
 #[expect(dead_code, reason = "other benchmarks use more of it")]
 mod support;
+#[path = "support/svg.rs"]
+mod svg;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use creem_checkout_worker::simulator::script::Script;
 use creem_checkout_worker::simulator::{Options, Simulator};
 use futures::StreamExt as _;
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection};
 use support::amqp::connect;
 use support::private::{BROKER, Private};
 use support::{PREFIX, Setting, directory, replies, stop, worker_with};
+use svg::{Chart, Curve};
 use tokio::process::Child;
 use tokio::sync::watch;
 
@@ -43,6 +47,10 @@ struct Sizes {
     /// How long the unknown limit is looked for, then how long Creem is away.
     seconds: u64,
     outage: u64,
+    /// Over how many seconds deadlines are spread.
+    deadlines: u64,
+    /// Whether it is more than a try.
+    real: bool,
 }
 
 #[tokio::main]
@@ -50,12 +58,13 @@ async fn main() {
     // `cargo test` runs this too, without `--bench`: then a few jobs show that it works.
     let real = std::env::args().any(|argument| argument == "--bench");
     let sizes = if real {
-        Sizes { backlog: 100_000, buyers: 1_200, seconds: 60, outage: 60 }
+        Sizes { backlog: 100_000, buyers: 1_200, seconds: 60, outage: 60, deadlines: 30, real }
     } else {
-        Sizes { backlog: 300, buyers: 20, seconds: 2, outage: 2 }
+        Sizes { backlog: 300, buyers: 20, seconds: 2, outage: 2, deadlines: 1, real }
     };
     let Some(broker) = BROKER.start("bench-lanes").await else { return };
     two_lanes(&broker, &sizes).await;
+    expiry(&broker, &sizes).await;
     unknown_limit(&broker, &sizes).await;
     println!("bench: 1 passed, 0 failed");
 }
@@ -66,7 +75,13 @@ struct Stage {
     connection: Connection,
     worker: Child,
     /// When each reply came, by `request_id`.
-    answered: watch::Receiver<HashMap<String, Instant>>,
+    answered: watch::Receiver<HashMap<String, Answer>>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Answer {
+    at: Instant,
+    expired: bool,
 }
 
 impl Stage {
@@ -90,10 +105,12 @@ impl Stage {
         tokio::spawn(async move {
             while let Some(Ok(reply)) = replies.next().await {
                 let reply: serde_json::Value = serde_json::from_slice(&reply.data).unwrap();
-                assert_eq!(reply["status"], "succeeded", "{reply}");
+                let expired = reply["status"] == "expired";
+                assert!(expired || reply["status"] == "succeeded", "{reply}");
                 let id = reply["request_id"].as_str().unwrap().to_owned();
+                let answer = Answer { at: Instant::now(), expired };
                 tell.send_modify(|answered| {
-                    answered.entry(id).or_insert_with(Instant::now);
+                    answered.entry(id).or_insert(answer);
                 });
             }
         });
@@ -122,10 +139,14 @@ impl Stage {
     }
 }
 
-async fn send(channel: &Channel, queue: &str, id: &str) {
+async fn send(channel: &Channel, queue: &str, id: &str, deadline: Option<i64>) {
     let body = format!(r#"{{"request_id":"{id}","product_id":"prod_1"}}"#);
     let queue = format!("{PREFIX}.{queue}");
-    let properties = BasicProperties::default().with_delivery_mode(2);
+    let mut headers = FieldTable::default();
+    if let Some(deadline) = deadline {
+        headers.insert("checkout-deadline".into(), AMQPValue::LongLongInt(deadline));
+    }
+    let properties = BasicProperties::default().with_delivery_mode(2).with_headers(headers);
     let options = BasicPublishOptions::default();
     let sent = channel.basic_publish(
         "".into(),
@@ -140,13 +161,13 @@ async fn send(channel: &Channel, queue: &str, id: &str) {
 /// Publishes without waiting for each confirm.
 async fn backlog(channel: &Channel, name: &str, jobs: usize) {
     let mut sending = futures::stream::iter(0..jobs)
-        .map(|job| async move { send(channel, "jobs.bulk", &format!("{name}-{job}")).await })
+        .map(|job| async move { send(channel, "jobs.bulk", &format!("{name}-{job}"), None).await })
         .buffer_unordered(512);
     while sending.next().await.is_some() {}
 }
 
-/// Interactive jobs at 20 a second, whatever becomes of them; how long each took.
-async fn buyers(stage: &Stage, name: &str, count: usize) -> Vec<Duration> {
+/// Interactive jobs at 20 a second, whatever becomes of them; when each was sent, and how long it took.
+async fn buyers(stage: &Stage, name: &str, count: usize) -> Vec<(Instant, Duration)> {
     let channel = stage.channel().await;
     let mut tick = tokio::time::interval(Duration::from_millis(50));
     let mut sent = HashMap::new();
@@ -154,15 +175,43 @@ async fn buyers(stage: &Stage, name: &str, count: usize) -> Vec<Duration> {
         tick.tick().await;
         let id = format!("{name}-{buyer}");
         sent.insert(id.clone(), Instant::now());
-        send(&channel, "jobs", &id).await;
+        send(&channel, "jobs", &id, None).await;
     }
     let mut answered = stage.answered.clone();
     answered.wait_for(|answered| sent.keys().all(|id| answered.contains_key(id))).await.unwrap();
     let answered = answered.borrow();
-    let mut times: Vec<Duration> =
-        sent.iter().map(|(id, sent)| answered[id].duration_since(*sent)).collect();
+    let mut times: Vec<(Instant, Duration)> =
+        sent.iter().map(|(id, sent)| (*sent, answered[id].at.duration_since(*sent))).collect();
     times.sort_unstable();
     times
+}
+
+fn sorted(times: &[(Instant, Duration)]) -> Vec<Duration> {
+    let mut sorted: Vec<Duration> = times.iter().map(|time| time.1).collect();
+    sorted.sort_unstable();
+    sorted
+}
+
+/// What is measured of each second: its values, in order.
+fn by_second(began: Instant, values: impl Iterator<Item = (Instant, f64)>) -> Vec<(f64, Vec<f64>)> {
+    let mut seconds: BTreeMap<u64, Vec<f64>> = BTreeMap::new();
+    for (at, value) in values {
+        seconds.entry(at.saturating_duration_since(began).as_secs()).or_default().push(value);
+    }
+    let second = |(second, mut values): (u64, Vec<f64>)| {
+        values.sort_by(f64::total_cmp);
+        (f64::from(u32::try_from(second).unwrap()), values)
+    };
+    seconds.into_iter().map(second).collect()
+}
+
+/// A picture for the README, where it was a real run.
+fn picture(real: bool, name: &str, chart: &Chart) {
+    if real {
+        let directory = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("docs/pictures");
+        std::fs::create_dir_all(&directory).unwrap();
+        std::fs::write(directory.join(name), chart.draw()).unwrap();
+    }
 }
 
 fn at(times: &[Duration], percent: usize) -> f64 {
@@ -177,11 +226,14 @@ async fn two_lanes(broker: &Private, sizes: &Sizes) {
     const CEILING: f64 = 400.0;
     let script = Script { latency_ms: LATENCY_MS, ..Script::default() };
     let stage = Stage::new(broker, script, &[("RATE_LIMIT__PER_SECOND", "400")]).await;
-    let idle = buyers(&stage, "idle", sizes.buyers).await;
+    let start = Instant::now();
+    let idle_times = buyers(&stage, "idle", sizes.buyers).await;
+    let queued = Instant::now();
     backlog(&stage.channel().await, "campaign", sizes.backlog).await;
     let (calls, began) = (stage.simulator.log().posts().len(), Instant::now());
-    let busy = buyers(&stage, "busy", sizes.buyers).await;
+    let busy_times = buyers(&stage, "busy", sizes.buyers).await;
     let used = rate(stage.simulator.log().posts().len() - calls, began.elapsed().as_secs_f64());
+    let (idle, busy) = (sorted(&idle_times), sorted(&busy_times));
     println!(
         "two lanes: {} bulk jobs queued, interactive at 20/s: idle p50 {:.1} ms p99 {:.1} ms; beside the campaign p50 {:.1} ms p99 {:.1} ms ({:.2}x); {used:.0} calls/s of {CEILING:.0} ({:.1} %)",
         sizes.backlog,
@@ -192,6 +244,101 @@ async fn two_lanes(broker: &Private, sizes: &Sizes) {
         at(&busy, 99) / at(&idle, 99),
         used / CEILING * 100.0,
     );
+    let interactive =
+        idle_times.iter().chain(&busy_times).map(|(at, took)| (*at, took.as_secs_f64()));
+    let interactive = by_second(start, interactive);
+    let bulk: Vec<(Instant, f64)> = {
+        let answered = stage.answered.borrow();
+        let of_campaign = answered.iter().filter(|(id, _)| id.starts_with("campaign-"));
+        of_campaign
+            .map(|(_, answer)| (answer.at, answer.at.duration_since(queued).as_secs_f64()))
+            .collect()
+    };
+    let middle = |seconds: &[(f64, Vec<f64>)], part: usize| {
+        let of = |values: &Vec<f64>| values[(values.len() * part / 100).min(values.len() - 1)];
+        seconds.iter().map(|(second, values)| (*second, of(values))).collect()
+    };
+    let chart = Chart {
+        title: format!(
+            "Buyers at 20/s, and a campaign of {} jobs that comes in between",
+            sizes.backlog
+        ),
+        x: "seconds",
+        y: "publish to reply (s)",
+        logarithmic: true,
+        curves: vec![
+            Curve { name: "interactive, median", color: "#0a7", points: middle(&interactive, 50) },
+            Curve {
+                name: "interactive, slowest of the second",
+                color: "#f80",
+                points: middle(&interactive, 100),
+            },
+            Curve {
+                name: "bulk, median",
+                color: "#36c",
+                points: middle(&by_second(start, bulk.into_iter()), 50),
+            },
+        ],
+    };
+    picture(sizes.real, "lanes.svg", &chart);
+    stage.end().await;
+}
+
+/// Jobs that nobody waits for any more cost no call.
+async fn expiry(broker: &Private, sizes: &Sizes) {
+    let script = Script { latency_ms: LATENCY_MS, ..Script::default() };
+    let stage = Stage::new(broker, script, &[("RATE_LIMIT__PER_SECOND", "400")]).await;
+    let channel = stage.channel().await;
+    let spread = Duration::from_secs(sizes.deadlines);
+    // Twice as many as can be made until the last deadline.
+    let jobs = 800 * usize::try_from(sizes.deadlines).unwrap();
+    let (began, clock) = (Instant::now(), SystemTime::now());
+    let deadline = |job: usize| spread.mul_f64(rate(job * 7919 % jobs, rate(jobs, 1.0)));
+    let mut sending = futures::stream::iter(0..jobs)
+        .map(|job| {
+            let at = (clock + deadline(job)).duration_since(SystemTime::UNIX_EPOCH).unwrap();
+            let (channel, at) = (&channel, i64::try_from(at.as_millis()).unwrap());
+            async move { send(channel, "jobs.bulk", &format!("late-{job}"), Some(at)).await }
+        })
+        .buffer_unordered(512);
+    while sending.next().await.is_some() {}
+    drop(sending);
+    stage.answers(jobs).await;
+    let (made, in_vain) = {
+        let log = stage.simulator.log();
+        let first = log.began().unwrap().into_std();
+        let in_vain = log.posts().iter().filter(|post| {
+            let job: usize = post.request_id.strip_prefix("late-").unwrap().parse().unwrap();
+            first + Duration::from_micros(post.arrived_us) > began + deadline(job)
+        });
+        (log.posts().len(), in_vain.count())
+    };
+    let answered = stage.answered.borrow().clone();
+    let expired = answered.values().filter(|answer| answer.expired).count();
+    println!(
+        "expiry: {jobs} bulk jobs at once, their deadlines spread over {} s, 400 calls/s: {made} calls, {} links, {expired} expired; calls for jobs whose deadline had passed: {in_vain}",
+        sizes.deadlines,
+        jobs - expired,
+    );
+    let counted = |expired: bool| {
+        let of = answered.values().filter(|answer| answer.expired == expired);
+        let seconds = by_second(began, of.map(|answer| (answer.at, 1.0)));
+        seconds.into_iter().map(|(second, values)| (second, rate(values.len(), 1.0))).collect()
+    };
+    let chart = Chart {
+        title: format!(
+            "{jobs} bulk jobs whose deadlines are spread over {} s, at 400 calls a second",
+            sizes.deadlines
+        ),
+        x: "seconds",
+        y: "replies a second",
+        logarithmic: false,
+        curves: vec![
+            Curve { name: "links", color: "#0a7", points: counted(false) },
+            Curve { name: "expired, without a call", color: "#c33", points: counted(true) },
+        ],
+    };
+    picture(sizes.real, "expiry.svg", &chart);
     stage.end().await;
 }
 
