@@ -76,6 +76,7 @@ struct Stage {
     worker: Child,
     /// When each reply came, by `request_id`.
     answered: watch::Receiver<HashMap<String, Answer>>,
+    collecting: tokio::task::JoinHandle<()>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -102,7 +103,7 @@ impl Stage {
         let worker = worker_with(&setting, "worker", settings);
         let mut replies = replies(&connection).await;
         let (tell, answered) = watch::channel(HashMap::new());
-        tokio::spawn(async move {
+        let collecting = tokio::spawn(async move {
             while let Some(Ok(reply)) = replies.next().await {
                 let reply: serde_json::Value = serde_json::from_slice(&reply.data).unwrap();
                 let expired = reply["status"] == "expired";
@@ -114,7 +115,7 @@ impl Stage {
                 });
             }
         });
-        Self { simulator, connection, worker, answered }
+        Self { simulator, connection, worker, answered, collecting }
     }
 
     async fn channel(&self) -> Channel {
@@ -136,6 +137,10 @@ impl Stage {
             let options = lapin::options::QueuePurgeOptions { nowait: false };
             channel.queue_purge(name.as_str().into(), options).await.unwrap();
         }
+        // Its consumer must take none of the next stage's replies. Channels that are closing by themselves
+        // make this an error, which changes nothing.
+        self.collecting.abort();
+        drop(self.connection.close(200, "done".into()).await);
     }
 }
 
