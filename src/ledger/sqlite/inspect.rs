@@ -67,6 +67,12 @@ impl Inspector {
              FROM job WHERE campaign IS NOT NULL AND (?1 IS NULL OR campaign = ?1) GROUP BY 1, 2";
         let query = || {
             let mut campaigns: BTreeMap<String, Campaign> = BTreeMap::new();
+            // Version 1 knew of none; a worker brings the file up to date when it opens it.
+            let version: i64 =
+                self.connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
+            if version < 2 {
+                return Ok(campaigns);
+            }
             let mut statement = self.connection.prepare(CAMPAIGNS)?;
             let mut rows = statement.query([name])?;
             while let Some(row) = rows.next()? {

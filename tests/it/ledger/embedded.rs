@@ -148,6 +148,7 @@ async fn a_ledger_of_the_version_before_is_brought_up_to_date_and_keeps_its_link
         .execute_batch("DROP INDEX job_campaign; ALTER TABLE job DROP COLUMN campaign; PRAGMA user_version = 1")
         .unwrap();
     drop(before);
+    assert!(Inspector::open(&path).unwrap().campaigns(None).unwrap().is_empty());
     drop(open(&path).unwrap());
     let inspector = Inspector::open(&path).unwrap();
     let row = inspector.row(&key("a")).unwrap().unwrap();
