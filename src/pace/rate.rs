@@ -400,31 +400,67 @@ mod tests {
         ran
     }
 
-    const KINDS: [Counts; 4] =
-        [Counts::Seconds, Counts::AnySecond, Counts::Tokens(300.0), Counts::Tokens(30.0)];
+    /// See tests/scenarios/rate/README.md.
+    #[derive(Debug, serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Scenario {
+        servers: Vec<String>,
+        ways_ms: Vec<u32>,
+        seconds: u64,
+        limits: Vec<(u64, f64)>,
+        used: f64,
+        refused: f64,
+        bands: Vec<(usize, usize, f64, f64)>,
+    }
 
-    #[test]
-    fn it_finds_what_a_server_takes_and_stays_there() {
-        for counts in KINDS {
-            for (way, least, most) in [(20, 0.9, 0.02), (50, 0.9, 0.02), (200, 0.75, 0.035)] {
-                let ran = run(counts, MILLI * way, 60, |_| 300.0);
-                let (used, refused) = (ran.taken / (60.0 * 300.0), ran.refused / ran.taken);
-                assert!(used >= least, "{counts:?} {way} ms: {used:.3} used: {:?}", ran.rates);
-                assert!(refused <= most, "{counts:?} {way} ms: {refused:.4}: {:?}", ran.rates);
+    impl Scenario {
+        fn limit(&self, second: u64) -> f64 {
+            let since = self.limits.iter().rev().find(|(from, _)| *from <= second);
+            since.unwrap().1
+        }
+
+        fn run(&self, name: &str, server: &str, way: u32) {
+            let counts = match server.split_once(' ') {
+                Some(("tokens", saved)) => Counts::Tokens(saved.parse().unwrap()),
+                _ if server == "seconds" => Counts::Seconds,
+                _ => Counts::AnySecond,
+            };
+            let ran = run(counts, MILLI * way, self.seconds, |second| self.limit(second));
+            let taken: f64 = (0..self.seconds).map(|second| self.limit(second)).sum();
+            let (used, refused) = (ran.taken / taken, ran.refused / ran.taken);
+            let what = format!("{name}, {server}, {way} ms");
+            assert!(used >= self.used, "{what}: {used:.3} used: {:?}", ran.rates);
+            assert!(refused <= self.refused, "{what}: {refused:.4} refused: {:?}", ran.rates);
+            for (from, to, least, most) in &self.bands {
+                for second in *from..*to {
+                    let rate = ran.rates[second];
+                    let fits = (*least..=*most).contains(&rate);
+                    assert!(fits, "{what}: {rate} in second {second}: {:?}", ran.rates);
+                }
             }
         }
     }
 
     #[test]
-    fn it_follows_a_limit_that_falls_and_rises() {
-        for counts in KINDS {
-            let limit = |second| if (20..60).contains(&second) { 60.0 } else { 300.0 };
-            let ran = run(counts, MILLI * 50, 120, limit);
-            let at = |second: usize| ran.rates[second];
-            assert!(at(26) <= 80.0, "{counts:?}: {:?}", ran.rates);
-            assert!((40.0..=110.0).contains(&at(59)), "{counts:?}: {:?}", ran.rates);
-            assert!(at(90) >= 240.0, "{counts:?}: {:?}", ran.rates);
+    fn it_keeps_to_the_bands_of_every_scenario() {
+        let directory = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/scenarios/rate");
+        let mut scenarios = 0;
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_none_or(|extension| extension != "toml") {
+                continue;
+            }
+            let name = path.file_stem().unwrap().to_string_lossy().into_owned();
+            let text = std::fs::read_to_string(&path).unwrap();
+            let scenario: Scenario = toml::from_str(&text).unwrap();
+            for server in &scenario.servers {
+                for way in &scenario.ways_ms {
+                    scenario.run(&name, server, *way);
+                }
+            }
+            scenarios += 1;
         }
+        assert!(scenarios >= 6, "only {scenarios} scenarios");
     }
 
     #[test]
