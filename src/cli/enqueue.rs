@@ -308,7 +308,8 @@ fn silence(answered: usize, expected: Option<usize>) -> Failure {
     ))
 }
 
-async fn publish(publisher: &Publisher, message: Message) -> anyhow::Result<()> {
+/// Publishes, and knows that a queue has it.
+pub(super) async fn publish(publisher: &Publisher, message: Message) -> anyhow::Result<()> {
     let (mut lost, mut refused) = (0, 0);
     loop {
         match publisher.publish(Class::Internal, message.clone()).await {

@@ -1,14 +1,14 @@
-//! A queue of one's own for replies, for `enqueue --wait`.
+//! A queue of one's own for replies, for `enqueue --wait` and `bulk --via-queue`.
 
 use futures::StreamExt as _;
 use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, Consumer};
 
 use super::consumer::in_time;
 use super::link::{self, LinkError, Options, short};
 
-/// A server-named queue that goes away with its connection.
+/// A queue whose replies are nobody else's.
 pub struct ReplyQueue {
     name: String,
     consumer: Consumer,
@@ -31,20 +31,30 @@ pub struct Received {
     pub body: Vec<u8>,
 }
 
-/// Declares the queue and consumes it.
+/// How long a queue of a name is kept that nobody uses, in milliseconds: a run that was interrupted on a
+/// Friday goes on on Monday.
+const KEPT: i64 = 4 * 24 * 3600 * 1000;
+
+/// Declares the queue and consumes it: one of that name, which outlives its connection, or one that does not.
 async fn declared(
     connection: &Connection,
     exchange: &str,
+    name: Option<&str>,
 ) -> Result<(String, Consumer), LinkError> {
     let channel = connection.create_channel().await?;
+    let stays = name.is_some();
     let declare = QueueDeclareOptions {
         passive: false,
-        durable: false,
-        exclusive: true,
-        auto_delete: true,
+        durable: stays,
+        exclusive: !stays,
+        auto_delete: !stays,
         nowait: false,
     };
-    let queue = channel.queue_declare(short("")?, declare, FieldTable::default()).await?;
+    let mut arguments = FieldTable::default();
+    if stays {
+        arguments.insert("x-expires".into(), AMQPValue::LongLongInt(KEPT));
+    }
+    let queue = channel.queue_declare(short(name.unwrap_or(""))?, declare, arguments).await?;
     let name = queue.name().as_str().to_owned();
     if !exchange.is_empty() {
         channel
@@ -72,7 +82,22 @@ impl ReplyQueue {
     /// If the broker is not there or says no.
     pub async fn open(options: &Options, name: &str, exchange: &str) -> Result<Self, LinkError> {
         let connection = link::connect(options, name).await?;
-        let (name, consumer) = in_time(declared(&connection, exchange)).await?;
+        let (name, consumer) = in_time(declared(&connection, exchange, None)).await?;
+        Ok(Self { name, consumer, _connection: connection })
+    }
+
+    /// The same with a name of its own: what comes while nobody is there is there for the next one.
+    ///
+    /// # Errors
+    /// If the broker is not there or says no, or somebody else takes its replies.
+    pub async fn open_named(
+        options: &Options,
+        connection_name: &str,
+        exchange: &str,
+        name: &str,
+    ) -> Result<Self, LinkError> {
+        let connection = link::connect(options, connection_name).await?;
+        let (name, consumer) = in_time(declared(&connection, exchange, Some(name))).await?;
         Ok(Self { name, consumer, _connection: connection })
     }
 

@@ -69,6 +69,12 @@ impl Topology {
         }
     }
 
+    /// The queue for the replies of a `bulk` run that is called so.
+    #[must_use]
+    pub fn run_replies(&self, run: u64) -> String {
+        format!("{}.bulk.{run:016x}", self.prefix)
+    }
+
     /// A lane's job queue.
     #[must_use]
     pub fn jobs(&self, lane: Lane) -> String {

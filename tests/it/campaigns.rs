@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use crate::cli::command;
 use crate::support::postgres::{database, shared};
-use crate::support::{World, body, header, next, soon};
+use crate::support::{Process, World, body, header, next, soon};
 use crate::worker::now;
 
 const JOBS: usize = 5;
@@ -111,4 +111,36 @@ async fn jobs_that_wait_for_their_turn_are_cancelled_without_one() {
         assert_eq!(next(&mut replies).await.status(), "cancelled");
     }
     assert_eq!(world.posts(), 1);
+}
+
+#[tokio::test]
+async fn a_file_goes_through_the_queue_and_comes_back_as_links_in_its_order() {
+    let Some(world) = World::new("via_queue").await else { return };
+    let worker = world.worker().await;
+    world.script(r#"{"latency_ms":20}"#);
+    let path = |name: &str| world.directory.path().join(name).display().to_string();
+    let rows: Vec<String> = (0..300).map(|row| format!("r-{row},prod_1")).collect();
+    std::fs::write(path("in.csv"), format!("request_id,product_id\n{}\n", rows.join("\n")))
+        .unwrap();
+    let (input, out) = (path("in.csv"), path("links.csv"));
+    let bulk = ["bulk", &input, "--out", &out, "--via-queue", "--campaign", "Fair"];
+    let mut settings = world.environment();
+    settings.remove("CREEM_API_KEY");
+    let process = Process::start(&bulk, &settings);
+    soon("some calls", world.simulator.posts_arrived(50)).await;
+    process.kill().await;
+    // Its replies go on coming; the same command collects them.
+    let (code, _, said) = command(&bulk, settings.clone(), "").await;
+    assert_eq!(code, 0, "{said}");
+    let text = std::fs::read_to_string(&out).unwrap();
+    let lines: Vec<&str> = text.lines().skip(1).collect();
+    assert_eq!(lines.len(), 300);
+    for (row, line) in lines.iter().enumerate() {
+        assert!(line.starts_with(&format!("r-{row},prod_1,succeeded,ch_")), "{line}");
+    }
+    assert_eq!((world.posts(), world.sessions()), (300, 300), "no link was made twice");
+    let status = told(&world, &["campaign", "status", "Fair"]).await;
+    assert!(status.starts_with("Fair: 300 jobs taken (300 succeeded)"), "{status}");
+    assert_eq!(world.depth("dead").await, 0, "no reply was left without a queue");
+    worker.kill().await;
 }

@@ -2,6 +2,7 @@
 
 mod dry_run;
 mod progress;
+mod queue;
 mod verify;
 
 use std::fs::File;
@@ -75,6 +76,10 @@ pub(super) struct Arguments {
     /// Only say what is wrong with the rows, each with its line and column.
     #[arg(long, conflicts_with_all = ["out", "sandbox"])]
     dry_run: bool,
+    /// Let workers make the links: send the rows to the bulk lane, and collect the replies. Needs the broker
+    /// and no key.
+    #[arg(long, conflicts_with_all = ["dry_run", "sandbox", "verify"])]
+    via_queue: bool,
     /// FILE is an output of an earlier run: ask Creem what has become of each of its links, and write them
     /// to --out with the columns `link` (open, processing, paid, expired, gone or unknown) and `checked_at`.
     #[arg(long, conflicts_with_all = ["dry_run", "sandbox"])]
@@ -116,6 +121,12 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     if same_file(&arguments.file, out) {
         let text = "--out is the input itself: give another name";
         return Err(Failure::Usage(text.to_owned()));
+    }
+    if arguments.via_queue {
+        let settings = resolved_without_key(file, None)?;
+        logging::install(settings.log.0, &settings.log.1)
+            .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
+        return block_on(queue::run(&settings, arguments, out))?;
     }
     block_on(async {
         let sandbox = if arguments.sandbox { Some(Sandbox::start(arguments).await?) } else { None };

@@ -1,0 +1,178 @@
+//! `bulk --via-queue`: the rows as jobs of the bulk lane, and their replies out of a queue of the run's own.
+//!
+//! The queue is named after the output, so that a run that goes on finds what was answered meanwhile. What was
+//! sent twice is answered alike: the workers' ledger sees to that.
+
+use std::collections::HashMap;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+
+use super::progress::Shown;
+use super::{Arguments, input, interrupted, summary};
+use crate::bulk;
+use crate::bulk::inside::read_reply;
+use crate::bulk::output::{Earlier, Outcome as Made, Shape, part_of};
+use crate::cli::enqueue::publish;
+use crate::cli::{Failure, Outcome, say_error};
+use crate::clock::{Clock as _, SystemClock};
+use crate::config::check::Resolved;
+use crate::job::json::Node;
+use crate::job::{CheckoutRequest, Lane};
+use crate::lifecycle::Stages;
+use crate::rabbit::publisher;
+use crate::rabbit::replies::ReplyQueue;
+use crate::rabbit::{Message, Publisher, headers};
+use crate::retry::Backoff;
+
+/// Rows that are in the queue or on their way back at once.
+const AT_ONCE: usize = 2_048;
+/// How long no reply comes before that is said.
+const SILENCE: Duration = Duration::from_secs(60);
+
+/// Who waits for which reply.
+type Waiting = Arc<Mutex<HashMap<String, oneshot::Sender<Made>>>>;
+
+pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
+    let (input, bytes) = input(settings, arguments)?;
+    let shape = Shape::new(input.format(), input.names(), input.shows_ids());
+    let earlier = Earlier::look(out, shape)?;
+    if earlier.was_interrupted() {
+        say_error(&format!("going on with {}", part_of(out).display()));
+    }
+    let exchange = &settings.topology.replies_exchange;
+    let name = queue_name(settings, out);
+    let replies =
+        ReplyQueue::open_named(&settings.amqp, "checkout-worker bulk", exchange, &name).await;
+    let replies = replies.with_context(|| {
+        format!("the queue {name} for replies; check AMQP_URL, this user's permissions, and that no other run writes {}", out.display())
+    })?;
+    let stages = Stages::default();
+    let mut tasks = JoinSet::new();
+    tasks.spawn(stages.follow_signals(settings.grace).context("signals cannot be listened for")?);
+    let (publisher, keep) = Publisher::new(
+        settings.amqp.clone(),
+        "checkout-worker bulk".to_owned(),
+        Backoff::of_reconnects(),
+        publisher::Shape::WIDE,
+        stages.hard.clone(),
+    );
+    tasks.spawn(keep);
+    let waiting = Waiting::default();
+    let broken: Arc<Mutex<Option<anyhow::Error>>> = Arc::default();
+    let (fails, soft) = (broken.clone(), stages.soft.clone());
+    let fail = move |error: anyhow::Error| {
+        fails.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        soft.cancel();
+    };
+    tasks.spawn(collect(replies, waiting.clone(), fail.clone()));
+    let sender =
+        Sender { settings, arguments, publisher: &publisher, reply_to: &name, waiting: &waiting };
+    let send = async |number: u64, request: CheckoutRequest| {
+        tokio::select! {
+            made = sender.send(number, request) => match made {
+                Ok(made) => made,
+                Err(error) => {
+                    fail(error.context(format!("row {number}")));
+                    None
+                }
+            },
+            () = stages.soft.cancelled() => None,
+        }
+    };
+    let mut shown = Shown::new(bytes);
+    let running = bulk::run(input, earlier, AT_ONCE, send, &stages.soft, |progress| {
+        shown.tell(progress);
+    });
+    let ran = tokio::select! {
+        ran = running => ran,
+        () = stages.hard.cancelled() => return Err(interrupted(0, out)),
+    };
+    shown.finish();
+    tasks.shutdown().await;
+    let broken = broken.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let tally = ran?;
+    match broken {
+        Some(error) => Err(Failure::Failed(error.context(format!(
+            "stopped after {} rows; the same command goes on with {}",
+            tally.rows,
+            part_of(out).display()
+        )))),
+        None => summary(&tally, arguments, out),
+    }
+}
+
+/// A name that the same output has again.
+fn queue_name(settings: &Resolved, out: &Path) -> String {
+    let whole = std::path::absolute(out).unwrap_or_else(|_| out.to_owned());
+    settings.topology.run_replies(hash(whole.as_os_str().as_encoded_bytes()))
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    // Always the same: it begins with no key.
+    let mut hasher = DefaultHasher::new();
+    bytes.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Takes every reply to whoever waits for it.
+async fn collect(mut replies: ReplyQueue, waiting: Waiting, fail: impl Fn(anyhow::Error)) {
+    loop {
+        let reply = match tokio::time::timeout(SILENCE, replies.next()).await {
+            Err(_) => {
+                say_error(
+                    "no reply for a minute: is a worker running for these queues, is the bulk lane paused, is its rate limit low?",
+                );
+                continue;
+            }
+            Ok(Err(error)) => return fail(anyhow!(error)),
+            Ok(Ok(reply)) => reply,
+        };
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        // Nobody waits for the second of two replies, nor for one to a row that was written before.
+        if let Some(made) = read_reply(&reply.body)
+            && let Some(waits) = waiting.remove(&reply.correlation_id)
+        {
+            drop(waits.send(made));
+        }
+    }
+}
+
+struct Sender<'a> {
+    settings: &'a Resolved,
+    arguments: &'a Arguments,
+    publisher: &'a Publisher,
+    reply_to: &'a str,
+    waiting: &'a Waiting,
+}
+
+impl Sender<'_> {
+    /// Publishes a row's job and waits for its reply.
+    async fn send(&self, number: u64, request: CheckoutRequest) -> anyhow::Result<Option<Made>> {
+        let mut body = Vec::new();
+        Node::Object(request.members).write_to(&mut body);
+        // A reply from before the input was changed must not be taken for this row's.
+        let correlation = format!("{number}-{:016x}", hash(&body));
+        let message = Message::job(
+            &self.settings.topology,
+            Lane::Bulk,
+            Arc::from(body),
+            Some(self.reply_to),
+            &correlation,
+            SystemClock.now(),
+        )?;
+        let message = match &self.arguments.campaign {
+            Some(campaign) => message.with_header(headers::CAMPAIGN, campaign),
+            None => message,
+        };
+        let (waits, made) = oneshot::channel();
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(correlation, waits);
+        publish(self.publisher, message).await?;
+        Ok(made.await.ok())
+    }
+}
