@@ -18,6 +18,8 @@ use super::oracle::{Books, Message};
 
 /// The first word of all names.
 pub(crate) const PREFIX: &str = "chaos";
+/// How long a consumer hears nothing before it is made again.
+const QUIET: Duration = Duration::from_secs(10);
 /// Longest time without a new answer. A broker's dead-letter worker that has published to a queue whose leader died
 /// tries again when it has waited for the confirm for three minutes (RabbitMQ's
 /// `dead_letter_worker_publisher_confirm_timeout`), and looks for that every three minutes.
@@ -212,7 +214,9 @@ async fn collect(url: String, queue: &'static str, traffic: Traffic) {
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
-        while let Some(Ok(delivery)) = consumer.next().await {
+        // A consumer that hears nothing may have lost its queue with a node that died: it begins again, and
+        // what it had not acked comes once more.
+        while let Ok(Some(Ok(delivery))) = tokio::time::timeout(QUIET, consumer.next()).await {
             traffic.books.lock().await.note(Message {
                 parked: queue == "dead",
                 id: delivery
