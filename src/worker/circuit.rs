@@ -15,28 +15,51 @@ use crate::pace::breaker::{Breaker, Change};
 use crate::pace::repeats::RetryBudget;
 use crate::retry::backoff;
 
+/// For how long a worker's word holds that nobody's call has borne out since: longer than a probe may wait and take.
+const WORD_HOLDS: Duration = Duration::from_secs(20);
+/// How often a worker that is held by another one's word looks for itself, at most: it may be the other one's own way
+/// to Creem that is broken.
+const LOOK_FOR_ITSELF: Duration = Duration::from_secs(5);
+/// For how long a worker that has seen Creem answer believes no other one.
+const BELIEVES_ITSELF: Duration = Duration::from_secs(30);
+
 /// Follows the answers of all jobs, and holds calls back while Creem is down.
 #[derive(Debug)]
 pub struct Circuit {
-    breaker: Mutex<Breaker>,
+    /// All that holds or opens the gate here changes under this lock, the gate included.
+    state: Mutex<State>,
     repeats: Mutex<RetryBudget>,
     /// When the next probe is due; `None` while the circuit is closed.
     due: watch::Sender<Option<Instant>>,
     /// The right to be the probe.
     right: Notify,
-    /// Since when another worker finds Creem down: it makes the probes, and this one waits.
-    by_others: Mutex<Option<Instant>>,
+}
+
+#[derive(Debug)]
+struct State {
+    breaker: Breaker,
+    /// When a call of this worker's last showed that Creem is down.
+    found_at: Option<Instant>,
+    /// Since when another worker finds Creem down.
+    by_others: Option<Instant>,
+    /// Until when it believes no other worker.
+    believes_itself_until: Option<Instant>,
 }
 
 impl Default for Circuit {
     fn default() -> Self {
         let now = Instant::now();
+        let state = State {
+            breaker: Breaker::new(now),
+            found_at: None,
+            by_others: None,
+            believes_itself_until: None,
+        };
         Self {
-            breaker: Mutex::new(Breaker::new(now)),
+            state: Mutex::new(state),
             repeats: Mutex::new(RetryBudget::new(now)),
             due: watch::Sender::new(None),
             right: Notify::new(),
-            by_others: Mutex::default(),
         }
     }
 }
@@ -76,16 +99,27 @@ impl Circuit {
         // To be asked to slow down is no failure, and what a single job is refused says nothing about others.
         let failed = matches!(answer, Answer::NotMade { .. } | Answer::Unknown { .. });
         let chance = backoff::chance();
+        let mut state = self.state();
+        let is_probe = probe.is_some();
         let outcome = match probe {
             Some(mut probe) => {
                 probe.used = true;
-                self.breaker().note_probe(failed, now, chance)
+                state.breaker.note_probe(failed, now, chance)
             }
-            None => self.breaker().note(failed, now, chance),
+            None => state.breaker.note(failed, now, chance),
         };
         match outcome {
+            // Held by another one's word alone: it has looked for itself.
+            Change::Same if is_probe && state.by_others.is_some() => {
+                if failed {
+                    self.due.send_replace(Some(now + LOOK_FOR_ITSELF));
+                } else {
+                    self.close(&mut state, now, gate, pacer);
+                }
+            }
             Change::Same => {}
             Change::Pause(pause) => {
+                state.found_at = Some(now);
                 self.due.send_replace(Some(now + pause));
                 metrics::circuit_open(true);
                 if gate.close(Reason::Circuit) {
@@ -94,41 +128,56 @@ impl Circuit {
                     );
                 }
             }
-            Change::Closed => {
-                self.due.send_replace(None);
-                if self.by_others().is_none() {
-                    go_on(gate, pacer);
-                }
-            }
+            Change::Closed => self.close(&mut state, now, gate, pacer),
         }
     }
 
-    /// Whether this worker's own calls show that Creem is down.
+    /// Creem has answered this worker: whatever others say.
+    fn close(&self, state: &mut State, now: Instant, gate: &Gate, pacer: &Pacer) {
+        state.believes_itself_until = Some(now + BELIEVES_ITSELF);
+        self.go_on(state, gate, pacer);
+    }
+
+    fn go_on(&self, state: &mut State, gate: &Gate, pacer: &Pacer) {
+        (state.found_at, state.by_others) = (None, None);
+        self.due.send_replace(None);
+        metrics::circuit_open(false);
+        pacer.restart();
+        gate.open(Reason::Circuit);
+        tracing::info!("Creem is back; intake goes on, slowly at first");
+    }
+
+    /// Whether this worker's own calls show that Creem is down. It holds no longer than they are made: a worker
+    /// without a job, without a broker or with a refused key has nothing to say.
     #[must_use]
     pub fn finds_creem_down(&self) -> bool {
-        self.due.borrow().is_some()
+        self.state().found_at.is_some_and(|found_at| found_at.elapsed() < WORD_HOLDS)
     }
 
-    /// Hears whether another worker finds Creem down: each would need calls of its own to find out.
+    /// Hears whether another worker finds Creem down: each would need a hundred calls of its own to find out.
     pub fn hear(&self, down: bool, gate: &Gate, pacer: &Pacer) {
+        let now = Instant::now();
+        let mut state = self.state();
         // What this one has told comes back to it.
-        let down = down && !self.finds_creem_down();
-        {
-            let mut by_others = self.by_others();
-            if by_others.is_some() == down {
-                return;
-            }
-            *by_others = down.then(Instant::now);
+        if state.breaker.open_for(now).is_some() {
+            state.by_others = None;
+            return;
         }
-        if down {
-            metrics::circuit_open(true);
-            if gate.close(Reason::Circuit) {
-                tracing::warn!(
-                    "intake is paused: another worker of this ledger finds that most calls to Creem fail"
-                );
-            }
-        } else if !self.finds_creem_down() {
-            go_on(gate, pacer);
+        let down = down && state.believes_itself_until.is_none_or(|until| now >= until);
+        if state.by_others.is_some() == down {
+            return;
+        }
+        if !down {
+            return self.go_on(&mut state, gate, pacer);
+        }
+        state.by_others = Some(now);
+        let look = LOOK_FOR_ITSELF.mul_f64(0.5 + backoff::chance() / 2.0);
+        self.due.send_replace(Some(now + look));
+        metrics::circuit_open(true);
+        if gate.close(Reason::Circuit) {
+            tracing::warn!(
+                "intake is paused: another worker of this ledger finds that most calls to Creem fail"
+            );
         }
     }
 
@@ -140,9 +189,9 @@ impl Circuit {
     /// For how long the circuit has been open, if it is.
     #[must_use]
     pub fn open_for(&self) -> Option<Duration> {
-        let now = Instant::now();
-        let by_others = self.by_others().map(|since| now.saturating_duration_since(since));
-        self.breaker().open_for(now).or(by_others)
+        let (now, state) = (Instant::now(), self.state());
+        let by_others = state.by_others.map(|since| now.saturating_duration_since(since));
+        state.breaker.open_for(now).or(by_others)
     }
 
     /// Gives the right to be the probe whenever one is due; never ends.
@@ -165,25 +214,13 @@ impl Circuit {
         }
     }
 
-    fn by_others(&self) -> MutexGuard<'_, Option<Instant>> {
-        self.by_others.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn breaker(&self) -> MutexGuard<'_, Breaker> {
-        self.breaker.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn repeats(&self) -> MutexGuard<'_, RetryBudget> {
         self.repeats.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// Creem is back.
-fn go_on(gate: &Gate, pacer: &Pacer) {
-    metrics::circuit_open(false);
-    pacer.restart();
-    gate.open(Reason::Circuit);
-    tracing::info!("Creem is back; intake goes on, slowly at first");
 }
 
 #[cfg(test)]
@@ -267,24 +304,46 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_another_worker_finds_holds_this_one_and_it_makes_no_probe() {
+    async fn what_another_worker_finds_holds_this_one_until_it_has_seen_for_itself() {
         let gate = Gate::recording(Arc::new(SystemClock), Pauses::default(), |_, _| {});
         let pacer = Pacer::new(Limits { ceiling: None, bulk_share: 0.05 });
         let circuit = Circuit::default();
         circuit.hear(true, &gate, &pacer);
         assert!(gate.is_held_only_by(Reason::Circuit) && !circuit.finds_creem_down());
-        tokio::select! {
-            _ = circuit.probe(&gate) => panic!("it made a probe of its own"),
-            () = circuit.keep_time() => unreachable!("it never ends"),
-            () = tokio::time::sleep(Duration::from_secs(60)) => {}
-        }
         circuit.hear(false, &gate, &pacer);
-        assert!(gate.is_open());
+        assert!(gate.is_open(), "it is over when nobody says so any more");
 
-        // Its own finding outlives what it hears, and what it told does not come back to it.
+        // The other one's own way is broken, and it says so for ever.
+        circuit.hear(true, &gate, &pacer);
+        let looks = async {
+            let probe = circuit.probe(&gate).await;
+            circuit.note(&failed(), Some(probe), &gate, &pacer);
+            assert!(!gate.is_open() && !circuit.finds_creem_down());
+            let probe = circuit.probe(&gate).await;
+            let refused = Answer::Refused(Problem::new("creem_rejected", "no such product"));
+            circuit.note(&refused, Some(probe), &gate, &pacer);
+        };
+        tokio::select! {
+            () = looks => {}
+            () = circuit.keep_time() => unreachable!("it never ends"),
+            () = tokio::time::sleep(Duration::from_secs(30)) => panic!("it never looked for itself"),
+        }
+        assert!(gate.is_open());
+        circuit.hear(true, &gate, &pacer);
+        assert!(gate.is_open(), "it has seen Creem answer");
+        tokio::time::advance(BELIEVES_ITSELF).await;
+        circuit.hear(true, &gate, &pacer);
+        assert!(!gate.is_open());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_worker_that_makes_no_probe_has_nothing_to_say_after_a_while() {
         let (circuit, gate, pacer) = open();
+        // Its own finding outlives what it hears, and what it told does not come back to it.
         circuit.hear(true, &gate, &pacer);
         circuit.hear(false, &gate, &pacer);
         assert!(gate.is_held_only_by(Reason::Circuit) && circuit.finds_creem_down());
+        tokio::time::advance(WORD_HOLDS).await;
+        assert!(!circuit.finds_creem_down());
     }
 }
