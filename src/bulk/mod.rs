@@ -100,8 +100,8 @@ where
                 tally.count(status);
                 tally.kept += 1;
             }
-            known @ (Known::Linked(_) | Known::Nothing) => {
-                next = Some((row, job, known));
+            Known::Nothing => {
+                next = Some((row, job));
                 break;
             }
         }
@@ -113,22 +113,16 @@ where
     loop {
         while !read_all && window.has_room() && going.len() < at_once && !stop.is_cancelled() {
             if next.is_none() {
-                next = input.next_row()?.map(|(row, job)| {
-                    let known = earlier.next(&row);
-                    (row, job, known)
-                });
+                next = input.next_row()?;
             }
-            let Some((row, job, known)) = next.take() else {
+            let Some((row, job)) = next.take() else {
                 read_all = true;
                 break;
             };
             let number = row.number;
-            match (known, job) {
-                (Known::Linked(outcome), _) => window.push(row, Slot::Done(outcome)),
-                (Known::Written(_) | Known::Nothing, Err(flaw)) => {
-                    window.push(row, Slot::Done(flaw.into()));
-                }
-                (Known::Written(_) | Known::Nothing, Ok(request)) => {
+            match job {
+                Err(flaw) => window.push(row, Slot::Done(flaw.into())),
+                Ok(request) => {
                     window.push(row, Slot::Going);
                     let outcome = make(number, *request);
                     going.push(async move { (number, outcome.await) });

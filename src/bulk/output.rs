@@ -28,6 +28,11 @@ pub enum OutputError {
         "{0} is there and is no output for this input (its first line differs): give another --out, or remove it"
     )]
     Foreign(PathBuf),
+    /// Its rows may be of another product, or of a sandbox.
+    #[error(
+        "{0} was begun by another command (another key, ledger, or other flags): finish that one, or remove the file and its .run"
+    )]
+    AnotherRun(PathBuf),
 }
 
 /// What came of a row.
@@ -181,8 +186,8 @@ pub struct Earlier {
     shape: Shape,
     /// Of the run that was interrupted.
     part: Option<Part>,
-    /// Of the last run that was not.
-    whole: Option<csv::Reader<File>>,
+    /// What the run is made with: see [`Earlier::look`].
+    run: String,
     path: PathBuf,
 }
 
@@ -191,8 +196,6 @@ pub struct Earlier {
 pub enum Known {
     /// The interrupted run has written it: this came of it.
     Written(Status),
-    /// A whole run found its link.
-    Linked(Outcome),
     /// Nothing.
     Nothing,
 }
@@ -209,12 +212,18 @@ struct Part {
 }
 
 impl Earlier {
-    /// Looks for what earlier runs have left.
+    /// Looks for what an interrupted run has left. `run` tells runs apart that would make other links of the
+    /// same rows: only the same one is gone on with.
+    ///
+    /// What a whole run has left is not looked at: the ledger knows its links, and which of them are for which
+    /// jobs. Nor is a part whose lines do not show what their rows were.
     ///
     /// # Errors
     /// See [`OutputError`].
-    pub fn look(path: &Path, shape: Shape) -> Result<Self, OutputError> {
+    pub fn look(path: &Path, shape: Shape, run: String) -> Result<Self, OutputError> {
         let part_path = part_of(path);
+        // Something else is not written over.
+        drop(read(&shape, path)?);
         let part = match read(&shape, &part_path) {
             // One whose first line was cut off is as good as none.
             Err(OutputError::Foreign(_)) if shape.begins_like(&part_path) => None,
@@ -222,6 +231,10 @@ impl Earlier {
         };
         let part = match part {
             None => None,
+            Some(_) if shape.format == Format::Ndjson => None,
+            Some(_) if std::fs::read_to_string(run_of(path)).ok().as_ref() != Some(&run) => {
+                return Err(OutputError::AnotherRun(part_path));
+            }
             Some(reader) => {
                 let whole =
                     whole_lines(&part_path).map_err(|error| OutputError::Io(part_path, error))?;
@@ -230,8 +243,7 @@ impl Earlier {
                 (good <= whole).then_some(Part { reader, good, whole, holds: true })
             }
         };
-        let whole = read(&shape, path)?;
-        Ok(Self { shape, part, whole, path: path.to_owned() })
+        Ok(Self { shape, part, run, path: path.to_owned() })
     }
 
     /// Whether a run was interrupted.
@@ -242,8 +254,6 @@ impl Earlier {
 
     /// What is known of a row; asked for each, from the first on.
     pub fn next(&mut self, row: &Row) -> Known {
-        let linked = self.whole.as_mut().and_then(next_line);
-        let linked = linked.and_then(|line| self.shape.outcome_in(&line, row));
         if let Some(part) = &mut self.part
             && part.holds
         {
@@ -259,10 +269,7 @@ impl Earlier {
             }
             part.holds = false;
         }
-        match linked.filter(|outcome| outcome.status == Status::Succeeded) {
-            Some(outcome) => Known::Linked(outcome),
-            None => Known::Nothing,
-        }
+        Known::Nothing
     }
 
     /// Begins to write behind the rows that the interrupted run has written.
@@ -275,6 +282,8 @@ impl Earlier {
         let mut options = OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(false).open(&part).map_err(io)?;
         let good = self.part.as_ref().map_or(0, |part| part.good);
+        let run = run_of(&self.path);
+        std::fs::write(&run, &self.run).map_err(|error| OutputError::Io(run, error))?;
         file.set_len(good).map_err(io)?;
         file.seek(SeekFrom::End(0)).map_err(io)?;
         if good == 0 && self.shape.bom_len() > 0 {
@@ -345,10 +354,19 @@ impl Output {
         let io = |error| OutputError::Io(self.path.clone(), error);
         File::open(&self.part).and_then(|file| file.sync_all()).map_err(io)?;
         std::fs::rename(&self.part, &self.path).map_err(io)?;
+        // Without a part it says nothing.
+        drop(std::fs::remove_file(run_of(&self.path)));
         let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
         let directory = directory.unwrap_or_else(|| Path::new("."));
         File::open(directory).and_then(|directory| directory.sync_all()).map_err(io)
     }
+}
+
+/// What the part that grows beside an output is made with.
+fn run_of(path: &Path) -> PathBuf {
+    let mut name = part_of(path).into_os_string();
+    name.push(".run");
+    name.into()
 }
 
 /// Where an output grows.
@@ -395,8 +413,12 @@ mod tests {
         }
     }
 
+    fn look(path: &Path, shape: Shape) -> Result<Earlier, OutputError> {
+        Earlier::look(path, shape, "this run".to_owned())
+    }
+
     fn known(path: &Path, shape: &Shape, rows: &[Row]) -> (Earlier, Vec<Known>) {
-        let mut earlier = Earlier::look(path, shape.clone()).unwrap();
+        let mut earlier = look(path, shape.clone()).unwrap();
         let known = rows.iter().map(|row| earlier.next(row)).collect();
         (earlier, known)
     }
@@ -410,7 +432,7 @@ mod tests {
             (format!("\u{feff}{}", TABLE.replace('\n', "\r\n")), "\u{feff}", "\r\n"),
         ] {
             let (shape, rows) = rows(&text);
-            let mut output = Earlier::look(&path, shape).unwrap().go_on().unwrap();
+            let mut output = look(&path, shape).unwrap().go_on().unwrap();
             output.write(&rows[0], &link(1)).unwrap();
             output.write(&rows[1], &failure("=cmd, \"quoted\"")).unwrap();
             output.finish().unwrap();
@@ -433,7 +455,7 @@ mod tests {
             let directory = tempfile::TempDir::new().unwrap();
             let path = directory.path().join("links.csv");
             let (shape, rows) = rows(&text);
-            let mut output = Earlier::look(&path, shape.clone()).unwrap().go_on().unwrap();
+            let mut output = look(&path, shape.clone()).unwrap().go_on().unwrap();
             let outcomes = [link(1), failure("no"), link(3)];
             for (row, outcome) in rows.iter().zip(&outcomes) {
                 output.write(row, outcome).unwrap();
@@ -457,11 +479,11 @@ mod tests {
     }
 
     #[test]
-    fn an_input_that_has_changed_is_done_again_from_there_and_links_of_a_whole_run_hold() {
+    fn an_input_that_has_changed_is_done_again_from_there_and_another_run_is_not_gone_on_with() {
         let directory = tempfile::TempDir::new().unwrap();
         let path = directory.path().join("links.csv");
         let (shape, first) = rows(TABLE);
-        let mut output = Earlier::look(&path, shape.clone()).unwrap().go_on().unwrap();
+        let mut output = look(&path, shape.clone()).unwrap().go_on().unwrap();
         for (row, outcome) in first.iter().zip([link(1), failure("no"), link(3)]) {
             output.write(row, &outcome).unwrap();
         }
@@ -469,9 +491,11 @@ mod tests {
         let changed = rows(&TABLE.replace("-5", "6")).1;
         let (_, of_part) = known(&path, &shape, &changed);
         assert_eq!(of_part, [Known::Written(Status::Succeeded), Known::Nothing, Known::Nothing]);
+        let other = Earlier::look(&path, shape.clone(), "other flags".to_owned());
+        assert!(matches!(other, Err(OutputError::AnotherRun(_))), "{other:?}");
         output.finish().unwrap();
         let (_, of_whole) = known(&path, &shape, &changed);
-        assert_eq!(of_whole, [Known::Linked(link(1)), Known::Nothing, Known::Linked(link(3))]);
+        assert_eq!(of_whole, [Known::Nothing, Known::Nothing, Known::Nothing], "the ledger knows");
     }
 
     #[test]
@@ -481,11 +505,11 @@ mod tests {
         let (shape, _) = rows(TABLE);
         for place in [path.clone(), part_of(&path)] {
             std::fs::write(&place, "product_id,Notes\nprod_1,mine\n").unwrap();
-            let refused = Earlier::look(&path, shape.clone());
+            let refused = look(&path, shape.clone());
             assert!(matches!(refused, Err(OutputError::Foreign(_))), "{refused:?}");
             std::fs::remove_file(&place).unwrap();
         }
         std::fs::write(&path, "").unwrap();
-        assert!(Earlier::look(&path, shape).is_ok(), "nothing is in it");
+        assert!(look(&path, shape).is_ok(), "nothing is in it");
     }
 }

@@ -237,6 +237,8 @@ async fn an_interrupt_finishes_what_was_sent_and_the_same_command_goes_on() {
     let before = desk.sessions();
     assert!(before < 400, "it did not stop");
     assert_eq!(cells(&desk.read("links.csv.part")).len(), before, "what was sent is written");
+    let (code, said) = desk.bulk(&input, &["--discount-code", "AUTUMN"]).await;
+    assert!(code == 1 && said.contains("was begun by another command"), "{said}");
     let (code, said) = desk.bulk(&input, &[]).await;
     assert_eq!(code, 0, "{said}");
     assert_eq!(desk.sessions(), 400);
@@ -260,6 +262,12 @@ async fn a_sandbox_needs_no_key_and_touches_no_ledger_of_yours() {
     assert_eq!(desk.read("sessions.ndjson").lines().count(), 20, "the second run kept the links");
     assert_eq!(desk.simulator.log().posts().len(), 0);
     assert!(!desk.path("ledger.db").exists());
+    // Its links are none for buyers: the same command without it makes them.
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert_eq!(code, 0, "{said}");
+    assert_eq!(desk.sessions(), 20);
+    let text = desk.read("links.csv");
+    assert!(cells(&text).iter().all(|row| row[5].starts_with(&desk.simulator.url())), "{text}");
 }
 
 #[tokio::test]

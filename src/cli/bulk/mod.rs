@@ -6,6 +6,7 @@ mod queue;
 mod verify;
 
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -98,6 +99,19 @@ pub(super) struct Arguments {
 }
 
 impl Arguments {
+    /// What other links of the same rows would be made with.
+    fn run(&self, settings: &Resolved) -> String {
+        let Defaults { product_id, discount_code, success_url, metadata, request_id_prefix } =
+            self.defaults();
+        let place = (settings.creem.mode.as_str(), shown(&settings.ledger));
+        let ways = (self.sandbox, self.via_queue, &self.carry, &self.campaign);
+        let flags = (product_id, discount_code, success_url, metadata, request_id_prefix);
+        // Always the same: it begins with no key.
+        let mut hasher = DefaultHasher::new();
+        (place, ways, flags).hash(&mut hasher);
+        format!("{:016x}\n", hasher.finish())
+    }
+
     fn defaults(&self) -> Defaults {
         Defaults {
             product_id: self.product.clone(),
@@ -193,7 +207,7 @@ fn input(settings: &Resolved, arguments: &Arguments) -> Result<(Input, Option<u6
 async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
     let (input, bytes) = input(settings, arguments)?;
     let shape = Shape::new(input.format(), input.names(), input.shows_ids());
-    let earlier = Earlier::look(out, shape)?;
+    let earlier = Earlier::look(out, shape, arguments.run(settings))?;
     if earlier.was_interrupted() {
         say_error(&format!("going on with {}", part_of(out).display()));
     }

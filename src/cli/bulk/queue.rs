@@ -41,7 +41,7 @@ type Waiting = Arc<Mutex<HashMap<String, oneshot::Sender<Made>>>>;
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
     let (input, bytes) = input(settings, arguments)?;
     let shape = Shape::new(input.format(), input.names(), input.shows_ids());
-    let earlier = Earlier::look(out, shape)?;
+    let earlier = Earlier::look(out, shape, arguments.run(settings))?;
     if earlier.was_interrupted() {
         say_error(&format!("going on with {}", part_of(out).display()));
     }
