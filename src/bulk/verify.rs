@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use csv::ByteRecord;
 
 use super::columns::{self, Column, Defaults, RESULT};
-use super::input::{Format, InputError, Job, judge, recognise};
+use super::input::{Format, InputError, Job, Wishes, judge, recognise};
 use super::output::REQUEST_ID;
 use super::table::meant;
 use crate::creem::Seen;
@@ -115,8 +115,7 @@ impl Links {
     /// See [`LinksError`].
     pub fn open(
         source: impl Read + Send + 'static,
-        defaults: Defaults,
-        rules: Rules,
+        Wishes { defaults, carry, rules }: Wishes,
     ) -> Result<Self, LinksError> {
         let source: Box<dyn Read + Send> = Box::new(source);
         let mut source = io::BufReader::new(source);
@@ -135,7 +134,10 @@ impl Links {
         let with_ids = Defaults { request_id_prefix: Some(String::new()), ..defaults.clone() };
         let carry: Vec<String> = own
             .iter()
-            .filter(|name| columns::read_header(&[(*name).clone()], &with_ids, &[], &[]).is_err())
+            .filter(|name| {
+                carry.contains(name)
+                    || columns::read_header(&[(*name).clone()], &with_ids, &[], &[]).is_err()
+            })
             .cloned()
             .collect();
         let columns = columns::read_header(own, &with_ids, &carry, &rules.extra_fields)
@@ -284,9 +286,10 @@ mod tests {
 
     #[test]
     fn a_dead_link_is_renewed_from_its_own_line_and_the_flags() {
-        let text = "product_id,Name,metadata.note,status,checkout_id,checkout_url,error_code,error_message,request_id\nprod_1,'=A,'=b,succeeded,ch_1,https://x/1,,,fair-1\nprod_1,B,,failed,,,c,m,fair-2\n";
+        let text = "product_id,units,metadata.note,status,checkout_id,checkout_url,error_code,error_message,request_id\nprod_1,'=A,'=b,succeeded,ch_1,https://x/1,,,fair-1\nprod_1,B,,failed,,,c,m,fair-2\n";
         let defaults = Defaults { discount_code: Some("AUTUMN".into()), ..Defaults::default() };
-        let mut links = Links::open(io::Cursor::new(text), defaults, Rules::default()).unwrap();
+        let wishes = Wishes { defaults, carry: vec!["units".into()], ..Wishes::default() };
+        let mut links = Links::open(io::Cursor::new(text), wishes).unwrap();
         let line = links.next_line().unwrap().unwrap();
         assert_eq!(line.checkout_id().as_deref(), Some("ch_1"));
         let (id, job) = links.renewed(&line);
@@ -329,12 +332,11 @@ mod tests {
     #[test]
     fn a_second_look_takes_the_place_of_the_first() {
         let text = "request_id,status,checkout_id,checkout_url,error_code,error_message,link,checked_at\na,succeeded,ch_1,u,,,open,then\n";
-        let mut links =
-            Links::open(io::Cursor::new(text), Defaults::default(), Rules::default()).unwrap();
+        let mut links = Links::open(io::Cursor::new(text), Wishes::default()).unwrap();
         assert_eq!(links.header().len(), 8);
         let line = links.next_line().unwrap().unwrap().with(Some(&Link::Paid), "now");
         assert_eq!(line.iter().skip(6).collect::<Vec<_>>(), [b"paid".as_slice(), b"now"]);
-        let other = Links::open(io::Cursor::new("a,b\n"), Defaults::default(), Rules::default());
+        let other = Links::open(io::Cursor::new("a,b\n"), Wishes::default());
         assert!(matches!(other, Err(LinksError::Foreign)));
     }
 }

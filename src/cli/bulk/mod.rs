@@ -112,6 +112,11 @@ impl Arguments {
         format!("{:016x}\n", hasher.finish())
     }
 
+    fn wishes(&self, settings: &Resolved) -> Wishes {
+        let (defaults, carry) = (self.defaults(), self.carry.clone());
+        Wishes { defaults, carry, rules: settings.job.clone() }
+    }
+
     fn defaults(&self) -> Defaults {
         Defaults {
             product_id: self.product.clone(),
@@ -191,12 +196,8 @@ fn source(path: &Path) -> Result<(Box<dyn Read + Send>, Option<u64>), Failure> {
 fn input(settings: &Resolved, arguments: &Arguments) -> Result<(Input, Option<u64>), Failure> {
     let path = &arguments.file;
     let (source, bytes) = source(path)?;
-    let wishes = Wishes {
-        defaults: arguments.defaults(),
-        carry: arguments.carry.clone(),
-        rules: settings.job.clone(),
-    };
-    let input = Input::open(source, wishes).with_context(|| path.display().to_string())?;
+    let input = Input::open(source, arguments.wishes(settings))
+        .with_context(|| path.display().to_string())?;
     let carried: Vec<&str> = input.carried().collect();
     if !carried.is_empty() {
         say_error(&format!("carried through, and no part of the jobs: {}", carried.join(", ")));

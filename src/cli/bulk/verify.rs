@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use futures::StreamExt as _;
 
-use super::{Arguments, Begun, begin, interrupted, source};
+use super::{Arguments, Begun, begin, interrupted, same_file, source};
 use crate::bulk::input::Job;
 use crate::bulk::inside::{Inside, problem};
 use crate::bulk::output::part_of;
@@ -33,15 +33,18 @@ struct Looked {
 }
 
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
+    let part = part_of(out);
+    if same_file(&arguments.file, &part) {
+        let text = format!("{} is what would be written over: give another --out", part.display());
+        return Err(Failure::Usage(text));
+    }
     let (source, _) = source(&arguments.file)?;
     let shown = || arguments.file.display().to_string();
-    let mut links =
-        Links::open(source, arguments.defaults(), settings.job.clone()).with_context(shown)?;
+    let mut links = Links::open(source, arguments.wishes(settings)).with_context(shown)?;
     let Some(Begun { inside, stages, mut tasks, at_once }) = begin(settings, arguments).await?
     else {
         return Err(interrupted(0, out));
     };
-    let part = part_of(out);
     let written = || format!("{} cannot be written", part.display());
     let file = std::fs::File::create(&part).with_context(written)?;
     let mut table =
