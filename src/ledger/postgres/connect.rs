@@ -14,7 +14,8 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use super::{BATCHES, STATEMENT};
 use crate::ledger::LedgerError;
 
-/// One connection per batch, one for the budget, and one for everything else.
+/// One connection per batch, one for the budget, and one for everything else; an index that is made once
+/// in a ledger's life takes one of them meanwhile.
 const CONNECTIONS: usize = BATCHES + 2;
 /// For a TCP connection to one address.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -66,6 +67,11 @@ pub enum OpenError {
         "the ledger's database cannot be used now: {0}; check that it runs and takes writes, and the host in ledger.url"
     )]
     Unreachable(String),
+    /// Its tables are held by a transaction that takes long.
+    #[error(
+        "the ledger's tables are held by a long transaction, and this version adds columns to them: wait for it (a backup?), or find it with SELECT pid, xact_start, query FROM pg_stat_activity WHERE xact_start < now() - interval '1 minute'. Workers of the version before go on meanwhile"
+    )]
+    Held,
     /// It says no.
     #[error(
         "the ledger's database refuses: {0}; check user, password and database in ledger.url, and that the user may create a schema (once) and write to checkout_worker.*"
@@ -101,7 +107,7 @@ impl OpenError {
     /// Whether it may go by itself.
     #[must_use]
     pub const fn is_passing(&self) -> bool {
-        matches!(self, Self::Unreachable(_))
+        matches!(self, Self::Unreachable(_) | Self::Held)
     }
 }
 

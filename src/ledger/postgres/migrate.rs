@@ -1,9 +1,14 @@
 //! The shared ledger's schema: numbered steps, each applied once, by one replica at a time.
 
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Error, Transaction};
 
 use super::connect::OpenError;
+use super::index;
 
 /// A step: its number, the least number that a program must know to work on what it leaves behind,
 /// and its SQL. Steps only add, so that replicas of the version before go on beside it; a step that
@@ -16,15 +21,41 @@ const STEPS: [(i32, i32, &str); 2] = [
 pub(super) const VERSION: i32 = STEPS[STEPS.len() - 1].0;
 /// Names the lock under which steps are applied: "crCW".
 const LOCK: i64 = 0x6372_4357;
+/// How long a step waits for a table that others hold. Whatever comes after it waits behind it, the
+/// workers of the version before included: less than their patience, and then a pause for them.
+const LET_OTHERS_WAIT: &str = "SET LOCAL lock_timeout = '1s'";
+/// The pause.
+const LET_OTHERS_WORK: Duration = Duration::from_secs(5);
+/// Longest time for all tries.
+const PATIENCE: Duration = Duration::from_secs(90);
 
 /// Brings the schema up to date, if it is not.
 pub(super) async fn migrate(client: &mut Client, secret: &[u8; 32]) -> Result<(), OpenError> {
-    if applied(client).await? >= VERSION {
-        return Ok(());
+    let began = Instant::now();
+    while applied(client).await? < VERSION {
+        match apply(client, secret).await {
+            Err(error) if error.code() == Some(&SqlState::LOCK_NOT_AVAILABLE) => {
+                if began.elapsed() >= PATIENCE {
+                    return Err(OpenError::Held);
+                }
+                tracing::warn!(
+                    again_in = %humantime::format_duration(LET_OTHERS_WORK),
+                    "a long transaction holds the ledger's tables (a backup?), and this version adds columns to them; trying again"
+                );
+                tokio::time::sleep(LET_OTHERS_WORK).await;
+            }
+            applied => applied?,
+        }
     }
+    Ok(())
+}
+
+/// Applies what is missing, in one transaction.
+async fn apply(client: &mut Client, secret: &[u8; 32]) -> Result<(), Error> {
     let transaction = client.transaction().await?;
     // Freed with the transaction, so a pooler may sit in between.
     transaction.query_typed("SELECT pg_advisory_xact_lock($1)", &[(&LOCK, Type::INT8)]).await?;
+    transaction.batch_execute(LET_OTHERS_WAIT).await?;
     // Even with IF NOT EXISTS it takes the right to make schemas, which whoever was given one lacks.
     let there: bool = transaction
         .query_typed_one("SELECT to_regnamespace('checkout_worker') IS NOT NULL", &[])
@@ -51,14 +82,16 @@ pub(super) async fn migrate(client: &mut Client, secret: &[u8; 32]) -> Result<()
             )
             .await?;
     }
+    if done == 0 {
+        transaction.batch_execute(index::MAKE).await?;
+    }
     transaction
         .query_typed(
             "INSERT INTO checkout_worker.meta (name, value) VALUES ('secret', $1) ON CONFLICT DO NOTHING",
             &[(&secret.as_slice(), Type::BYTEA)],
         )
         .await?;
-    transaction.commit().await?;
-    Ok(())
+    transaction.commit().await
 }
 
 /// The last step that was applied, or 0.

@@ -8,6 +8,7 @@
 mod batch;
 mod budget;
 mod connect;
+mod index;
 pub mod inspect;
 mod itself;
 mod migrate;
@@ -181,6 +182,7 @@ impl PostgresLedger {
             tasks.spawn(parts.clone().serve());
         }
         tasks.spawn(parts.keep_house());
+        tasks.spawn(index::keep(pool.clone()));
         let (lead, reckoning) = (Arc::default(), Arc::default());
         Ok(Self { queue, pool, identity, clock, lead, reckoning, _tasks: tasks })
     }

@@ -129,21 +129,98 @@ async fn a_newer_schema_is_worked_on_only_if_it_allows_that() {
     assert!(matches!(error, OpenError::Newer { found: 4, known: 2 }), "{error}");
 }
 
+/// Makes a ledger one of version 1.
+const VERSION_BEFORE: &str = "
+    ALTER TABLE checkout_worker.job DROP COLUMN campaign;
+    ALTER TABLE checkout_worker.budget DROP COLUMN bulk_at, DROP COLUMN down_until;
+    DELETE FROM checkout_worker.schema_step WHERE version = 2";
+
+/// Waits until a campaign's jobs can be found by an index.
+async fn indexed(client: &tokio_postgres::Client) {
+    let usable = "SELECT coalesce(bool_and(indisvalid), false) FROM pg_index
+        WHERE indexrelid = to_regclass('checkout_worker.job_campaign')";
+    until(client, usable).await;
+}
+
+/// Waits until the database says yes.
+async fn until(client: &tokio_postgres::Client, question: &str) {
+    let asked =
+        async { while !client.query_one(question, &[]).await.unwrap().get::<_, bool>(0) {} };
+    tokio::time::timeout(Duration::from_secs(30), asked).await.expect(question);
+}
+
+#[tokio::test]
+async fn an_upgrade_that_has_to_wait_for_a_table_lets_the_workers_of_before_go_on() {
+    let Some(bench) = bench("upgrade").await else { return };
+    bench.end("a", link("ch_1")).await;
+    let [worker, mut backup, looking] =
+        [connect(bench.url()).await, connect(bench.url()).await, connect(bench.url()).await];
+    worker.batch_execute(VERSION_BEFORE).await.unwrap();
+    let reads = backup.transaction().await.unwrap();
+    reads.query("SELECT * FROM checkout_worker.job", &[]).await.unwrap();
+    let url = bench.url().to_owned();
+    let opening = tokio::spawn(async move { open(&url).await });
+    let waits =
+        "SELECT EXISTS (SELECT FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND NOT granted
+        AND relation = 'checkout_worker.job'::regclass)";
+    until(&looking, waits).await;
+    // It stands behind the upgrade now, which would stand behind the backup until that ends.
+    let writes = worker.batch_execute("UPDATE checkout_worker.job SET updated_at = updated_at + 0");
+    tokio::time::timeout(Duration::from_secs(20), writes)
+        .await
+        .expect("the worker goes on")
+        .unwrap();
+    assert!(!opening.is_finished(), "the backup still reads");
+    reads.commit().await.unwrap();
+    drop(opening.await.unwrap().unwrap());
+    assert_eq!(bench.row("a").await.checkout_id.as_deref(), Some("ch_1"));
+}
+
+#[tokio::test]
+async fn the_index_of_campaigns_is_made_where_it_is_missing_and_holds_up_no_writer() {
+    index_is_made_after("DROP INDEX checkout_worker.job_campaign").await;
+}
+
+#[tokio::test]
+async fn an_index_that_was_not_finished_is_made_anew_and_holds_up_no_writer() {
+    // As a worker leaves it that dies while it makes it.
+    let unfinished = "UPDATE pg_index SET indisvalid = false
+        WHERE indexrelid = 'checkout_worker.job_campaign'::regclass";
+    index_is_made_after(unfinished).await;
+}
+
+/// Four workers start at once, while a transaction keeps whoever makes an index waiting.
+async fn index_is_made_after(change: &str) {
+    let Some(bench) = bench("index").await else { return };
+    bench.end("a", link("ch_1")).await;
+    let [worker, mut backup, looking] =
+        [connect(bench.url()).await, connect(bench.url()).await, connect(bench.url()).await];
+    looking.batch_execute(change).await.unwrap();
+    let holds = backup.transaction().await.unwrap();
+    let touch = "UPDATE checkout_worker.job SET updated_at = updated_at + 0";
+    holds.batch_execute(touch).await.unwrap();
+    let workers = join_all((0..4).map(|_| open(bench.url()))).await;
+    let waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()
+        AND query LIKE '% INDEX %' AND wait_event_type = 'Lock' AND pid <> pg_backend_pid())";
+    until(&looking, waits).await;
+    let insert = "INSERT INTO checkout_worker.job SELECT 'prod', 'b', state, version, updated_at,
+        ended_at, ambiguous, body, sum, prior FROM checkout_worker.job";
+    let writes = worker.batch_execute(insert);
+    tokio::time::timeout(Duration::from_secs(20), writes).await.expect("a writer goes on").unwrap();
+    holds.commit().await.unwrap();
+    indexed(&looking).await;
+    drop(workers);
+}
+
 #[tokio::test]
 async fn a_ledger_of_the_version_before_is_brought_up_to_date_beside_its_workers() {
     let Some(bench) = bench("older").await else { return };
     let stored = bench.end("a", link("ch_1")).await;
     let client = connect(bench.url()).await;
-    client
-        .batch_execute(
-            "DROP INDEX checkout_worker.job_campaign;
-             ALTER TABLE checkout_worker.job DROP COLUMN campaign;
-             ALTER TABLE checkout_worker.budget DROP COLUMN bulk_at, DROP COLUMN down_until;
-             DELETE FROM checkout_worker.schema_step WHERE version = 2",
-        )
-        .await
-        .unwrap();
-    drop(open(bench.url()).await.unwrap());
+    client.batch_execute(VERSION_BEFORE).await.unwrap();
+    let opened = open(bench.url()).await.unwrap();
+    indexed(&client).await;
+    drop(opened);
     let row = bench.row("a").await;
     assert_eq!((row.reply, row.campaign), (Some(stored.reply), None));
     // What a worker of the version before writes names no campaign, and is a row all the same.
