@@ -1,7 +1,7 @@
 //! Taking jobs: one connection, one channel per lane, as many unacked deliveries as the lane has
 //! permits.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt as _;
@@ -37,6 +37,9 @@ pub struct Delivery {
     /// will be delivered again. Cancelling it ends the session.
     pub session: CancellationToken,
     raw: RawDelivery,
+    /// Kept: lapin closes a channel with its last handle, and a delivery of a closed channel cannot be
+    /// acked any more.
+    _channel: Arc<Channel>,
 }
 
 /// What became of an ack.
@@ -108,9 +111,6 @@ pub enum OpenError {
 /// One connection's life as a consumer.
 pub struct Session {
     connection: Connection,
-    /// Kept to the end: lapin closes a channel with its last handle, and a delivery of a closed
-    /// channel cannot be acked any more.
-    channels: Mutex<Vec<Channel>>,
     /// Cancelled when the session is over.
     pub over: CancellationToken,
     /// Keeps workers with another ledger out until the session is over.
@@ -166,7 +166,7 @@ impl Session {
             })
             .await?;
         }
-        Ok(Self { connection, channels: Mutex::default(), over: CancellationToken::new(), guard })
+        Ok(Self { connection, over: CancellationToken::new(), guard })
     }
 
     /// Starts to consume a lane with at most `prefetch` unacked deliveries.
@@ -181,8 +181,7 @@ impl Session {
     ) -> Result<Deliveries, LinkError> {
         let queue = topology.jobs(lane);
         in_time(async {
-            let channel = self.connection.create_channel().await?;
-            self.channels.lock().unwrap_or_else(PoisonError::into_inner).push(channel.clone());
+            let channel = Arc::new(self.connection.create_channel().await?);
             channel.basic_qos(prefetch, BasicQosOptions { global: false }).await?;
             let options = BasicConsumeOptions {
                 no_local: false,
@@ -318,11 +317,12 @@ async fn nobody_else_consumes(
     Ok(())
 }
 
-/// One lane's deliveries.
+/// One lane's deliveries. Its channel lives as long as they, and is closed after the last one's ack: what the
+/// broker believes to have delivered on it, and never did, then goes to somebody else.
 pub struct Deliveries {
     lane: Lane,
     queue: String,
-    channel: Channel,
+    channel: Arc<Channel>,
     consumer: Consumer,
     over: CancellationToken,
 }
@@ -358,25 +358,46 @@ impl Deliveries {
             redelivered: raw.redelivered,
             session: self.over.clone(),
             raw,
+            _channel: self.channel.clone(),
         }
     }
 
     /// Stops the flow of deliveries and gives back what was not begun: `waiting`, and what comes
     /// before the flow ends. In this order, or the broker would hand it out to us again.
     pub async fn cancel(mut self, waiting: impl IntoIterator<Item = Delivery>) {
-        let tag = self.consumer.tag();
-        let cancelled = self.channel.basic_cancel(tag, BasicCancelOptions { nowait: false });
-        if !matches!(tokio::time::timeout(ANSWER, cancelled).await, Ok(Ok(()))) {
+        if !self.stop().await {
             return;
         }
         for delivery in waiting {
             delivery.give_back().await;
         }
-        // What is buffered still comes, then the stream ends.
-        while let Ok(Some(Ok(delivery))) =
-            tokio::time::timeout(Duration::from_millis(200), self.consumer.next()).await
-        {
-            self.wrap(delivery).give_back().await;
+        while let Some(delivery) = self.rest().await {
+            delivery.give_back().await;
         }
+    }
+
+    /// Stops the flow of deliveries; what still came before it ended.
+    pub async fn end(mut self) -> Vec<Delivery> {
+        let mut rest = Vec::new();
+        if self.stop().await {
+            while let Some(delivery) = self.rest().await {
+                rest.push(delivery);
+            }
+        }
+        rest
+    }
+
+    /// Whether the broker has ended the consumer. If not, the channel or the connection is broken.
+    async fn stop(&self) -> bool {
+        let tag = self.consumer.tag();
+        let cancelled = self.channel.basic_cancel(tag, BasicCancelOptions { nowait: false });
+        matches!(tokio::time::timeout(ANSWER, cancelled).await, Ok(Ok(())))
+    }
+
+    /// What is buffered still comes, then the stream ends.
+    async fn rest(&mut self) -> Option<Delivery> {
+        let next = tokio::time::timeout(Duration::from_millis(200), self.consumer.next());
+        let Ok(Some(Ok(delivery))) = next.await else { return None };
+        Some(self.wrap(delivery))
     }
 }

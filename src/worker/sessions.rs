@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -18,6 +18,13 @@ use crate::observe::metrics;
 use crate::rabbit::consumer::{Deliveries, OpenError};
 use crate::rabbit::{Delivery, LinkError, Session};
 use crate::retry::backoff;
+
+/// An idle lane that has heard nothing for so many heartbeats of its connection is consumed anew, and any lane
+/// after so many. The connection may be well and the consumer gone: a broker can lose one without a word,
+/// or believe that it holds deliveries which never arrived, when the leader of a quorum queue changes
+/// (<https://github.com/rabbitmq/rabbitmq-server/issues/15473>). Nothing is lost by it otherwise.
+const QUIET_HEARTBEATS: u32 = 5;
+const LONGEST_HEARTBEATS: u32 = 30;
 
 impl Shared {
     /// Session after session, until the stop; then what was sent is finished.
@@ -113,6 +120,8 @@ impl Shared {
                 lane: size.lane,
                 prefetch: if careful { 1 } else { size.concurrency },
                 permits: permits.clone(),
+                all: usize::from(size.concurrency),
+                heartbeat: self.worker.plan.options.heartbeat,
                 fresh,
             };
             lanes.spawn(lane.run(subscribed.clone()));
@@ -201,6 +210,10 @@ struct LaneLoop {
     lane: Lane,
     prefetch: u16,
     permits: Arc<Semaphore>,
+    /// How many of them there are.
+    all: usize,
+    /// The connection's.
+    heartbeat: Duration,
     /// Whether the ledger is new, so that redelivered jobs are a sign that another was lost.
     fresh: bool,
 }
@@ -219,8 +232,16 @@ enum Subscribed {
 enum Taken {
     /// The lane is paused, or the worker stops.
     Enough,
+    /// The broker might have lost the consumer.
+    Anew,
     /// The session is over; why, if that began here.
     Over(Option<LinkError>),
+}
+
+async fn give_back(waiting: VecDeque<Delivery>) {
+    for delivery in waiting {
+        delivery.give_back().await;
+    }
 }
 
 impl LaneLoop {
@@ -262,8 +283,10 @@ impl LaneLoop {
     /// the worker stops.
     async fn run(self, subscribed: mpsc::Sender<(Lane, Subscribed)>) -> Option<LinkError> {
         let orders = &self.shared.worker.engine.journey.orders;
+        let mut waiting = VecDeque::new();
         loop {
             if orders.is_paused(self.lane) {
+                give_back(std::mem::take(&mut waiting)).await;
                 if subscribed.send((self.lane, Subscribed::Paused)).await.is_err() {
                     return None;
                 }
@@ -278,20 +301,41 @@ impl LaneLoop {
                 Ok(None) => return None,
                 Err(error) => return Some(error),
             };
-            let mut waiting = VecDeque::new();
             match self.take(&mut intake, &mut waiting).await {
                 Taken::Over(reason) => return reason,
-                Taken::Enough => intake.cancel(waiting).await,
+                Taken::Enough => intake.cancel(waiting.drain(..)).await,
+                Taken::Anew => match self.begin_anew(intake).await {
+                    Some(came) => waiting = came,
+                    None => return None,
+                },
             }
             if self.shared.stop.is_cancelled() {
+                give_back(waiting).await;
                 return None;
             }
         }
     }
 
+    /// Ends a consumer, so that the lane can be consumed anew; what came before its end, or `None` if that ends the
+    /// session.
+    async fn begin_anew(&self, intake: Deliveries) -> Option<VecDeque<Delivery>> {
+        tracing::debug!(job.lane = self.lane.as_str(), "consuming the lane anew");
+        let mut came = VecDeque::new();
+        for delivery in intake.end().await {
+            if !self.shared.may_serve(&delivery, self.fresh).await {
+                return None;
+            }
+            came.push_back(delivery);
+        }
+        Some(came)
+    }
+
     /// Takes deliveries and has each brought to its end, as the lane's permits allow.
     async fn take(&self, intake: &mut Deliveries, waiting: &mut VecDeque<Delivery>) -> Taken {
-        let mut permit = None;
+        let mut permit: Option<OwnedSemaphorePermit> = None;
+        let began = Instant::now();
+        let quiet = self.heartbeat * QUIET_HEARTBEATS;
+        let (mut heard, mut look) = (began, began + quiet);
         loop {
             tokio::select! {
                 biased;
@@ -305,10 +349,23 @@ impl LaneLoop {
                 // Read even while the lane is full, or a broken session would go unnoticed. What
                 // waits here is bounded by the prefetch.
                 delivery = intake.next() => match delivery {
-                    Ok(delivery) if self.shared.may_serve(&delivery, self.fresh).await => waiting.push_back(delivery),
+                    Ok(delivery) if self.shared.may_serve(&delivery, self.fresh).await => {
+                        heard = Instant::now();
+                        waiting.push_back(delivery);
+                    }
                     Ok(_) => return Taken::Over(None),
                     Err(error) => return Taken::Over(Some(error)),
                 },
+                () = tokio::time::sleep_until(look) => {
+                    let free = self.permits.available_permits() + usize::from(permit.is_some());
+                    let idle = free == self.all && waiting.is_empty();
+                    if idle && heard.elapsed() >= quiet
+                        || waiting.is_empty() && began.elapsed() >= self.heartbeat * LONGEST_HEARTBEATS
+                    {
+                        return Taken::Anew;
+                    }
+                    look = Instant::now() + quiet;
+                }
             }
             if permit.is_some()
                 && let Some(delivery) = waiting.pop_front()

@@ -21,9 +21,8 @@ pub(crate) const PREFIX: &str = "chaos";
 /// How long a consumer hears nothing before it is made again.
 const QUIET: Duration = Duration::from_secs(10);
 /// Longest time without a new answer. A broker's dead-letter worker that has published to a queue whose leader died
-/// tries again when it has waited for the confirm for three minutes (RabbitMQ's
-/// `dead_letter_worker_publisher_confirm_timeout`), and looks for that every three minutes.
-const PATIENCE: Duration = Duration::from_secs(400);
+/// tries again when it has waited for the confirm (15 s, by deploy/rabbitmq/advanced.config), and looks for that as often.
+const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What is published.
 #[derive(Debug, Clone, Copy)]

@@ -8,7 +8,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use tokio::io::AsyncWriteExt as _;
 
 use crate::support::broker::ctl;
-use crate::support::private::BROKER;
+use crate::support::private::{BROKER, Private};
 use crate::support::relay::Relay;
 use crate::support::{World, body, eventually, header, next, persistent, soon};
 
@@ -687,4 +687,64 @@ async fn a_full_dead_queue_holds_what_is_to_be_parked_and_nothing_else() {
     while parked.len() < 3 {
         parked.insert(next(&mut dead).await.body);
     }
+}
+
+#[tokio::test]
+async fn a_consumer_that_the_broker_has_lost_without_a_word_is_made_again() {
+    let Some(broker) = BROKER.start("lost_consumer").await else { return };
+    let mut world = World::on(broker.url.clone(), "lost_consumer").await;
+    world.set("amqp.heartbeat", "1s");
+    let _worker = world.worker().await;
+    let mut replies = world.replies().await;
+    world.job("before").await;
+    assert_eq!(next(&mut replies).await.text("/request_id"), "before");
+    forget_the_consumer(&broker, &world.queue("jobs")).await;
+    world.job("after").await;
+    assert_eq!(next(&mut replies).await.text("/request_id"), "after");
+    // A lane that is idle is consumed anew again and again, and each time by one channel.
+    let channels = async || broker.ask("ctl", &["list_channels", "-q", "pid"]).await.unwrap();
+    let before = channels().await;
+    eventually("another channel is there", || async { channels().await != before }).await;
+    eventually("and the one before is not", || async {
+        channels().await.lines().count() == before.lines().count()
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_lane_that_is_never_idle_finds_its_lost_consumer_as_well() {
+    let Some(broker) = BROKER.start("lost_and_busy").await else { return };
+    let mut world = World::on(broker.url.clone(), "lost_and_busy").await;
+    world.set("amqp.heartbeat", "1s");
+    world.set("creem.request_timeout", "60s").set("shutdown.grace", "65s");
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    world.script(r#"{"latency_ms":45000}"#);
+    world.job("slow").await;
+    soon("the call", world.simulator.posts_arrived(1)).await;
+    world.script(r#"{"latency_ms":0}"#);
+    forget_the_consumer(&broker, &world.queue("jobs")).await;
+    world.job("after").await;
+    assert_eq!(next(&mut replies).await.text("/request_id"), "after");
+    // What was in hand meanwhile is answered, and acked on the channel that it came by.
+    assert_eq!(next(&mut replies).await.text("/request_id"), "slow");
+    eventually("both are acked", || async {
+        let summary = worker.log();
+        summary.iter().filter(|line| line.contains(r#""job.acked":true"#)).count() == 2
+    })
+    .await;
+    assert_eq!((world.depth("jobs").await, world.posts()), (0, 2));
+}
+
+/// Does what a change of a quorum queue's leader may do: the queue forgets its consumer, whose channel and
+/// connection know nothing of it.
+async fn forget_the_consumer(broker: &Private, queue: &str) {
+    let forget = format!(
+        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{queue}\">>)),
+         [C] = rabbit_amqqueue:consumers(Q),
+         Cancel = rabbit_fifo:make_checkout({{element(2, C), element(1, C)}}, cancel, #{{}}),
+         {{ok, _, _}} = ra:process_command(amqqueue:get_pid(Q), Cancel),
+         0 = length(rabbit_amqqueue:consumers(Q))."
+    );
+    ctl(broker, &["eval", &forget]).await;
 }
