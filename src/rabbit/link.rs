@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::tcp::{OwnedIdentity, OwnedTLSConfig};
 use lapin::types::ShortString;
 use lapin::uri::AMQPUri;
@@ -79,6 +79,9 @@ pub enum LinkError {
     /// The connection or a channel broke.
     #[error("{0}")]
     Broken(String),
+    /// The broker met an error of its own over what it was asked (541), and closed the connection.
+    #[error("the broker failed over it: {0}")]
+    BrokerFailed(String),
     /// The broker sent what lapin cannot read, for instance a message whose properties are not
     /// UTF-8; it will be sent again.
     #[error(
@@ -97,12 +100,19 @@ pub(super) fn refusal(error: &lapin::Error) -> Option<AMQPSoftError> {
     }
 }
 
+fn broker_failed(error: &lapin::Error) -> bool {
+    let lapin::ErrorKind::ProtocolError(error) = error.kind() else { return false };
+    matches!(error.kind(), AMQPErrorKind::Hard(AMQPHardError::INTERNALERROR))
+}
+
 impl From<lapin::Error> for LinkError {
     fn from(error: lapin::Error) -> Self {
         if matches!(error.kind(), lapin::ErrorKind::ParsingError(_)) {
             Self::Garbled(error.to_string())
         } else if refusal(&error).is_some() {
             Self::Denied(error.to_string())
+        } else if broker_failed(&error) {
+            Self::BrokerFailed(error.to_string())
         } else {
             Self::Broken(error.to_string())
         }

@@ -618,18 +618,24 @@ async fn malformed_direct_addresses_cost_only_their_own_jobs() {
     let Some(world) = World::new("direct_flood").await else { return };
     let worker = world.worker().await;
     let mut replies = world.replies().await;
-    // It has the form of an address, and RabbitMQ 3.10 closes the connection over it.
-    let malformed = format!("amq.rabbitmq.reply-to.g{}.AAAA", "A".repeat(27));
-    for n in 0..6 {
-        let properties = persistent().with_reply_to(malformed.as_str().into());
+    // They have the form of an address, and RabbitMQ 3.10 closes the connection over them: one is no process,
+    // the other one's node is unknown, as after a node was replaced.
+    let malformed = [
+        format!("amq.rabbitmq.reply-to.g{}.AAAA", "A".repeat(27)),
+        "amq.rabbitmq.reply-to.g2dkABByZXBseUAxMTI1NDcyNzgAAAWLAAAAAGf6XGI=.KSBs+bZNr1VBrmZoo2fyqg==".to_owned(),
+    ];
+    for n in 0..24 {
+        let properties = persistent().with_reply_to(malformed[n % 2].as_str().into());
         world.publish(body(&format!("bad_{n}")), properties).await;
-        world.job(&format!("good_{n}")).await;
+        if n % 4 == 0 {
+            world.job(&format!("good_{n}")).await;
+        }
     }
     for _ in 0..6 {
         assert!(next(&mut replies).await.text("/request_id").starts_with("good_"));
     }
     // Whether the broker drops such a reply or closes the connection over it, its job is done with.
-    for n in 0..6 {
+    for n in 0..24 {
         let key = format!("test/bad_{n}");
         let done = |event: &serde_json::Value| {
             event["message"] == "job"
@@ -638,7 +644,19 @@ async fn malformed_direct_addresses_cost_only_their_own_jobs() {
         };
         soon("it is done with", worker.event(done)).await;
     }
-    assert_eq!((world.posts(), worker.get("/readyz").await.0), (12, 200));
+    assert_eq!((world.posts(), worker.get("/readyz").await.0), (30, 200));
+    // As a rule the first loss tells, and then nobody waits for more than another connection.
+    let log = worker.log();
+    let down: Vec<serde_json::Value> = log
+        .iter()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .filter(|event: &serde_json::Value| event["message"] == "the publishing connection is down")
+        .collect();
+    assert!(down.len() <= 24, "{}", down.len());
+    let by_one = |event: &&serde_json::Value| {
+        event["error"].as_str().unwrap().starts_with("the broker failed over it")
+    };
+    assert!(down.iter().filter(by_one).all(|event| event["delay_ms"] == 20), "{down:?}");
 }
 
 #[tokio::test]

@@ -39,7 +39,10 @@ pub(super) async fn serve(channel: &Channel, orders: &Orders, told: &Told, most:
         // Whoever gave up waiting will publish again when the job is delivered again.
         batch.retain(|order: &Order| !order.done.is_closed());
         let any = !batch.is_empty();
-        let refused = match publish_batch(channel, batch).await {
+        told.begun();
+        let published = publish_batch(channel, batch).await;
+        told.done(published.is_err());
+        let refused = match published {
             Ok(refused) => refused,
             Err(error) => return Ended::Broke(error),
         };
@@ -64,8 +67,9 @@ pub(super) async fn publish_batch(channel: &Channel, batch: Vec<Order>) -> Resul
     let results = match outcome {
         Ok(results) => results,
         Err(error) => {
+            let broker_failed = matches!(error, LinkError::BrokerFailed(_));
             for order in batch {
-                give(order, Err(Lost(error.to_string())));
+                give(order, Err(Lost { reason: error.to_string(), broker_failed }));
             }
             return Err(error);
         }

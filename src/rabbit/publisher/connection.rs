@@ -38,10 +38,43 @@ pub(super) const RETRY_BROKEN_AFTER: Duration = Duration::from_secs(15);
 #[derive(Debug)]
 pub(super) struct Told {
     pub(super) state: watch::Sender<State>,
-    pub(super) breaks: AtomicU32,
+    breaks: AtomicU32,
+    /// Batches of this connection that wait for their confirms.
+    under_way: watch::Sender<u32>,
+    /// Batches that were lost with this connection.
+    lost: AtomicU32,
 }
 
 impl Told {
+    pub(super) fn new(state: watch::Sender<State>) -> Self {
+        let (under_way, _) = watch::channel(0);
+        Self { state, breaks: AtomicU32::new(0), under_way, lost: AtomicU32::new(0) }
+    }
+
+    /// A batch is sent.
+    pub(super) fn begun(&self) {
+        self.under_way.send_modify(|batches| *batches += 1);
+    }
+
+    /// What became of it is known.
+    pub(super) fn done(&self, lost: bool) {
+        self.lost.fetch_add(u32::from(lost), Ordering::Relaxed);
+        self.under_way.send_modify(|batches| *batches = batches.saturating_sub(1));
+    }
+
+    /// Waits until each batch of a connection that is closed has learned why.
+    async fn all_done(&self) {
+        let mut under_way = self.under_way.subscribe();
+        drop(tokio::time::timeout(CLOSE, under_way.wait_for(|batches| *batches == 0)).await);
+    }
+
+    /// Whether a connection ended over a publish that was alone on it, and so certainly by it.
+    pub(super) fn was_failed_over_one(&self, ended: &LinkError, shape: Shape) -> bool {
+        let any = self.lost.swap(0, Ordering::Relaxed) > 0;
+        self.under_way.send_replace(0);
+        any && shape.is_single() && matches!(ended, LinkError::BrokerFailed(_))
+    }
+
     pub(super) fn say(&self, state: State) {
         self.state.send_replace(state);
     }
@@ -105,14 +138,19 @@ pub(super) async fn serve_connection(
     if blocked && let Err(error) = probe(&connection).await {
         return error;
     }
-    let mut channels = JoinSet::new();
+    // All are open before one is used: what is published must not break the opening of the next.
+    let mut opened = Vec::new();
     for class in 0..orders.len() {
         for _ in 0..shape.channels {
-            let opened = open(&connection, class, orders, told, shape.batch, &mut channels);
-            if let Err(error) = opened.await {
-                return error;
+            match confirming(&connection).await {
+                Ok(channel) => opened.push((class, channel)),
+                Err(error) => return error,
             }
         }
+    }
+    let mut channels = JoinSet::new();
+    for (class, channel) in opened {
+        publish_on(channel, class, orders, told, shape.batch, &mut channels);
     }
     told.say(State::Up);
     tracing::info!(connection = name, "the publishing connection is up");
@@ -131,7 +169,10 @@ pub(super) async fn serve_connection(
                 }
                 // lapin reports a channel's error here as well; its task has it, too.
                 Some(Event::Error(_)) if connection.status().connected() => continue,
-                Some(Event::Error(error)) => return error.into(),
+                Some(Event::Error(error)) => {
+                    told.all_done().await;
+                    return error.into();
+                }
                 Some(_) => continue,
                 None => return LinkError::Broken("the connection ended".to_owned()),
             },
@@ -172,9 +213,20 @@ pub(super) async fn open(
     channels: &mut JoinSet<(usize, Ended)>,
 ) -> Result<(), LinkError> {
     let channel = confirming(connection).await?;
+    publish_on(channel, class, orders, told, batch, channels);
+    Ok(())
+}
+
+fn publish_on(
+    channel: Channel,
+    class: usize,
+    orders: &[Orders; 2],
+    told: &Arc<Told>,
+    batch: usize,
+    channels: &mut JoinSet<(usize, Ended)>,
+) {
     let (orders, told) = (orders[class].clone(), told.clone());
     channels.spawn(async move { (class, serve(&channel, &orders, &told, batch).await) });
-    Ok(())
 }
 
 /// Opens a channel in the place of one on which a queue refused, and publishes on it: a queue in trouble

@@ -12,7 +12,6 @@ mod batch;
 mod connection;
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU32;
 use std::time::Duration;
 
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -29,6 +28,10 @@ use connection::{STABLE_AFTER, Told, serve_connection};
 /// How long the broker may take for the confirms of a batch.
 const CONFIRM: Duration = Duration::from_secs(30);
 
+/// After a connection that the broker closed over the one publish on it, which will not be tried again. The
+/// next one waits for nothing else.
+const AFTER_ONE: Duration = Duration::from_millis(20);
+
 /// What became of a publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Published {
@@ -42,8 +45,13 @@ pub enum Published {
 
 /// Nobody knows what became of a publish; publishing it again is safe.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the publish was lost with its channel: {0}")]
-pub struct Lost(pub String);
+#[error("the publish was lost with its channel: {reason}")]
+pub struct Lost {
+    /// What happened.
+    pub reason: String,
+    /// Whether the broker failed over it (or over one of its batch) and closed the whole connection.
+    pub broker_failed: bool,
+}
 
 /// Which channels a publish goes through. Kept apart, because an error on a channel takes all of
 /// its publishes with it.
@@ -69,6 +77,10 @@ impl Shape {
     pub const WIDE: Self = Self { batch: 64, channels: 4 };
     /// One publish at a time, so that what breaks the connection is known to have broken it.
     pub const SINGLE: Self = Self { batch: 1, channels: 1 };
+
+    const fn is_single(self) -> bool {
+        self.batch == 1 && self.channels == 1
+    }
 }
 
 /// How the publishing connection is.
@@ -108,7 +120,7 @@ impl Publisher {
         let (replies, reply_orders) = mpsc::channel(1024);
         let (internal, internal_orders) = mpsc::channel(1024);
         let (told, state) = watch::channel(State::Down("not connected yet".to_owned()));
-        let told = Arc::new(Told { state: told, breaks: AtomicU32::new(0) });
+        let told = Arc::new(Told::new(told));
         let orders = [reply_orders, internal_orders].map(|orders| Arc::new(Mutex::new(orders)));
         let keep = async move {
             let (mut failures, mut blocked) = (0, false);
@@ -122,7 +134,10 @@ impl Publisher {
                 blocked |= matches!(*told.state.borrow(), State::Blocked(_));
                 blocked &= !matches!(*told.state.borrow(), State::Up);
                 failures = if began.elapsed() > STABLE_AFTER { 1 } else { failures + 1 };
-                let delay = backoff.reconnect(failures, backoff::chance());
+                let mut delay = backoff.reconnect(failures, backoff::chance());
+                if told.was_failed_over_one(&reason, shape) {
+                    (failures, delay) = (0, AFTER_ONE);
+                }
                 tracing::warn!(connection = name, error = %reason, delay_ms = as_millis(delay), "the publishing connection is down");
                 told.say(State::Down(reason.to_string()));
                 tokio::select! {
@@ -145,7 +160,7 @@ impl Publisher {
             Class::Replies => &self.replies,
             Class::Internal => &self.internal,
         };
-        let ended = || Lost("the publisher has ended".to_owned());
+        let ended = || Lost { reason: "the publisher has ended".to_owned(), broker_failed: false };
         orders.send(Order { message, done }).await.map_err(|_| ended())?;
         answer.await.unwrap_or_else(|_| Err(ended()))
     }
@@ -164,7 +179,7 @@ mod tests {
     #[test]
     fn a_confirm_of_what_was_read_before_an_alarm_does_not_end_it() {
         let (state, _) = watch::channel(State::Blocked("low on memory".to_owned()));
-        let told = Told { state, breaks: AtomicU32::new(0) };
+        let told = Told::new(state);
         told.confirmed();
         assert!(matches!(*told.state.borrow(), State::Blocked(_)));
         told.say(State::Down("its channel broke".to_owned()));

@@ -117,9 +117,11 @@ impl Settler {
                 Err(reason) => {
                     lost += 1;
                     tracing::debug!(error = %reason, "publishing again");
-                    if lost >= most_lost {
+                    // It was alone on its connection.
+                    let certain = reason.broker_failed && most_lost < u32::MAX;
+                    if certain || lost >= most_lost {
                         return Sent::Nowhere(format!(
-                            "publishing to it broke the channel {lost} times: {reason}"
+                            "publishing to it broke the connection ({lost}x), so the address is taken to be the reason: {reason}"
                         ));
                     }
                     lost
