@@ -32,11 +32,15 @@ pub(super) const LONGEST_LEASE: Millis = 5 * 60 * 1000;
 /// When a row that a newer version wrote is looked at again, in milliseconds.
 pub(super) const LEAVE_TO_NEWER: Millis = 30_000;
 
-/// A dead attempt was taken over: may another one follow?
-pub(super) fn last_word_of_a_takeover(row: &Row, request: &ClaimRequest) -> Option<Ending> {
-    if request.claimant.on_unknown == OnUnknown::Park {
-        let text = "a call to Creem was cut off and may have made a checkout";
+/// May another attempt follow? It may not where one may have made a session and `park` was chosen (perhaps since),
+/// nor where a dead one was taken over that was the last.
+pub(super) fn last_word(row: &Row, request: &ClaimRequest) -> Option<Ending> {
+    if request.claimant.on_unknown == OnUnknown::Park && row.ambiguous > 0 {
+        let text = "what came of a call to Creem is not known: it may have made a checkout";
         return Some(Ending::Unresolved(Problem::new("outcome_unknown", text)));
+    }
+    if row.state != State::Sending {
+        return None;
     }
     if row.crashes >= MOST_CRASHES {
         let text = format!("the worker ended {} times while it was sending this job", row.crashes);

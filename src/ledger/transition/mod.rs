@@ -15,7 +15,7 @@ use crate::clock::{Millis, as_millis};
 use crate::job::reply::{self, Facts};
 use crate::job::{Ending, Key, Problem};
 pub use arrival::MOST_CRASHES;
-use arrival::{Arrival, LONGEST_WAIT, arrive, last_word_of_a_takeover, lease_of, open, take_over};
+use arrival::{Arrival, LONGEST_WAIT, arrive, last_word, lease_of, open, take_over};
 use doubt::{Doubted, doubt, lost, swept};
 
 /// What the back-end knows besides the row.
@@ -115,9 +115,7 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
         None => open(who, context),
         Some(row) => row,
     };
-    if row.state == State::Sending
-        && let Some(ending) = last_word_of_a_takeover(&row, request)
-    {
+    if let Some(ending) = last_word(&row, request) {
         return end(row, &who.key, ending, who.on_unknown, context, |stored| {
             Answer::Claim(Claim::Settled(stored))
         });

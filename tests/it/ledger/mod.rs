@@ -63,6 +63,7 @@ on_every_ledger! {
     a_lease_written_under_a_clock_that_ran_ahead_is_over,
     unresolved_is_tried_afresh_with_the_same_body_only_and_with_park_not_at_all,
     with_park_a_call_that_was_cut_off_is_not_repeated,
+    with_park_chosen_since_a_job_whose_call_may_have_made_a_session_is_not_tried_again,
     a_retry_waits_for_its_time_and_gives_its_lease_back_at_once,
     an_attempt_that_was_not_sent_is_given_back_and_a_free_one_is_counted_apart,
     test_and_live_are_different_jobs,

@@ -25,6 +25,15 @@ fn expired() -> Ending {
     Ending::Expired(Problem::new("deadline_passed", "no"))
 }
 
+fn cancelled() -> Ending {
+    Ending::Cancelled(Problem::new("campaign_cancelled", "no"))
+}
+
+/// Each ending that says that no session exists.
+fn without_a_session() -> [Ending; 4] {
+    [rejected(), failed(), expired(), cancelled()]
+}
+
 fn unknown() -> Attempt {
     Attempt::Ambiguous { checkout_id: None, reason: "no answer".into() }
 }
@@ -130,7 +139,7 @@ pub(super) async fn a_job_that_ends_the_process_again_and_again_is_given_up(back
 }
 
 pub(super) async fn no_session_exists_is_never_said_after_an_ambiguous_attempt(backend: &Backend) {
-    for ending in [rejected(), failed(), expired()] {
+    for ending in without_a_session() {
         let bench = Bench::new(backend, OnUnknown::Retry).await;
         let lease = bench.lease("a").await;
         bench.settle("a", lease, unknown(), wait(START)).await;
@@ -150,7 +159,7 @@ pub(super) async fn no_session_exists_is_never_said_after_an_ambiguous_attempt(b
 pub(super) async fn what_ended_without_a_session_is_tried_afresh_when_sent_again_with_any_body(
     backend: &Backend,
 ) {
-    for ending in [rejected(), failed(), expired()] {
+    for ending in without_a_session() {
         let bench = Bench::new(backend, OnUnknown::Retry).await;
         let stored = bench.end("a", ending.clone()).await;
         bench.later();
@@ -211,6 +220,21 @@ pub(super) async fn with_park_a_call_that_was_cut_off_is_not_repeated(backend: &
     bench.die().await;
     assert!(
         matches!(bench.claim("a").await, Claim::Settled(stored) if stored.status == Status::Unresolved)
+    );
+}
+
+pub(super) async fn with_park_chosen_since_a_job_whose_call_may_have_made_a_session_is_not_tried_again(
+    backend: &Backend,
+) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let lease = bench.lease("a").await;
+    let settled = bench.settle("a", lease, unknown(), wait(START)).await;
+    assert!(matches!(settled, Settle::Waiting { .. }), "{settled:?}");
+    let now = Claimant { on_unknown: OnUnknown::Park, ..bench.claimant("a", 1) };
+    let Claim::Settled(stored) = bench.claim_as(now).await else { panic!("it is asked again") };
+    assert_eq!(
+        (stored.status, stored.code.as_deref(), stored.attempts),
+        (Status::Unresolved, Some("outcome_unknown"), 1)
     );
 }
 
