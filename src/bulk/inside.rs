@@ -69,19 +69,16 @@ impl Inside {
                     self.engine.end(Fatal::Broken(error.to_string()));
                     return None;
                 }
-                Verdict::GiveBack if journey.stop.is_cancelled() => return None,
-                Verdict::GiveBack => {
-                    tokio::select! {
-                        () = journey.orders.resumed(Lane::Bulk) => {}
-                        () = journey.stop.cancelled() => return None,
-                    }
-                    Duration::ZERO
-                }
+                Verdict::GiveBack => return None,
                 Verdict::Delay { wait, .. } => wait,
                 Verdict::Abandon => AGAIN,
             };
+            let again = async {
+                journey.orders.resumed(Lane::Bulk).await;
+                tokio::time::sleep(wait).await;
+            };
             tokio::select! {
-                () = tokio::time::sleep(wait) => {}
+                () = again => {}
                 () = journey.stop.cancelled() => return None,
             }
             ask.hold_until = Instant::now() + LONGEST_HOLD;

@@ -13,6 +13,9 @@ const SHARE: f64 = 0.1;
 /// What is saved up at least, in repeats: one period's floor and as much again. Where there are many calls, one
 /// period's share.
 const SAVED: f64 = 2.0 * FLOOR as f64;
+/// Longest wait for a repeat, however many wait: above it the ledger takes a row's time for a clock's error, and
+/// lets all of them go at once.
+const LONGEST: Duration = Duration::from_mins(20);
 /// How often the floor is given.
 const PERIOD: Duration = Duration::from_secs(1);
 /// Calls in a period whose share the floor covers.
@@ -49,7 +52,7 @@ impl RetryBudget {
     pub fn take(&mut self, now: Instant) -> Duration {
         self.turn(now);
         self.left -= 1.0;
-        Duration::from_secs_f64((-self.left).max(0.0) / f64::from(FLOOR))
+        Duration::from_secs_f64((-self.left).max(0.0) / f64::from(FLOOR)).min(LONGEST)
     }
 
     fn turn(&mut self, now: Instant) {

@@ -11,6 +11,18 @@ use crate::worker::now;
 const JOBS: usize = 300;
 
 #[tokio::test]
+async fn a_job_says_what_it_waits_for_while_creem_cannot_be_reached() {
+    let Some(mut world) = World::new("unreachable").await else { return };
+    let nobody = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    world.settings.insert("CREEM_BASE_URL".into(), format!("http://{nobody}"));
+    let worker = world.worker().await;
+    world.job("a").await;
+    let delayed = |event: &serde_json::Value| event["verdict"] == "delayed";
+    let event = soon("it is delayed", worker.event(delayed)).await;
+    assert_eq!(event["job.code"], "creem_unreachable", "{event}");
+}
+
+#[tokio::test]
 async fn an_outage_pauses_intake_and_is_over_by_itself() {
     let Some(world) = World::new("outage").await else { return };
     let worker = world.worker().await;

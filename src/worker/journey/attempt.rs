@@ -18,6 +18,8 @@ use crate::retry::{backoff, policy};
 use crate::worker::ask::Ask;
 use crate::worker::gate::Reason;
 
+/// What a job waits for that was claimed and not sent.
+const NOT_SENT: &str = "not_sent";
 /// How much of a lease may be spent on waiting for the time of the call.
 const SPARE: Duration = Duration::from_secs(8);
 /// What must be left of a lease, beyond the call, when the call begins.
@@ -36,14 +38,14 @@ impl Journey {
         let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
         if !in_time || self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN
         {
-            return self
-                .settle(ask, lease, Attempt::GivenBack, Next::Wait { until: self.clock.now() })
-                .await;
+            let now = Next::Wait { until: self.clock.now() };
+            return self.settle(ask, lease, Attempt::GivenBack, (now, NOT_SENT)).await;
         }
         let cancelled = self.orders.cancels(ask).map(Ending::Cancelled);
         let too_late = || self.rules.too_late(ask, self.clock.now()).map(Ending::Expired);
         if let Some(ending) = cancelled.or_else(too_late) {
-            return self.settle(ask, lease, Attempt::GivenBack, Next::End(ending)).await;
+            let end = (Next::End(ending), NOT_SENT);
+            return self.settle(ask, lease, Attempt::GivenBack, end).await;
         }
         let asked = Instant::now();
         let body = ask.request.wire.clone();
@@ -64,8 +66,9 @@ impl Journey {
         } else {
             answer
         };
+        let why = waits_for(&answer);
         let (attempt, next) = self.judge(ask, lease, answer, asked).await;
-        self.settle(ask, lease, attempt, next).await
+        self.settle(ask, lease, attempt, (next, why)).await
     }
 
     /// Waits for the time of the call. If the claim took so long that its place is lost, another one
@@ -117,6 +120,7 @@ impl Journey {
         answer: Answer,
         asked: Instant,
     ) -> (Attempt, Next) {
+        let why = waits_for(&answer);
         let unresolved =
             |code: &str, text: String| Next::End(Ending::Unresolved(Problem::new(code, text)));
         match answer {
@@ -134,11 +138,11 @@ impl Journey {
             }
             Answer::NotMade { reason } => {
                 let lease = Lease { free: lease.free + 1, ..lease };
-                let next = self.again(ask, lease, None, "creem_unreachable", &reason);
+                let next = self.again(ask, lease, None, why, &reason);
                 (Attempt::Free, next)
             }
             Answer::Unknown { reason, retry_after, .. } => {
-                let next = self.again(ask, lease, retry_after, "outcome_unknown", &reason);
+                let next = self.again(ask, lease, retry_after, why, &reason);
                 (Attempt::Ambiguous { checkout_id: None, reason }, next)
             }
             Answer::Linkless { checkout_id } => {
@@ -159,13 +163,8 @@ impl Journey {
                     self.pacer.quiet(backoff::clamp_retry_after(delay));
                 }
                 let lease = Lease { free: lease.free + 1, ..lease };
-                let next = self.again(
-                    ask,
-                    lease,
-                    retry_after,
-                    "throttled",
-                    "Creem said 429, too many requests",
-                );
+                let text = "Creem said 429, too many requests";
+                let next = self.again(ask, lease, retry_after, why, text);
                 (Attempt::Free, next)
             }
             Answer::KeyRefused(problem) => self.key_refused(problem, asked).await,
@@ -258,9 +257,24 @@ impl Journey {
         let reason = "the worker met a bug while it handled the call".to_owned();
         let ending = Ending::Unresolved(Problem::new("worker_panicked", reason.clone()));
         let attempt = Attempt::Ambiguous { checkout_id: None, reason };
-        match self.settle(ask, lease, attempt, Next::End(ending)).await {
+        match self.settle(ask, lease, attempt, (Next::End(ending), NOT_SENT)).await {
             Step::WaitUntil(..) => Step::Verdict(Verdict::Panicked),
             verdict @ Step::Verdict(_) => verdict,
         }
+    }
+}
+
+/// What a job waits for after such an answer, in a word for the log and the metrics.
+const fn waits_for(answer: &Answer) -> &'static str {
+    match answer {
+        Answer::NotMade { .. } => "creem_unreachable",
+        Answer::Unknown { .. } => "outcome_unknown",
+        Answer::Throttled { .. } => "throttled",
+        Answer::Made(_)
+        | Answer::Linkless { .. }
+        | Answer::Refused(_)
+        | Answer::Duplicate(_)
+        | Answer::KeyRefused(_)
+        | Answer::Mismatch { .. } => NOT_SENT,
     }
 }

@@ -30,6 +30,7 @@ use crate::observe::metrics;
 use crate::pace::Pacer;
 use crate::retry::policy::LONGEST_IN_PLACE;
 use admission::{Admission, Pass};
+use record::Stopped;
 
 /// For how long a job then goes to a delay queue, and after it was held for
 /// [`super::ask::LONGEST_HOLD`]. Short, because what is left of it after a pause counts as time in
@@ -53,7 +54,7 @@ pub enum Verdict {
         /// What it waits for, for the log; one of a closed set.
         why: &'static str,
     },
-    /// Nothing was sent, and this worker stops or its lane is paused: it is delivered again.
+    /// Nothing was sent, and this worker stops: it is delivered again.
     GiveBack,
     /// Another worker has the job, or the session is over: given back where that still can be.
     Abandon,
@@ -61,20 +62,20 @@ pub enum Verdict {
     Damaged(String),
     /// The worker met a bug before anything was sent: park the job for a person, and go on.
     Panicked,
-    /// The ledger is damaged: stop everything.
+    /// The ledger cannot be gone on with: stop everything.
     Fatal(LedgerError),
 }
 
 /// What brings a job from its turn to a [`Verdict`]: the ledger, Creem, and what holds calls back.
 #[derive(Debug)]
 pub struct Journey {
-    /// Whatever the rules are.
+    /// When a job is too late, how long a call may take, and what follows an unknown outcome.
     pub rules: Rules,
     /// Creem.
     pub creem: Client,
-    /// How fast.
+    /// Gives each call its place in time.
     pub pacer: Pacer,
-    /// Whether at all.
+    /// What keeps all calls back: the ledger, the key, the broker.
     pub gate: Arc<Gate>,
     /// What operators have told all workers.
     pub orders: Orders,
@@ -162,7 +163,9 @@ impl Journey {
             biased;
             () = ask.session.cancelled() => Verdict::Abandon,
             () = self.stop.cancelled() => Verdict::GiveBack,
-            () = self.orders.paused(ask.lane) => Verdict::GiveBack,
+            // Given back, it would go from worker to worker until each has heard of the pause, and every time
+            // counts against it.
+            () = self.orders.paused(ask.lane) => Verdict::Delay { wait: ASIDE, why: "paused" },
             // A broker takes a delivery back that is held too long, and counts that against it.
             () = tokio::time::sleep_until(ask.hold_until) => {
                 Verdict::Delay { wait: ASIDE, why: "held_too_long" }
@@ -190,12 +193,11 @@ impl Journey {
                 Step::WaitUntil(until.max(soonest), "busy")
             }
             Ok(Claim::Waiting { until }) => Step::WaitUntil(until, NOT_DUE),
-            Err(LedgerError::DamagedRow(what)) => Step::Verdict(Verdict::Damaged(what)),
-            Err(error @ (LedgerError::Damaged(_) | LedgerError::Stopped(_))) => {
-                Step::Verdict(Verdict::Fatal(error))
+            Err(Stopped::Interrupted(verdict)) => Step::Verdict(verdict),
+            Err(Stopped::Ledger(LedgerError::DamagedRow(what))) => {
+                Step::Verdict(Verdict::Damaged(what))
             }
-            // `claim` asks again until it gets an answer; this is its stop.
-            Err(LedgerError::Unavailable(_)) => Step::Verdict(self.interrupted(ask).await),
+            Err(Stopped::Ledger(error)) => Step::Verdict(Verdict::Fatal(error)),
         }
     }
 }

@@ -16,6 +16,14 @@ use crate::worker::gate::Reason;
 /// What a lease lasts beyond the call itself: the durable write before it and after it.
 pub(super) const LEASE_MARGIN: Duration = Duration::from_secs(15);
 
+/// Why a job could not be claimed.
+pub(super) enum Stopped {
+    /// The ledger says so.
+    Ledger(LedgerError),
+    /// This copy may not wait for it.
+    Interrupted(Verdict),
+}
+
 impl Journey {
     fn claimant(&self, ask: &Ask) -> Claimant {
         Claimant {
@@ -33,7 +41,7 @@ impl Journey {
     }
 
     /// Claims; while the ledger is away, asks again with the same token, which cannot count twice.
-    pub(super) async fn claim(&self, ask: &Ask) -> Result<Claim, LedgerError> {
+    pub(super) async fn claim(&self, ask: &Ask) -> Result<Claim, Stopped> {
         let request = ClaimRequest {
             claimant: self.claimant(ask),
             token: token(),
@@ -46,25 +54,24 @@ impl Journey {
                     self.gate.close_for_the_ledger(&error);
                     tokio::select! {
                         () = self.gate.free_of(Reason::Ledger) => {}
-                        _ = self.interrupted(ask) => return Err(error),
+                        verdict = self.interrupted(ask) => return Err(Stopped::Interrupted(verdict)),
                     }
                 }
-                answer => return answer,
+                answer => return answer.map_err(Stopped::Ledger),
             }
         }
     }
 
-    /// Makes the result durable, however long the ledger takes, past the session and past any hold:
+    /// Makes the result durable, with what a job that is not at its end waits for, in a word; however long the ledger takes, past the session and past any hold:
     /// giving up here would lose it.
     pub(super) async fn settle(
         &self,
         ask: &Ask,
         lease: Lease,
         attempt: Attempt,
-        next: Next,
+        (next, why): (Next, &'static str),
     ) -> Step {
         let counted = !matches!(attempt, Attempt::GivenBack);
-        let why = waits_for(&attempt);
         let request = SettleRequest {
             key: ask.key.clone(),
             lease,
@@ -119,15 +126,5 @@ impl Journey {
                 }
             }
         }
-    }
-}
-
-/// What a job waits for after such an attempt, in a word for the log.
-const fn waits_for(attempt: &Attempt) -> &'static str {
-    match attempt {
-        Attempt::GivenBack => "not_sent",
-        Attempt::Counted => "creem_unreachable",
-        Attempt::Free => "throttled",
-        Attempt::Ambiguous { .. } => "outcome_unknown",
     }
 }

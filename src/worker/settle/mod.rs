@@ -120,7 +120,7 @@ impl Settler {
             Verdict::Panicked => self.park_panicked(case).await,
             Verdict::Fatal(error) => {
                 tracing::error!(job.key = %key, %error, "the job is left to whoever serves next");
-                summary("ledger_damaged", None, 0, Left::ComesAgain)
+                summary("ledger_stopped", None, 0, Left::ComesAgain)
             }
         }
     }
