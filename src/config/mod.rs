@@ -20,12 +20,15 @@ use environment::from_environment;
 use keys::{KEYS, nearest};
 pub use keys::{is_ours, known_keys};
 pub use problem::Problem;
-use secrets::read_secrets;
+use secrets::{read_secrets, read_small_file};
 pub use sections::Settings;
 use table::{get, leaves, merge, remove, set};
 
 /// The documented defaults.
 pub const DEFAULTS: &str = include_str!("../../config/default.toml");
+
+/// Largest file of settings.
+const MAX_FILE: u64 = 1024 * 1024;
 
 /// Reads the settings.
 ///
@@ -94,7 +97,7 @@ fn read_all(mut table: Table, problems: &mut Vec<Problem>) -> Option<Settings> {
 
 fn read_file(path: &Path) -> Result<Table, Problem> {
     let shown = path.display();
-    let text = std::fs::read_to_string(path).map_err(|error| {
+    let text = read_small_file(path, MAX_FILE).map_err(|error| {
         Problem::new(
             format!("{shown} cannot be read: {error}"),
             "check the path given with --config",

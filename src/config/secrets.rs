@@ -32,7 +32,10 @@ pub(super) fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
             ));
             continue;
         }
-        match read_secret_file(Path::new(&path)) {
+        let filled = |text: String| {
+            if text.trim().is_empty() { Err("it is empty".to_owned()) } else { Ok(text) }
+        };
+        match read_small_file(Path::new(&path), MAX_SECRET).and_then(filled) {
             Ok(text) => {
                 // Editors and `kubectl create secret` leave a newline that no secret ends with.
                 let secret = text.strip_suffix('\n').unwrap_or(&text);
@@ -55,7 +58,8 @@ pub(super) fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
 
 /// A path as it may be shown: somebody may have given the secret itself in its place.
 pub(super) fn shown(path: &str) -> String {
-    if path.starts_with("creem_") || path.contains("://") {
+    let secret = |part: &str| path.contains(part);
+    if path.starts_with("creem_") || ["://", "-----", "\n"].into_iter().any(secret) {
         "its value, which looks like the secret itself and not like a path,".to_owned()
     } else {
         crate::job::printable(path, 200)
@@ -63,17 +67,16 @@ pub(super) fn shown(path: &str) -> String {
 }
 
 /// Largest file that may hold a secret.
-pub(super) const MAX_SECRET: u64 = 64 * 1024;
+const MAX_SECRET: u64 = 64 * 1024;
 
-/// Reads a regular, small, non-empty text file; a pipe would wait for ever.
-pub(super) fn read_secret_file(path: &Path) -> Result<String, String> {
+/// Reads a regular text file of at most `most` bytes; a pipe would wait for ever.
+pub(super) fn read_small_file(path: &Path, most: u64) -> Result<String, String> {
     let file = path.metadata().map_err(|error| error.to_string())?;
     if !file.is_file() {
         return Err("it is not a regular file".to_owned());
     }
-    if file.len() > MAX_SECRET {
-        return Err(format!("it is larger than {MAX_SECRET} bytes"));
+    if file.len() > most {
+        return Err(format!("it is larger than {most} bytes"));
     }
-    let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
-    if text.trim().is_empty() { Err("it is empty".to_owned()) } else { Ok(text) }
+    std::fs::read_to_string(path).map_err(|error| error.to_string())
 }

@@ -201,9 +201,18 @@ impl Session {
     /// another ledger are kept out no longer.
     pub async fn guard_lost(&self) -> LinkError {
         let Some(kept) = &self.guard else { return std::future::pending().await };
-        // Nobody publishes there; whatever comes all the same is no end.
-        while let Some(Ok(_)) = kept.consumer.lock().await.next().await {}
-        LinkError::Broken("the queue that keeps other ledgers' workers out is gone".to_owned())
+        loop {
+            match kept.consumer.lock().await.next().await {
+                // Nobody publishes there; whatever comes all the same is no end.
+                Some(Ok(_)) => {}
+                // Its connection's or its channel's end, which has a reason of its own.
+                Some(Err(error)) => return error.into(),
+                None => {
+                    let text = "the queue that keeps other ledgers' workers out is gone";
+                    return LinkError::Broken(text.to_owned());
+                }
+            }
+        }
     }
 
     /// Says goodbye to the broker, which then gives every unacked delivery to somebody else.

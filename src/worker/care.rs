@@ -19,7 +19,8 @@ pub(super) const CLEAN_SESSION: Duration = Duration::from_secs(5);
 pub(super) const CAREFUL_PAUSE: Duration = Duration::from_millis(250);
 /// Sessions in a row that must be short before care is taken, where nothing says why.
 const SHORT: u32 = 3;
-/// Careful sessions that break, after which the reason must be another: twice the delivery limit.
+/// Careful sessions that break for no known reason, after which it must be another than a message: twice the
+/// delivery limit.
 const MOST_ROUNDS: u32 = 2 * DELIVERY_LIMIT;
 
 /// Whether care is taken, and with which lane.
@@ -51,10 +52,12 @@ impl Care {
         } else if lasted >= LONG_SESSION {
             *self = Self::default();
         } else if !matches!(ended, LinkError::Denied(_)) {
-            self.garbled |= matches!(ended, LinkError::Garbled(_));
+            let garbled = matches!(ended, LinkError::Garbled(_));
+            self.garbled |= garbled;
             self.short += 1;
             self.clean = 0;
-            self.rounds += u32::from(careful);
+            // While messages are known to be the reason, each round takes one nearer to its limit.
+            self.rounds = if garbled { 0 } else { self.rounds + u32::from(careful) };
             if self.rounds >= MOST_ROUNDS {
                 *self = Self::default();
             }
@@ -87,6 +90,15 @@ mod tests {
         assert_eq!(care.lane(2), Some(0));
         care.note(&broken(), CLEAN_SESSION, 2);
         assert_eq!(care.lane(2), None);
+    }
+
+    #[test]
+    fn many_messages_that_cannot_be_read_are_taken_one_at_a_time_to_the_last() {
+        let mut care = Care::default();
+        for _ in 0..50 * DELIVERY_LIMIT {
+            care.note(&LinkError::Garbled("utf-8".to_owned()), AT_ONCE, 2);
+            assert_eq!(care.lane(2), Some(0));
+        }
     }
 
     #[test]

@@ -14,6 +14,9 @@ use crate::observe::metrics;
 
 /// From here on clocks differ: AMQP timestamps are in whole seconds, and nobody's clock is perfect.
 const NOTABLE: Millis = 5_000;
+/// No clock is wrong by so much that the rest of the system works: a producer has invented that time, or
+/// counts in other units.
+const ABSURD: Millis = 24 * 3_600_000;
 /// How often what was seen is told.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// How often it is said in the log.
@@ -33,7 +36,7 @@ impl Skew {
     /// Takes note of a job's timestamp.
     pub(super) fn note(&self, published_at: Option<Millis>, now: Millis) {
         let Some(ahead) = published_at.map(|at| at.saturating_sub(now)) else { return };
-        if ahead >= NOTABLE {
+        if (NOTABLE..ABSURD).contains(&ahead) {
             let mut seen = self.seen();
             seen.most = seen.most.max(ahead);
         }

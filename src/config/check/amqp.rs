@@ -15,7 +15,7 @@ pub(super) fn check_amqp(settings: &Settings, problems: &mut Vec<Problem>) -> ra
     };
     if !(1..=300).contains(&options.heartbeat.as_secs()) {
         problems.push(Problem::new(
-            "`amqp.heartbeat` is out of bounds",
+            format!("`amqp.heartbeat` is {}", humantime::format_duration(options.heartbeat)),
             "give 1s to 300s; 10s to 15s are usual",
         ));
     }
@@ -78,7 +78,7 @@ pub(super) fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -
     };
     if !name(prefix, 64) || prefix.starts_with("amq.") {
         problems.push(Problem::new(
-            "`topology.prefix` is not usable",
+            format!("`topology.prefix` is {prefix:?}"),
             "give 1-64 letters, digits, dots, dashes or underscores, not beginning with amq.",
         ));
     }
@@ -89,7 +89,7 @@ pub(super) fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -
         || topology.denies_replies_to(&topology.replies_queue)
     {
         problems.push(Problem::new(
-            "`replies.queue` is not usable",
+            format!("`replies.queue` is {:?}", topology.replies_queue),
             "give a queue name that is none of the worker's own",
         ));
     }
@@ -98,9 +98,23 @@ pub(super) fn check_topology(settings: &Settings, problems: &mut Vec<Problem>) -
     let usable = name(exchange, 255) && !exchange.starts_with("amq.");
     if own || (!exchange.is_empty() && !usable) {
         problems.push(Problem::new(
-            "`replies.exchange` is not usable",
+            format!("`replies.exchange` is {exchange:?}"),
             "give an exchange name, or leave it empty for the default exchange",
         ));
     }
     topology
+}
+
+/// A pattern that no reply address can match would park every job that names one.
+pub(super) fn check_allowed(settings: &Settings, topology: &Topology, problems: &mut Vec<Problem>) {
+    for pattern in &settings.replies.allow {
+        let name =
+            pattern.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-:*/+=".contains(&byte));
+        if pattern.is_empty() || !name || topology.denies_replies_to(pattern) {
+            problems.push(Problem::new(
+                format!("`replies.allow` names {pattern:?}, which no reply may go to"),
+                "give queue names, with * for any text, that are none of the worker's own",
+            ));
+        }
+    }
 }

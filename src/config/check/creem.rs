@@ -127,7 +127,8 @@ fn base_url(settings: &Settings, mode: Option<Mode>, problems: &mut Vec<Problem>
         Mode::Test => "api.creem.io",
         Mode::Live => "test-api.creem.io",
     };
-    if url.host_str() == Some(other)
+    // A name may end in a dot, and means the same.
+    if url.host_str().map(|host| host.trim_end_matches('.')) == Some(other)
         && let Some(mode) = mode
     {
         let what = format!("the API key is of mode {mode}, but `creem.base_url` is {other}");

@@ -6,15 +6,16 @@ use crate::job::{Mode, Rules, success_url};
 
 pub(super) fn check_job(settings: &Settings, mode: Mode, problems: &mut Vec<Problem>) -> Rules {
     let job = &settings.job;
-    let mut bounded = |key: &str, value: i64, most: i64| {
-        if !(1..=most).contains(&value) {
-            problems
-                .push(Problem::new(format!("`job.{key}` is {value}"), format!("give 1 to {most}")));
+    let mut bounded = |key: &str, value: i64, least: i64, most: i64| {
+        if !(least..=most).contains(&value) {
+            let fix = format!("give {least} to {most}");
+            problems.push(Problem::new(format!("`job.{key}` is {value}"), fix));
         }
-        value.clamp(1, most)
+        value.clamp(least, most)
     };
-    let max_bytes = bounded("max_bytes", job.max_bytes, 1024 * 1024);
-    let max_units = bounded("max_units", job.max_units, i64::from(u32::MAX));
+    // The shortest useful job has less; below that every one would be refused.
+    let max_bytes = bounded("max_bytes", job.max_bytes, 256, 1024 * 1024);
+    let max_units = bounded("max_units", job.max_units, 1, i64::from(u32::MAX));
     for field in job.extra_fields.iter().filter(|field| !is_extra_field(field)) {
         problems.push(Problem::new(
             format!("`job.extra_fields` names {field:?}"),

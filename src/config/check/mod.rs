@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::Problem;
+use super::secrets::{read_small_file, shown};
 use super::sections::{self, Settings};
 use crate::job::{Mode, Rules};
 use crate::ledger::{OnUnknown, postgres};
@@ -21,9 +22,12 @@ use crate::rabbit::{self, Topology};
 use crate::retry::{Backoff, Policy};
 use crate::worker::LaneSize;
 use crate::worker::rules::{LaneRules, Rules as JourneyRules};
-use amqp::{check_amqp, check_topology};
+use amqp::{check_allowed, check_amqp, check_topology};
 use job::{check_hosts, check_job};
 use worker::{check_lanes, check_retry, check_times};
+
+/// Largest file of certificates: a whole system's are a quarter of a megabyte.
+const MAX_PEM: u64 = 4 * 1024 * 1024;
 
 /// Where the ledger is.
 #[derive(Debug, Clone)]
@@ -82,6 +86,7 @@ pub fn resolve(settings: &Settings) -> Result<Resolved, Vec<Problem>> {
         check_job(settings, creem.as_ref().map_or(Mode::Test, |creem| creem.mode), &mut problems);
     check_hosts("creem.checkout_hosts", &settings.creem.checkout_hosts, &mut problems);
     check_hosts("job.success_hosts", &settings.job.success_hosts, &mut problems);
+    check_allowed(settings, &topology, &mut problems);
     if let Err(why) = logging::check(&settings.log.level) {
         problems.push(Problem::new(
             format!("`log.level` (or RUST_LOG) is not usable: {why}"),
@@ -162,13 +167,14 @@ fn is_local(host: &str) -> bool {
         || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// Reads a file of certificates.
+/// Reads a file of certificates, or of a key.
 fn pem(key: &str, path: &Path, problems: &mut Vec<Problem>) -> Option<Vec<u8>> {
-    match std::fs::read(path) {
-        Ok(pem) => Some(pem),
+    match read_small_file(path, MAX_PEM) {
+        Ok(pem) => Some(pem.into_bytes()),
         Err(error) => {
-            let what = format!("`{key}`: {} cannot be read: {error}", path.display());
-            problems.push(Problem::new(what, "check the path"));
+            let path = shown(&path.to_string_lossy());
+            let what = format!("`{key}`: {path} cannot be read: {error}");
+            problems.push(Problem::new(what, "give the path of a PEM file"));
             None
         }
     }
@@ -241,6 +247,12 @@ mod tests {
                 "max_elapsed",
             ),
             (&[("CHECKOUT_WORKER__LANES__BULK__MAX_AGE", "0s")], "max_age"),
+            (&[("CHECKOUT_WORKER__LANES__BULK__MAX_AGE", "1ns")], "lanes.bulk.max_age"),
+            (&[("CHECKOUT_WORKER__LANES__BULK__MAX_ELAPSED", "1ns")], "lanes.bulk.max_elapsed"),
+            (&[("CHECKOUT_WORKER__JOB__MAX_BYTES", "1")], "job.max_bytes"),
+            (&[("CREEM_BASE_URL", "https://api.creem.io.")], "mode test"),
+            (&[("CHECKOUT_WORKER__REPLIES__ALLOW", "checkout.jobs")], "replies.allow"),
+            (&[("CHECKOUT_WORKER__REPLIES__ALLOW", "a b,[\"c\"]")], "replies.allow"),
             (&[("AMQP_URL", "amqp://u:12#pw@host/")], "%23"),
             (&[("CHECKOUT_WORKER__LANES__BULK__CONCURRENCY", "0")], "lanes.bulk.concurrency"),
             (&[("CHECKOUT_WORKER__LANES__INTERACTIVE__CONCURRENCY", "2001")], "1 to 2000"),
@@ -260,6 +272,19 @@ mod tests {
             (&[("CHECKOUT_WORKER__AMQP__HEARTBEAT", "0s")], "amqp.heartbeat"),
         ] {
             assert_refused(pairs, expected);
+        }
+    }
+
+    #[test]
+    fn a_key_in_the_place_of_its_path_is_not_shown() {
+        for (name, value) in [
+            ("CHECKOUT_WORKER__AMQP__CLIENT_KEY_FILE", "-----BEGIN PRIVATE KEY-----\nMIICANARY"),
+            ("CHECKOUT_WORKER__LEDGER__CA_FILE", "creem_test_CANARY"),
+            ("CHECKOUT_WORKER__CREEM__CA_FILE", "MIICANARY\nMIICANARY\n"),
+        ] {
+            let pairs = [("LEDGER_URL", "postgres://h/d"), (name, value)];
+            let text = with(&pairs).unwrap_err();
+            assert!(!text.contains("CANARY") && text.contains("looks like"), "{text}");
         }
     }
 
@@ -294,7 +319,8 @@ mod tests {
     #[test]
     fn a_broker_url_says_what_it_means() {
         for (pairs, expected) in [
-            (&[("CHECKOUT_WORKER__AMQP__CA_FILE", "/dev/null")], "holds no PEM"),
+            (&[("CHECKOUT_WORKER__AMQP__CA_FILE", "/dev/null")], "not a regular file"),
+            (&[("CHECKOUT_WORKER__AMQP__CA_FILE", "Cargo.toml")], "holds no PEM"),
             (&[("CHECKOUT_WORKER__AMQP__CLIENT_KEY_FILE", "/nothing")], "belong together"),
             (&[("AMQP_URL", "amqp://u:p@host,,/")], "a host is missing"),
             (&[("AMQP_URL", "amqp:///")], "a host is missing"),

@@ -91,16 +91,19 @@ pub(super) fn check_lanes(settings: &Settings, problems: &mut Vec<Problem>) -> V
                 format!("give 1 to {MAX_PREFETCH}, which is the most that a quorum queue lets out unacked"),
             )),
         }
-        if section.max_age.is_some_and(|age| age.0.is_zero()) {
+        // AMQP's timestamps are in whole seconds.
+        let least = Duration::from_secs(1);
+        if let Some(age) = section.max_age.filter(|age| age.0 < least) {
             problems.push(Problem::new(
-                format!("`lanes.{lane}.max_age` is zero"),
-                "leave it out, or every job with a timestamp expires",
+                format!("`lanes.{lane}.max_age` is {}", humantime::format_duration(age.0)),
+                "give 1s or more, or leave it out: every job with a timestamp would expire",
             ));
         }
-        if section.max_elapsed.0.is_zero() {
+        if section.max_elapsed.0 < least {
+            let elapsed = humantime::format_duration(section.max_elapsed.0);
             problems.push(Problem::new(
-                format!("`lanes.{lane}.max_elapsed` is zero"),
-                "give the time a job may be tried",
+                format!("`lanes.{lane}.max_elapsed` is {elapsed}"),
+                "give 1s or more: the time a job may be tried",
             ));
         }
     }
