@@ -8,8 +8,8 @@
 //!
 //! # The house
 //!
-//! Layers, lowest first; each knows only those above it in this list. `tests/it/architecture.rs`
-//! holds who may import whom, and which crate may be named where.
+//! Layers, lowest first; each knows only those above it in this list, but for [`cli`], whose sandbox is the
+//! double. `tests/it/architecture.rs` holds who may import whom, and which crate may be named where.
 //!
 //! | layer | modules |
 //! |---|---|
@@ -33,11 +33,13 @@
 //! * The embedded ledger has one writer; the shared one has no locks: each write compares the version
 //!   of the row that was read, and whoever loses reads again. Both give the machine a row and a clock.
 //! * A claim and its intent are one durable write: the permit to call is taken first, so a lease
-//!   never ages in a queue of ours. A job costs two commits, shared with whatever is ready.
+//!   waits for a call's time for a few seconds at most, which it has to spare. A job costs two commits, shared with whatever is ready.
 //! * The reply's bytes are made inside the transition that ends the job, so "the reply says what
 //!   the ledger says" is not something two places have to agree on.
-//! * There are two domain traits, [`ledger::Ledger`] and [`clock::Clock`]. Creem and RabbitMQ have
-//!   none: their doubles in tests are a real server and a real broker.
+//! * There are four domain traits. [`ledger::Ledger`] and, for what only a shared one has,
+//!   [`ledger::Budget`], because there are two back-ends; [`ledger::group::Store`], what an embedded one has to do
+//!   for a group of commands; and [`clock::Clock`]. Creem and RabbitMQ have none: their doubles in tests are a real
+//!   server and a real broker.
 
 // Words.
 pub mod clock;

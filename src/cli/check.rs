@@ -16,7 +16,7 @@ use crate::ledger::postgres::{self, ready::Ready};
 use crate::ledger::sqlite::inspect::Inspector;
 use crate::ledger::{CancelledCampaign, PausedLane};
 use crate::observe::admin::LIVEZ;
-use crate::rabbit::compare::Differences;
+use crate::rabbit::compare::{Differences, try_keeping_out};
 use crate::rabbit::{Topology, link};
 
 /// Check configuration and surroundings; works beside a running worker and changes nothing.
@@ -218,6 +218,13 @@ async fn broker(settings: &Resolved, publish: bool) -> Vec<(&'static str, Result
             Err(error) => (("topology", Err(error.to_string())), false),
         };
     found.push(topology);
+    if matches!(settings.ledger, Ledger::File(_)) {
+        match try_keeping_out(&connection, &settings.topology).await {
+            Ok(None) => {}
+            Ok(Some(why)) => found.push(("guard", Err(why))),
+            Err(error) => found.push(("guard", Err(error.to_string()))),
+        }
+    }
     if publish && nothing_wrong {
         found.push(("publishing", Ok("every exchange takes messages of this user".to_owned())));
     }

@@ -42,7 +42,7 @@ enum Command {
     Check(check::Arguments),
     /// Put jobs into a queue: one by flags, or many from NDJSON.
     Enqueue(Box<enqueue::Arguments>),
-    /// Make a file of jobs into a file of links, without any broker.
+    /// Make a file of jobs into a file of links, without a broker or by way of one.
     Bulk(Box<bulk::Arguments>),
     /// Tell what the ledger knows of one `request_id`.
     Show(show::Arguments),

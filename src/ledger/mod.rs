@@ -9,6 +9,7 @@
 //!                    ▲  │ │ ├─refused, and no attempt ambiguous──▶ rejected ┐
 //!                    │  │ │ ├─budget spent, none ambiguous───────▶ failed   ├─ sent again:
 //!   not_before over, │  │ │ ├─deadline passed, none ambiguous────▶ expired  ┘  claimed afresh
+//!                    │  │ │ ├─campaign cancelled, none ambiguous─▶ cancelled ─ as those
 //!   or lease dead    │  │ │ └─any of these after an ambiguous one▶ unresolved ─ `retry`: same body
 //!   (ambiguous + 1)  │  ▼ │                                          only; `park`: an operator
 //!                    └ waiting   (an unknown answer: ambiguous + 1; throttled or not sent: + 0)

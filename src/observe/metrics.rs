@@ -47,11 +47,11 @@ fn describe() {
     describe_gauge!("checkout_worker_paused", "1 while intake is paused for the reason");
     describe_counter!(
         "checkout_worker_creem_requests_total",
-        "Calls to create a checkout, by what their answers mean"
+        "Calls to Creem, by what their answers mean: to create a checkout, and for a link that did not come with it"
     );
     describe_histogram!(
         "checkout_worker_creem_request_duration_seconds",
-        "Calls to create a checkout, whole exchanges"
+        "Calls to Creem, whole exchanges: to create a checkout, and for a link that did not come with it"
     );
     describe_counter!("checkout_worker_retries_total", "Tries that are made again, by reason");
     describe_counter!(

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use lapin::options::{
     BasicConsumeOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions,
-    QueueDeclareOptions,
+    QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::protocol::AMQPSoftError;
 use lapin::types::{AMQPValue, FieldTable};
@@ -183,6 +183,49 @@ async fn try_binding(
         }
     }
     Ok(())
+}
+
+/// Declares the queue by which a worker with an embedded ledger keeps others out, if nobody else has it; it is gone
+/// with the connection. Says what is wrong, if this user may not.
+///
+/// # Errors
+/// If the broker cannot be asked.
+pub async fn try_keeping_out(
+    connection: &Connection,
+    topology: &Topology,
+) -> Result<Option<String>, LinkError> {
+    let guard = topology.guard();
+    let channel = connection.create_channel().await?;
+    let options = QueueDeclareOptions {
+        passive: false,
+        durable: false,
+        exclusive: true,
+        auto_delete: true,
+        nowait: false,
+    };
+    match channel.queue_declare(short(&guard)?, options, FieldTable::default()).await {
+        Ok(_) => {
+            let delete = QueueDeleteOptions::default();
+            channel.queue_delete(short(&guard)?, delete).await?;
+            Ok(None)
+        }
+        Err(error) => match refusal(&error) {
+            None => Err(error.into()),
+            Some(AMQPSoftError::ACCESSREFUSED) => {
+                Ok(Some(format!("{error}; {}", may_keep_out(&guard))))
+            }
+            // Workers have it.
+            Some(_) => Ok(None),
+        },
+    }
+}
+
+/// What to do where the broker forbids it.
+pub(super) fn may_keep_out(guard: &str) -> String {
+    let guard = guard.replace('.', "\\.");
+    format!(
+        "a worker with an embedded ledger keeps others out by a queue of its own: give this user configure and read on ^{guard}$, or give it a postgres:// ledger"
+    )
 }
 
 fn random() -> u64 {

@@ -15,6 +15,7 @@ use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, Consumer};
 use tokio_util::sync::CancellationToken;
 
+use super::compare::may_keep_out;
 use super::link::{self, LinkError, Options, refusal, short};
 use super::topology::{Topology, durable, shared_guard};
 use crate::job::Lane;
@@ -90,7 +91,7 @@ impl Delivery {
 pub enum OpenError {
     /// Others serve these queues, and either they or this worker have an embedded ledger.
     #[error(
-        "other workers serve these queues (their queue {0} exists), and they or this one have a ledger of their own: two ledgers would make two links for one request_id. Waiting until they are gone; several workers share a postgres:// ledger"
+        "other workers serve these queues (their queue {0} exists), and they or this one have a ledger of their own: two ledgers would make two links for one request_id. Waiting until they are gone (a shared ledger's, and a minute more); several workers share a postgres:// ledger"
     )]
     Guarded(String),
     /// Somebody consumes a queue that only this worker may serve.
@@ -274,6 +275,9 @@ async fn guard(
                 Some(_) if *guard == Guard::Nothing => Ok(Ok(None)),
                 Some(AMQPSoftError::PRECONDITIONFAILED) => {
                     Ok(Err(OpenError::OtherLedger(name.clone())))
+                }
+                Some(AMQPSoftError::ACCESSREFUSED) if *guard == Guard::Alone => {
+                    Err(LinkError::Denied(format!("{error}; {}", may_keep_out(&name))))
                 }
                 Some(_) | None => Err(error.into()),
             },

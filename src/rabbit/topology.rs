@@ -108,8 +108,8 @@ impl Topology {
         format!("{lane}.{delay}")
     }
 
-    /// The exclusive queue that says that a worker with an embedded ledger serves these queues.
-    /// One for all lanes: two workers with two ledgers could give one id a link in each lane.
+    /// The queue that says who serves these queues: exclusive while a worker with an embedded ledger does,
+    /// durable and marked with their ledger while workers of a shared one do. One for all lanes: two workers with two ledgers could give one id a link in each lane.
     #[must_use]
     pub fn guard(&self) -> String {
         format!("{}.run", self.prefix)
@@ -338,20 +338,17 @@ mod tests {
     #[test]
     fn no_queue_can_drop_a_message_silently() {
         for queue in Topology::new("checkout", None, "").queues() {
-            let has = |name: &str| queue.arguments.contains_key(name);
-            assert!(
-                has("x-queue-type") && has("x-overflow") && has("x-delivery-limit"),
-                "{}",
-                queue.name
-            );
-            assert_eq!(
-                has("x-dead-letter-exchange"),
-                has("x-dead-letter-strategy"),
-                "{}",
-                queue.name
-            );
+            let is =
+                |name: &str, value: &str| queue.arguments.inner().get(name) == Some(&text(value));
+            assert!(is("x-queue-type", "quorum"), "{}", queue.name);
+            assert!(is("x-overflow", "reject-publish"), "{}", queue.name);
             let kept = ["checkout.dead", "checkout.replies"].contains(&queue.name.as_str());
-            assert_eq!(has("x-dead-letter-strategy"), !kept, "{}", queue.name);
+            let limit = if kept { NEVER } else { i64::from(DELIVERY_LIMIT) };
+            let given = queue.arguments.inner().get("x-delivery-limit");
+            assert_eq!(given, Some(&AMQPValue::LongLongInt(limit)), "{}", queue.name);
+            assert_eq!(is("x-dead-letter-strategy", "at-least-once"), !kept, "{}", queue.name);
+            let leads_on = queue.arguments.contains_key("x-dead-letter-exchange");
+            assert_eq!(leads_on, !kept, "{}", queue.name);
         }
     }
 }

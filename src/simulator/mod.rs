@@ -36,7 +36,7 @@ use script::{Fault, Kind, Script};
 /// How a simulator is set up.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
-    /// The only key that is accepted; any `creem_…` key without it.
+    /// The only key that is accepted; without it any `creem_…` key of the simulator's mode.
     pub api_key: Option<String>,
     /// Whether it plays the live host, which refuses test keys, instead of the test host.
     pub live: bool,

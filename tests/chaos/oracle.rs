@@ -100,6 +100,10 @@ impl Books {
             }
         }
         let faulty: usize = self.faults.values().sum();
+        if !calm && plan.faults > 0.0 && (faulty == 0 || sums.ambiguous == 0) {
+            sums.wrong
+                .push("no call met a fault, or none was ambiguous: nothing was tried".to_owned());
+        }
         println!("  seed {}: {} jobs in {:.1} s", plan.seed, plan.jobs, took.as_secs_f64());
         println!("  confirmed by the broker     {} (every {TWICE}th twice)", self.published);
         for (what, count) in &self.faults_of_ours {

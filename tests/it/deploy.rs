@@ -234,6 +234,12 @@ async fn a_user_with_the_least_rights_is_enough_for_the_worker() {
     assert!(!log.contains("refused for user 'checkout-worker'"), "{log}");
     drop(worker);
 
+    // An embedded ledger's worker keeps others out, for which it needs more.
+    let shared = world.settings.insert("LEDGER_URL".into(), "sqlite:none.db".into()).unwrap();
+    let (ready, said) = check(&world).await;
+    assert!(!ready && said.contains(r"configure and read on ^checkout\.run$"), "{said}");
+    world.settings.insert("LEDGER_URL".into(), shared);
+
     // Less is not enough, and `check` says so.
     for exchange in ["dlx", "reply", "retry"] {
         let others = ["dlx", "reply", "retry"].into_iter().filter(|other| *other != exchange);

@@ -390,7 +390,8 @@ async fn one_budget_holds_for_one_four_and_sixteen_workers() {
         let most = most_in_a_second(&calls);
         eprintln!("{count} workers: {} calls in 4 s, at most {most} in a second", calls.len());
         assert!(most <= 200, "{count} workers: {most} calls in a second");
-        assert!(!calls.is_empty());
+        // A quarter of what there was to be had: none was stuck behind another's block.
+        assert!(calls.len() >= 200, "{count} workers: {} calls", calls.len());
     }
 }
 

@@ -1,4 +1,4 @@
-//! `bulk`: a file of jobs into a file of links, without any broker.
+//! `bulk`: a file of jobs into a file of links, in this process or by way of the workers.
 
 mod dry_run;
 mod progress;
@@ -75,7 +75,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "COLUMN")]
     carry: Vec<String>,
     /// Only say what is wrong with the rows, each with its line and column.
-    #[arg(long, conflicts_with_all = ["out", "sandbox"])]
+    #[arg(long, conflicts_with = "sandbox")]
     dry_run: bool,
     /// Let workers make the links: send the rows to the bulk lane, and collect the replies. Needs the broker
     /// and no key.
@@ -134,7 +134,7 @@ fn campaign(text: &str) -> Result<String, String> {
 }
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
-    let Some(out) = &arguments.out else {
+    let Some(out) = arguments.out.as_deref().filter(|_| !arguments.dry_run) else {
         return dry_run::run(&resolved_without_key(file, None)?, arguments);
     };
     if same_file(&arguments.file, out) {
