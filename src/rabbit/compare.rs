@@ -203,21 +203,25 @@ pub async fn try_keeping_out(
         auto_delete: true,
         nowait: false,
     };
-    match channel.queue_declare(short(&guard)?, options, FieldTable::default()).await {
-        Ok(_) => {
-            let delete = QueueDeleteOptions::default();
-            channel.queue_delete(short(&guard)?, delete).await?;
-            Ok(None)
+    let judge = |error: lapin::Error| match refusal(&error) {
+        None => Err(error.into()),
+        Some(AMQPSoftError::ACCESSREFUSED) => {
+            Ok(Some(format!("{error}; {}", may_keep_out(&guard))))
         }
-        Err(error) => match refusal(&error) {
-            None => Err(error.into()),
-            Some(AMQPSoftError::ACCESSREFUSED) => {
-                Ok(Some(format!("{error}; {}", may_keep_out(&guard))))
-            }
-            // Workers have it.
-            Some(_) => Ok(None),
-        },
+        // Workers have it.
+        Some(_) => Ok(None),
+    };
+    let declared = channel.queue_declare(short(&guard)?, options, FieldTable::default()).await;
+    if let Err(error) = declared {
+        return judge(error);
     }
+    let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
+    let arguments = FieldTable::default();
+    if let Err(error) = channel.basic_consume(short(&guard)?, "".into(), options, arguments).await {
+        return judge(error);
+    }
+    channel.queue_delete(short(&guard)?, QueueDeleteOptions::default()).await?;
+    Ok(None)
 }
 
 /// What to do where the broker forbids it.

@@ -13,6 +13,7 @@ use lapin::options::{
 use lapin::protocol::AMQPSoftError;
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, Consumer};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::compare::may_keep_out;
@@ -34,6 +35,8 @@ pub struct Delivery {
     pub properties: BasicProperties,
     /// Whether the broker delivered it before.
     pub redelivered: bool,
+    /// When it came: the broker takes back what is held for too long.
+    pub arrived: Instant,
     /// Cancelled when the session that delivered it is over: it cannot be acked any more and
     /// will be delivered again. Cancelling it ends the session.
     pub session: CancellationToken,
@@ -295,7 +298,13 @@ async fn guard(
     let consumer = in_time(async {
         let options = BasicConsumeOptions { no_ack: true, ..BasicConsumeOptions::default() };
         let arguments = FieldTable::default();
-        Ok(channel.basic_consume(short(&name)?, short("")?, options, arguments).await?)
+        let consumed = channel.basic_consume(short(&name)?, short("")?, options, arguments).await;
+        consumed.map_err(|error| match refusal(&error) {
+            Some(AMQPSoftError::ACCESSREFUSED) => {
+                LinkError::Denied(format!("{error}; {}", may_keep_out(&name)))
+            }
+            Some(_) | None => error.into(),
+        })
     });
     let consumer = tokio::sync::Mutex::new(consumer.await?);
     Ok(Some(Kept { _channel: channel, consumer }))
@@ -369,6 +378,7 @@ impl Deliveries {
             body: std::mem::take(&mut raw.data).into(),
             properties: std::mem::take(&mut raw.properties),
             redelivered: raw.redelivered,
+            arrived: Instant::now(),
             session: self.over.clone(),
             raw,
             _channel: self.channel.clone(),
@@ -377,34 +387,41 @@ impl Deliveries {
 
     /// Stops the flow of deliveries and gives back what was not begun: `waiting`, and what comes
     /// before the flow ends. In this order, or the broker would hand it out to us again.
-    pub async fn cancel(mut self, waiting: impl IntoIterator<Item = Delivery>) {
-        if !self.stop().await {
-            return;
-        }
+    ///
+    /// # Errors
+    /// If the broker does not end the consumer: then only the session's end gives anything back.
+    pub async fn cancel(
+        mut self,
+        waiting: impl IntoIterator<Item = Delivery>,
+    ) -> Result<(), LinkError> {
+        self.stop().await?;
         for delivery in waiting {
             delivery.give_back().await;
         }
         while let Some(delivery) = self.rest().await {
             delivery.give_back().await;
         }
+        Ok(())
     }
 
     /// Stops the flow of deliveries; what still came before it ended.
-    pub async fn end(mut self) -> Vec<Delivery> {
+    ///
+    /// # Errors
+    /// If the broker does not end the consumer: deliveries may come to it that nobody takes, until the
+    /// session's end.
+    pub async fn end(mut self) -> Result<Vec<Delivery>, LinkError> {
+        self.stop().await?;
         let mut rest = Vec::new();
-        if self.stop().await {
-            while let Some(delivery) = self.rest().await {
-                rest.push(delivery);
-            }
+        while let Some(delivery) = self.rest().await {
+            rest.push(delivery);
         }
-        rest
+        Ok(rest)
     }
 
-    /// Whether the broker has ended the consumer. If not, the channel or the connection is broken.
-    async fn stop(&self) -> bool {
+    async fn stop(&self) -> Result<(), LinkError> {
         let tag = self.consumer.tag();
-        let cancelled = self.channel.basic_cancel(tag, BasicCancelOptions { nowait: false });
-        matches!(tokio::time::timeout(ANSWER, cancelled).await, Ok(Ok(())))
+        let cancel = self.channel.basic_cancel(tag, BasicCancelOptions { nowait: false });
+        in_time(async { Ok(cancel.await?) }).await
     }
 
     /// What is buffered still comes, then the stream ends.

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
-use tokio::time::Instant;
 
 use super::ask::{Ask, LONGEST_HOLD};
 use crate::clock::Millis;
@@ -83,7 +82,7 @@ impl Intake {
                     || envelope.hop.is_some_and(|hop| hop.redelivered),
                 elsewhere: envelope.foreign_hop,
                 session: delivery.session.clone(),
-                hold_until: Instant::now() + LONGEST_HOLD,
+                hold_until: delivery.arrived + LONGEST_HOLD,
                 permits: permits.clone(),
             })
         });

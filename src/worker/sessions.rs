@@ -173,6 +173,7 @@ impl Shared {
                     self.gate.open(Reason::Broker);
                 }
                 Subscribed::Not(error) => {
+                    served.retain(|one| *one != lane.as_str());
                     tracing::warn!(
                         job.lane = lane.as_str(),
                         error,
@@ -284,6 +285,9 @@ impl LaneLoop {
     async fn run(self, subscribed: mpsc::Sender<(Lane, Subscribed)>) -> Option<LinkError> {
         let orders = &self.shared.worker.engine.journey.orders;
         let mut waiting = VecDeque::new();
+        let mut renewed = None;
+        // What the first consumer is redelivered was taken by another worker; later, it may have been by this one.
+        let mut fresh = self.fresh;
         loop {
             if orders.is_paused(self.lane) {
                 give_back(std::mem::take(&mut waiting)).await;
@@ -296,42 +300,80 @@ impl LaneLoop {
                     () = self.shared.stop.cancelled() => return None,
                 }
             }
-            let mut intake = match self.subscribe(&subscribed).await {
-                Ok(Some(deliveries)) => deliveries,
-                Ok(None) => return None,
-                Err(error) => return Some(error),
+            let mut intake = match renewed.take() {
+                Some(deliveries) => deliveries,
+                None => match self.subscribe(&subscribed).await {
+                    Ok(Some(deliveries)) => deliveries,
+                    Ok(None) => return None,
+                    Err(error) => return Some(error),
+                },
             };
-            match self.take(&mut intake, &mut waiting).await {
+            match self.take(&mut intake, &mut waiting, fresh).await {
                 Taken::Over(reason) => return reason,
-                Taken::Enough => intake.cancel(waiting.drain(..)).await,
-                Taken::Anew => match self.begin_anew(intake).await {
-                    Some(came) => waiting = came,
-                    None => return None,
+                Taken::Enough => match intake.cancel(waiting.drain(..)).await {
+                    Ok(()) => {}
+                    Err(_) if self.shared.stop.is_cancelled() => return None,
+                    Err(error) => return Some(error),
+                },
+                Taken::Anew => match self.begin_anew(intake, fresh).await {
+                    Ok(Some((deliveries, came))) => {
+                        renewed = Some(deliveries);
+                        waiting = came;
+                    }
+                    Ok(None) => return None,
+                    Err(error) => return Some(error),
                 },
             }
+            fresh = false;
             if self.shared.stop.is_cancelled() {
                 give_back(waiting).await;
+                if let Some(deliveries) = renewed {
+                    drop(deliveries.cancel([]).await);
+                }
                 return None;
             }
         }
     }
 
-    /// Ends a consumer, so that the lane can be consumed anew; what came before its end, or `None` if that ends the
-    /// session.
-    async fn begin_anew(&self, intake: Deliveries) -> Option<VecDeque<Delivery>> {
+    /// Puts another consumer in the place of one, which is ended when the other is there: a lane that is served is
+    /// seen to be, by workers that ask. With it what came before that end; `None` ends the session.
+    async fn begin_anew(
+        &self,
+        before: Deliveries,
+        fresh: bool,
+    ) -> Result<Option<(Deliveries, VecDeque<Delivery>)>, LinkError> {
         tracing::debug!(job.lane = self.lane.as_str(), "consuming the lane anew");
+        let topology = &self.shared.worker.plan.topology;
+        let deliveries = match self.session.consume(topology, self.lane, self.prefetch).await {
+            Ok(deliveries) => deliveries,
+            // A right was taken away, and as long as the old one is let be, it serves.
+            Err(LinkError::Denied(error)) => {
+                tracing::warn!(
+                    job.lane = self.lane.as_str(),
+                    error,
+                    "this lane could not be consumed anew"
+                );
+                return Ok(Some((before, VecDeque::new())));
+            }
+            Err(error) => return Err(error),
+        };
         let mut came = VecDeque::new();
-        for delivery in intake.end().await {
-            if !self.shared.may_serve(&delivery, self.fresh).await {
-                return None;
+        for delivery in before.end().await? {
+            if !self.shared.may_serve(&delivery, fresh).await {
+                return Ok(None);
             }
             came.push_back(delivery);
         }
-        Some(came)
+        Ok(Some((deliveries, came)))
     }
 
     /// Takes deliveries and has each brought to its end, as the lane's permits allow.
-    async fn take(&self, intake: &mut Deliveries, waiting: &mut VecDeque<Delivery>) -> Taken {
+    async fn take(
+        &self,
+        intake: &mut Deliveries,
+        waiting: &mut VecDeque<Delivery>,
+        fresh: bool,
+    ) -> Taken {
         let mut permit: Option<OwnedSemaphorePermit> = None;
         let began = Instant::now();
         let quiet = self.heartbeat * QUIET_HEARTBEATS;
@@ -349,7 +391,7 @@ impl LaneLoop {
                 // Read even while the lane is full, or a broken session would go unnoticed. What
                 // waits here is bounded by the prefetch.
                 delivery = intake.next() => match delivery {
-                    Ok(delivery) if self.shared.may_serve(&delivery, self.fresh).await => {
+                    Ok(delivery) if self.shared.may_serve(&delivery, fresh).await => {
                         heard = Instant::now();
                         waiting.push_back(delivery);
                     }

@@ -21,12 +21,14 @@ const PAUSE: Duration = Duration::from_mins(1);
 /// Between two tries, however often it has failed: each reads the whole table.
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
-/// Of the table: whether it has parts, a usable index, an unfinished one, and whether one is being made.
+/// Of the table: whether it has parts, a usable index, an unfinished one, and whether one is being made (of which
+/// table is not for another role to see).
 const FOUND: &str = "
     SELECT t.relkind = 'p',
            coalesce(bool_or(i.indisvalid), false),
            coalesce(bool_or(NOT i.indisvalid), false),
-           EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.relid = t.oid)
+           EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.datname = current_database()
+                   AND (p.relid = t.oid OR p.relid IS NULL))
     FROM pg_class AS t
     JOIN pg_attribute AS a ON a.attrelid = t.oid AND a.attname = 'campaign'
     LEFT JOIN pg_index AS i ON i.indrelid = t.oid AND i.indkey[0] = a.attnum
@@ -64,6 +66,14 @@ pub(super) async fn keep(pool: Pool) {
             Ok(Tried::Parted) => {
                 tracing::warn!(
                     "the ledger's table is in parts and has no index on campaign: the campaign commands read all of it. docs/scaling.md says how to make one"
+                );
+                return;
+            }
+            Err(error) if !error.is_passing() => {
+                tracing::warn!(
+                    %error,
+                    statement = MAKE_BESIDE,
+                    "the ledger's index on campaign cannot be made: until it is there, the campaign commands read the whole table. As the table's owner, run the statement"
                 );
                 return;
             }

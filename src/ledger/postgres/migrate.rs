@@ -9,6 +9,7 @@ use tokio_postgres::{Client, Error, Transaction};
 
 use super::connect::OpenError;
 use super::index;
+use crate::retry::backoff::chance;
 
 /// A step: its number, the least number that a program must know to work on what it leaves behind,
 /// and its SQL. Steps only add, so that replicas of the version before go on beside it; a step that
@@ -22,9 +23,10 @@ pub(super) const VERSION: i32 = STEPS[STEPS.len() - 1].0;
 /// Names the lock under which steps are applied: "crCW".
 const LOCK: i64 = 0x6372_4357;
 /// How long a step waits for a table that others hold. Whatever comes after it waits behind it, the
-/// workers of the version before included: less than their patience, and then a pause for them.
-const LET_OTHERS_WAIT: &str = "SET LOCAL lock_timeout = '1s'";
-/// The pause.
+/// workers of the version before included: less than their patience, and then a pause for them. And longer than
+/// `deadlock_timeout` (1 s), after which PostgreSQL ends an autovacuum that is in the way.
+const LET_OTHERS_WAIT: &str = "SET LOCAL lock_timeout = '3s'";
+/// The pause, and as much again at most, so that replicas do not stand in line one after another.
 const LET_OTHERS_WORK: Duration = Duration::from_secs(5);
 /// Longest time for all tries.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -39,10 +41,9 @@ pub(super) async fn migrate(client: &mut Client, secret: &[u8; 32]) -> Result<()
                     return Err(OpenError::Held);
                 }
                 tracing::warn!(
-                    again_in = %humantime::format_duration(LET_OTHERS_WORK),
                     "a long transaction holds the ledger's tables (a backup?), and this version adds columns to them; trying again"
                 );
-                tokio::time::sleep(LET_OTHERS_WORK).await;
+                tokio::time::sleep(LET_OTHERS_WORK.mul_f64(1.0 + chance())).await;
             }
             applied => applied?,
         }

@@ -37,6 +37,9 @@ use record::Stopped;
 /// which the job was tried.
 const ASIDE: Duration = Duration::from_secs(5);
 
+/// What a job waits for whose lane is paused.
+pub const LANE_PAUSED: &str = "lane_paused";
+
 /// What a job waits for whose next try lies ahead.
 const NOT_DUE: &str = "retry_not_due";
 
@@ -165,7 +168,7 @@ impl Journey {
             () = self.stop.cancelled() => Verdict::GiveBack,
             // Given back, it would go from worker to worker until each has heard of the pause, and every time
             // counts against it.
-            () = self.orders.paused(ask.lane) => Verdict::Delay { wait: ASIDE, why: "paused" },
+            () = self.orders.paused(ask.lane) => Verdict::Delay { wait: ASIDE, why: LANE_PAUSED },
             // A broker takes a delivery back that is held too long, and counts that against it.
             () = tokio::time::sleep_until(ask.hold_until) => {
                 Verdict::Delay { wait: ASIDE, why: "held_too_long" }
