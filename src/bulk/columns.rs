@@ -1,12 +1,14 @@
 //! What the columns of a table mean: fields of a job, or something that is only carried through.
 
-use crate::job::json::write_string;
+use crate::job::json::{Node, write_string};
 
 /// Fields that a column of that name holds, as text.
 const TEXTS: [&str; 5] =
     ["request_id", "product_id", "discount_code", "affiliate_code", "success_url"];
 /// Fields whose cells are written into the job as they are: numbers and JSON.
 const RAW: [&str; 4] = ["units", "custom_price", "custom_fields", "metadata"];
+/// What else the buyer's address is called; one that is only carried through would be missed.
+const EMAIL: [&str; 4] = ["email", "mail", "emailaddress", "mailaddress"];
 /// The members of `customer`.
 const CUSTOMER: [&str; 3] = ["customer.id", "customer.email", "customer.name"];
 /// What metadata columns begin with.
@@ -35,6 +37,9 @@ pub enum HeaderError {
         /// What it may be meant for.
         field: String,
     },
+    /// No such column.
+    #[error("there is no column `{0}` to be carried: look for a typo in --carry")]
+    NotThere(String),
     /// Twice the same field.
     #[error("two columns are called `{0}`: keep one")]
     Twice(String),
@@ -119,6 +124,11 @@ pub fn read_header(
     carry: &[String],
     extra_fields: &[String],
 ) -> Result<Vec<Column>, HeaderError> {
+    if let Some(missing) =
+        carry.iter().find(|carried| !names.iter().any(|name| name.trim() == carried.as_str()))
+    {
+        return Err(HeaderError::NotThere(missing.clone()));
+    }
     let mut columns = Vec::with_capacity(names.len());
     for name in names {
         let trimmed = name.trim();
@@ -176,7 +186,8 @@ fn column(name: &str, extra_fields: &[String]) -> Result<Column, HeaderError> {
         let most = if field.len() < 7 { 1 } else { TYPO };
         own == field || strsim::damerau_levenshtein(&own, &field) <= most
     });
-    let near = near.map(|field| (*field).to_owned());
+    let near = near.copied().or_else(|| EMAIL.contains(&own.as_str()).then_some("customer.email"));
+    let near = near.map(str::to_owned);
     let metadata = own.strip_prefix("metadata").filter(|key| !key.is_empty());
     let near = near.or_else(|| metadata.map(|_| "metadata.KEY".to_owned()));
     match near {
@@ -209,6 +220,7 @@ pub fn write_job(
         match column {
             Column::Text("request_id") | Column::Carried => {}
             Column::Text(field) => job.text(field, cell),
+            Column::Raw("metadata") => job.raw("metadata", &with_keys(cell, &defaults.metadata)),
             Column::Raw(field) => job.raw(field, cell),
             Column::Customer(member) => customer.text(member, cell),
             Column::Metadata(key) => metadata.text(key, cell),
@@ -238,6 +250,20 @@ pub fn write_job(
         }
     }
     job.finish().into_bytes()
+}
+
+/// An object with further keys, as far as it has none of that name; anything else as it is, for the rules to
+/// refuse.
+pub(super) fn with_keys(object: &str, more: &[(String, String)]) -> String {
+    let Ok(Node::Object(mut keys)) = Node::parse(object) else { return object.to_owned() };
+    for (key, value) in more {
+        if !keys.iter().any(|(known, _)| known == key) {
+            keys.push((key.clone(), Node::String(value.clone())));
+        }
+    }
+    let mut text = Vec::new();
+    Node::Object(keys).write_to(&mut text);
+    String::from_utf8(text).unwrap_or_else(|_| object.to_owned())
 }
 
 /// The id that a row has of its own.
@@ -325,7 +351,8 @@ mod tests {
 
     fn header(given: &[&str]) -> Result<Vec<Column>, HeaderError> {
         let defaults = Defaults { request_id_prefix: Some("c-".to_owned()), ..Defaults::default() };
-        read_header(&names(given), &defaults, &names(&["Units (old)"]), &names(&["seats"]))
+        let carry: &[&str] = if given.contains(&"Units (old)") { &["Units (old)"] } else { &[] };
+        read_header(&names(given), &defaults, &names(carry), &names(&["seats"]))
     }
 
     #[test]
@@ -364,6 +391,8 @@ mod tests {
             ("Units", "units"),
             ("unit", "units"),
             ("metadata", ""),
+            ("E-Mail", "customer.email"),
+            ("email", "customer.email"),
             ("metadata_source", "metadata.KEY"),
         ] {
             match header(&["product_id", given]) {
@@ -383,6 +412,8 @@ mod tests {
         );
         assert_eq!(header(&["product_id", "status"]), Err(HeaderError::Taken("status")));
         assert_eq!(header(&["Name", "Phone"]), Err(HeaderError::NoField));
+        let carried = read_header(&names(&["units"]), &Defaults::default(), &names(&["unit"]), &[]);
+        assert_eq!(carried, Err(HeaderError::NotThere("unit".to_owned())));
         let none = Defaults::default();
         let without = read_header(&names(&["product_id"]), &none, &[], &[]);
         assert_eq!(without, Err(HeaderError::NoRequestId));
@@ -392,6 +423,9 @@ mod tests {
     fn cells_win_over_defaults_and_an_empty_cell_is_no_value() {
         let given = ["request_id", "product_id", "units", "metadata.a", "customer.name"];
         let columns = header(&given).unwrap();
+        let more = [("a".to_owned(), "flag".to_owned()), ("b".to_owned(), "2".to_owned())];
+        assert_eq!(with_keys(r#"{"a":1.50}"#, &more), r#"{"a":1.50,"b":"2"}"#);
+        assert_eq!(with_keys("[1]", &more), "[1]");
         let defaults = Defaults {
             product_id: Some("prod_d".into()),
             discount_code: Some("AUTUMN".into()),

@@ -29,12 +29,30 @@ pub enum InputError {
     Empty,
     /// The first line cannot be used.
     #[error("line 1: {0}")]
-    Header(#[from] HeaderError),
+    Header(HeaderError),
+    /// The first line is in another encoding.
+    #[error("line 1 is not UTF-8: save the file as \"CSV UTF-8\"")]
+    NotUtf8,
+    /// Nothing says what is sold.
+    #[error("nothing names the product: add a column product_id, or give --product")]
+    NoProduct,
+    /// A row whose last cell goes on to the end of the file.
+    #[error(
+        "a quote (\") is left open in the row that begins on line {0}, so that all behind it is one cell: close it, or write it twice where it is meant"
+    )]
+    OpenQuote(u64),
     /// A row without end.
     #[error(
         "the row that begins on line {0} is larger than 1 MiB: is a quote (\") left open in it?"
     )]
     Endless(u64),
+}
+
+impl From<HeaderError> for InputError {
+    // Its words are in this one's; it is not a cause to be told as well.
+    fn from(error: HeaderError) -> Self {
+        Self::Header(error)
+    }
 }
 
 /// What kind of file it is.
@@ -84,6 +102,7 @@ pub type Job = Result<Box<CheckoutRequest>, Flaw>;
 pub struct Input {
     reader: csv::Reader<Bounded>,
     bound: Arc<AtomicU64>,
+    end: End,
     format: Format,
     names: Vec<String>,
     columns: Vec<Column>,
@@ -120,7 +139,9 @@ impl Input {
         let mut source =
             BufReader::with_capacity(LOOK_AT, Box::new(source) as Box<dyn Read + Send>);
         let format = recognise(&mut source)?;
-        let bounded = Bounded { source, read: 0, last: b'\n', bound: bound.clone() };
+        let end = End::of(format);
+        let bounded =
+            Bounded { source, read: 0, last: b'\n', bound: bound.clone(), end: end.tail() };
         let mut builder = csv::ReaderBuilder::new();
         builder.has_headers(false).flexible(true);
         match format {
@@ -131,6 +152,7 @@ impl Input {
         let mut input = Self {
             reader: builder.from_reader(bounded),
             bound,
+            end,
             format,
             names: Vec::new(),
             columns: Vec::new(),
@@ -141,14 +163,18 @@ impl Input {
         };
         if format != Format::Ndjson {
             let header = input.record()?.ok_or(InputError::Empty)?;
-            let names = header.iter().map(|name| String::from_utf8_lossy(name).into_owned());
-            input.names = names.collect();
+            let names = header.iter().map(|name| String::from_utf8(name.to_vec()));
+            input.names = names.collect::<Result<_, _>>().map_err(|_| InputError::NotUtf8)?;
             input.columns = columns::read_header(
                 &input.names,
                 &input.defaults,
                 &wishes.carry,
                 &input.rules.extra_fields,
             )?;
+            let names_it = input.columns.contains(&Column::Text("product_id"));
+            if !names_it && input.defaults.product_id.is_none() {
+                return Err(InputError::NoProduct);
+            }
         }
         Ok(input)
     }
@@ -245,7 +271,13 @@ impl Input {
         self.bound.store(at.byte().saturating_add(MAX_ROW), Ordering::Relaxed);
         let mut record = ByteRecord::new();
         match self.reader.read_byte_record(&mut record) {
-            Ok(true) => Ok(Some(record)),
+            Ok(true) => match self.end.seen(&record) {
+                Some(Seen::End) => Ok(None),
+                Some(Seen::InACell) => {
+                    Err(InputError::OpenQuote(at.line() + u64::from(self.is_crlf())))
+                }
+                None => Ok(Some(record)),
+            },
             Ok(false) => Ok(None),
             Err(error) => {
                 let csv::ErrorKind::Io(error) = error.into_kind() else {
@@ -268,11 +300,31 @@ impl Input {
             );
             return (None, Err(Flaw { column: None, code: "row_length", message }));
         }
+        if let Some(column) = self.swallows(record) {
+            let message = format!(
+                "the cell of column {column:?} goes on over lines that look like rows: is a quote (\") left open? If all of it is that cell's, take its line breaks out"
+            );
+            return (None, Err(Flaw { column: None, code: "row_swallows_rows", message }));
+        }
         let cells: Result<Vec<&str>, _> = record.iter().map(std::str::from_utf8).collect();
         let Ok(cells) = cells else { return (None, Err(not_utf8())) };
         let own = columns::own_id(&self.columns, &cells);
         let id = self.defaults.request_id(own, self.number);
         self.judge(&columns::write_job(&self.columns, &cells, &self.defaults, id.as_deref()))
+    }
+
+    /// The column with a cell in which there is a whole line that has as many cells as the header.
+    fn swallows(&self, record: &ByteRecord) -> Option<&str> {
+        let Format::Csv { delimiter, .. } = self.format else { return None };
+        // In a table of two columns, any sentence with one comma looks like a row.
+        let cells = Some(self.names.len()).filter(|cells| *cells > 2)?;
+        let is_row = |line: &[u8]| line.split(|byte| *byte == delimiter).count() == cells;
+        let swallows = |cell: &[u8]| {
+            let lines: Vec<&[u8]> = cell.split(|byte| *byte == b'\n').collect();
+            lines.len() > 2 && lines[1..lines.len() - 1].iter().any(|line| is_row(line))
+        };
+        let at = record.iter().position(|cell| cell.contains(&b'\n') && swallows(cell))?;
+        self.names.get(at).map(String::as_str)
     }
 
     fn read_line(&self, record: &ByteRecord) -> Judged {
@@ -408,7 +460,56 @@ fn delimiter(line: &[u8]) -> u8 {
     counts.iter().find(|(_, count)| *count == most).map_or(b',', |(byte, _)| *byte)
 }
 
-/// Gives no more than a row's bytes beyond where a row begins.
+/// A line of its own that is put behind a table: whatever swallows it has a quote left open.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct End {
+    line: Vec<u8>,
+    line_break: &'static str,
+}
+
+/// Where the end was met.
+enum Seen {
+    /// Behind the last row.
+    End,
+    /// In its last cell.
+    InACell,
+}
+
+impl End {
+    fn of(format: Format) -> Self {
+        let line = match format {
+            // Nobody can have written that number into a file.
+            Format::Csv { .. } => {
+                let mut number = [0; 16];
+                getrandom::fill(&mut number).unwrap_or_default();
+                format!("end-{:032x}", u128::from_le_bytes(number)).into_bytes()
+            }
+            Format::Ndjson => Vec::new(),
+        };
+        let crlf = matches!(format, Format::Csv { crlf: true, .. });
+        Self { line, line_break: if crlf { "\r\n" } else { "\n" } }
+    }
+
+    /// What comes behind the last byte of the file.
+    fn tail(&self) -> io::Cursor<Vec<u8>> {
+        if self.line.is_empty() {
+            return io::Cursor::default();
+        }
+        let line_break = self.line_break.as_bytes();
+        io::Cursor::new([line_break, &self.line, line_break].concat())
+    }
+
+    fn seen(&self, record: &ByteRecord) -> Option<Seen> {
+        let last = record.iter().next_back().filter(|_| !self.line.is_empty())?;
+        if record.len() == 1 && last == self.line {
+            return Some(Seen::End);
+        }
+        let cut = last.strip_suffix(self.line_break.as_bytes()).unwrap_or(last);
+        cut.ends_with(&self.line).then_some(Seen::InACell)
+    }
+}
+
+/// Gives no more than a row's bytes beyond where a row begins, and the end behind the last one.
 struct Bounded {
     source: BufReader<Box<dyn Read + Send>>,
     /// How many bytes were given, and the last of them.
@@ -416,6 +517,7 @@ struct Bounded {
     last: u8,
     /// How far may be read, beyond what the reader has in its own buffer.
     bound: Arc<AtomicU64>,
+    end: io::Cursor<Vec<u8>>,
 }
 
 impl Read for Bounded {
@@ -423,7 +525,10 @@ impl Read for Bounded {
         if self.read > self.bound.load(Ordering::Relaxed) {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
-        let count = self.source.read(buffer)?;
+        let mut count = self.source.read(buffer)?;
+        if count == 0 {
+            count = self.end.read(buffer)?;
+        }
         self.read += u64::try_from(count).unwrap_or(u64::MAX);
         self.last = buffer[..count].last().copied().unwrap_or(self.last);
         Ok(count)

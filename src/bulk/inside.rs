@@ -27,8 +27,8 @@ pub struct Inside {
     pub engine: Arc<Engine>,
     /// The campaign that all rows belong to.
     pub campaign: Option<String>,
-    /// When the run began: since then each row counts as picked up, so that the same row twice is one job,
-    /// and a campaign that is cancelled is so to its last row.
+    /// When the run began: then all rows count as published, so that a campaign that is cancelled is so to its
+    /// last row.
     pub began_at: Millis,
 }
 
@@ -44,8 +44,9 @@ impl Inside {
             lane: Lane::Bulk,
             campaign: self.campaign.clone(),
             deadline: None,
-            published_at: None,
-            picked_up_at: self.began_at,
+            published_at: Some(self.began_at),
+            // A row's time to be tried begins when its turn comes.
+            picked_up_at: journey.clock.now(),
             redelivered: false,
             elsewhere: false,
             // There is no delivery that could be lost.

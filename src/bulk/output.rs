@@ -3,7 +3,7 @@
 //! It grows beside its name, with `.part` behind it, and takes its place when it is whole. A run that was
 //! interrupted finds it there and goes on behind its last whole row.
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use csv::ByteRecord;
 
 use super::columns::RESULT;
 use super::input::{Format, Row};
-use super::table::{BOM, harmless};
+use super::table::{BOM, harmless, meant};
 use crate::job::Status;
 
 /// The id of each row, where the input does not show it as it is.
@@ -28,6 +28,12 @@ pub enum OutputError {
         "{0} is there and is no output for this input (its first line differs): give another --out, or remove it"
     )]
     Foreign(PathBuf),
+    /// A device, a pipe or a directory.
+    #[error("{0} is no regular file: give the name of a file as --out")]
+    NoFile(PathBuf),
+    /// Somebody writes it.
+    #[error("{0} is being written by another run: wait for it, or give another --out")]
+    InUse(PathBuf),
     /// Its rows may be of another product, or of a sandbox.
     #[error(
         "{0} was begun by another command (another key, ledger, or other flags): finish that one, or remove the file and its .run"
@@ -124,6 +130,24 @@ impl Shape {
         })
     }
 
+    fn first_link(&self, lines: &mut csv::Reader<File>) -> Option<EarlierLink> {
+        let id_at = self.header.iter().rposition(|name| name == REQUEST_ID.as_bytes())?;
+        let text = |line: &ByteRecord, at: usize| {
+            let cell = std::str::from_utf8(line.get(at)?).ok()?;
+            Some(meant(cell).to_owned()).filter(|text| !text.is_empty())
+        };
+        while let Some(line) = next_line(lines) {
+            let status = text(&line, self.own).as_deref().and_then(Status::parse);
+            if status == Some(Status::Succeeded)
+                && let (Some(request_id), Some(checkout_id)) =
+                    (text(&line, id_at), text(&line, self.own + 1))
+            {
+                return Some(EarlierLink { request_id, checkout_id });
+            }
+        }
+        None
+    }
+
     /// Whether a file holds no more than the beginning of what every output begins with.
     fn begins_like(&self, path: &Path) -> bool {
         let mut start = if self.bom_len() > 0 { BOM.to_vec() } else { Vec::new() };
@@ -162,12 +186,21 @@ impl Shape {
                 return Ok(None);
             }
         }
+        let begins = file.stream_position()?;
         let mut builder = csv::ReaderBuilder::new();
         builder.has_headers(false).flexible(true).delimiter(self.delimiter());
-        let mut reader = builder.from_reader(file);
+        // A file of something else may be one line of gigabytes.
+        let cells: usize = self.header.iter().map(|name| 2 * name.len() + 8).sum();
+        let mut first = builder.from_reader((&file).take(cells as u64 + 2));
         let mut header = ByteRecord::new();
-        let read = reader.read_byte_record(&mut header).map_err(io::Error::other)?;
-        Ok((read && header == self.header).then_some(reader))
+        let read = first.read_byte_record(&mut header).map_err(io::Error::other)?;
+        if !read || header != self.header {
+            return Ok(None);
+        }
+        file.seek(SeekFrom::Start(begins))?;
+        let mut reader = builder.from_reader(file);
+        reader.read_byte_record(&mut header).map_err(io::Error::other)?;
+        Ok(Some(reader))
     }
 }
 
@@ -189,6 +222,16 @@ pub struct Earlier {
     /// What the run is made with: see [`Earlier::look`].
     run: String,
     path: PathBuf,
+    link: Option<EarlierLink>,
+}
+
+/// A link in an output of a run that came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EarlierLink {
+    /// Its row's id.
+    pub request_id: String,
+    /// Creem's id of the session.
+    pub checkout_id: String,
 }
 
 /// What is known of a row.
@@ -223,7 +266,7 @@ impl Earlier {
     pub fn look(path: &Path, shape: Shape, run: String) -> Result<Self, OutputError> {
         let part_path = part_of(path);
         // Something else is not written over.
-        drop(read(&shape, path)?);
+        let link = read(&shape, path)?.and_then(|mut whole| shape.first_link(&mut whole));
         let part = match read(&shape, &part_path) {
             // One whose first line was cut off is as good as none.
             Err(OutputError::Foreign(_)) if shape.begins_like(&part_path) => None,
@@ -243,7 +286,13 @@ impl Earlier {
                 (good <= whole).then_some(Part { reader, good, whole, holds: true })
             }
         };
-        Ok(Self { shape, part, run, path: path.to_owned() })
+        Ok(Self { shape, part, run, path: path.to_owned(), link })
+    }
+
+    /// The first link that the run before has left: whoever makes the same links again knows it.
+    #[must_use]
+    pub fn link(&self) -> Option<&EarlierLink> {
+        self.link.as_ref()
     }
 
     /// Whether a run was interrupted.
@@ -281,6 +330,12 @@ impl Earlier {
         let io = |error| OutputError::Io(part.clone(), error);
         let mut options = OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(false).open(&part).map_err(io)?;
+        // Held as long as it is written.
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(OutputError::InUse(part)),
+            Err(TryLockError::Error(error)) => return Err(io(error)),
+        }
         let good = self.part.as_ref().map_or(0, |part| part.good);
         let run = run_of(&self.path);
         std::fs::write(&run, &self.run).map_err(|error| OutputError::Io(run, error))?;
@@ -301,14 +356,15 @@ impl Earlier {
 /// Begins to read an output, if it is there; an empty file is none.
 fn read(shape: &Shape, path: &Path) -> Result<Option<csv::Reader<File>>, OutputError> {
     let io = |error| OutputError::Io(path.to_owned(), error);
-    let file = match File::open(path) {
+    // Asked before it is opened: a pipe would wait for somebody at its other end.
+    match std::fs::metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        other => other.map_err(io)?,
-    };
-    let about = file.metadata().map_err(io)?;
-    if about.is_file() && about.len() == 0 {
-        return Ok(None);
+        Err(error) => return Err(io(error)),
+        Ok(about) if !about.is_file() => return Err(OutputError::NoFile(path.to_owned())),
+        Ok(about) if about.len() == 0 => return Ok(None),
+        Ok(_) => {}
     }
+    let file = File::open(path).map_err(io)?;
     let reader = shape.reader(file).map_err(io)?;
     reader.map(Some).ok_or_else(|| OutputError::Foreign(path.to_owned()))
 }
@@ -352,7 +408,7 @@ impl Output {
     pub fn finish(mut self) -> Result<(), OutputError> {
         self.flush()?;
         let io = |error| OutputError::Io(self.path.clone(), error);
-        File::open(&self.part).and_then(|file| file.sync_all()).map_err(io)?;
+        self.writer.get_ref().get_ref().sync_all().map_err(io)?;
         std::fs::rename(&self.part, &self.path).map_err(io)?;
         // Without a part it says nothing.
         drop(std::fs::remove_file(run_of(&self.path)));
@@ -363,7 +419,8 @@ impl Output {
 }
 
 /// What the part that grows beside an output is made with.
-fn run_of(path: &Path) -> PathBuf {
+#[must_use]
+pub fn run_of(path: &Path) -> PathBuf {
     let mut name = part_of(path).into_os_string();
     name.push(".run");
     name.into()
@@ -461,6 +518,7 @@ mod tests {
                 output.write(row, outcome).unwrap();
             }
             output.flush().unwrap();
+            drop(output);
             let whole = std::fs::read(part_of(&path)).unwrap();
             for cut in 0..=whole.len() {
                 std::fs::write(part_of(&path), &whole[..cut]).unwrap();

@@ -1,6 +1,7 @@
 //! Links of an earlier run, looked at again: Creem does not say how long a link lives.
 
 use std::io::{self, Read};
+use std::sync::Arc;
 
 use csv::ByteRecord;
 
@@ -84,9 +85,7 @@ pub struct Links {
     format: Format,
     header: ByteRecord,
     places: Places,
-    columns: Vec<Column>,
-    defaults: Defaults,
-    rules: Rules,
+    making: Arc<Making>,
 }
 
 impl std::fmt::Debug for Links {
@@ -142,7 +141,8 @@ impl Links {
             .collect();
         let columns = columns::read_header(own, &with_ids, &carry, &rules.extra_fields)
             .map_err(InputError::Header)?;
-        Ok(Self { reader, format, header, places, columns, defaults, rules })
+        let making = Arc::new(Making { columns, defaults, rules });
+        Ok(Self { reader, format, header, places, making })
     }
 
     /// What kind of file it is.
@@ -178,15 +178,46 @@ impl Links {
         Ok(Some(Line { cells, places: self.places }))
     }
 
-    /// The job of a line under the next id that follows from its own: `x` becomes `x.r1`, and that `x.r2`.
-    pub fn renewed(&self, line: &Line) -> (String, Job) {
-        let id = next_id(&line.text(self.places.request_id));
-        let cells: Vec<String> =
-            (0..self.places.status).map(|at| meant(&line.text(at)).to_owned()).collect();
-        let cells: Vec<&str> = cells.iter().map(String::as_str).collect();
-        let body = columns::write_job(&self.columns, &cells, &self.defaults, Some(&id));
-        let (_, job) = judge(&body, &self.rules);
-        (id, job)
+    /// Whether a line's job can be made again as far as its product goes.
+    #[must_use]
+    pub fn names_the_product(&self) -> bool {
+        self.making.columns.contains(&Column::Text("product_id"))
+            || self.making.defaults.product_id.is_some()
+    }
+
+    /// What makes the job of a line again.
+    #[must_use]
+    pub fn renewal(&self, line: &Line) -> Renewal {
+        let cells = (0..self.places.status).map(|at| meant(&line.text(at)).to_owned()).collect();
+        Renewal { making: self.making.clone(), cells, id: line.request_id() }
+    }
+}
+
+/// What jobs are made of again.
+#[derive(Debug)]
+struct Making {
+    columns: Vec<Column>,
+    defaults: Defaults,
+    rules: Rules,
+}
+
+/// A line's job, under one id after another.
+#[derive(Debug)]
+pub struct Renewal {
+    making: Arc<Making>,
+    cells: Vec<String>,
+    id: String,
+}
+
+impl Renewal {
+    /// The job under the next id that follows from the last: `x` becomes `x.r1`, and that `x.r2`.
+    pub fn next_job(&mut self) -> (String, Job) {
+        self.id = next_id(&self.id);
+        let cells: Vec<&str> = self.cells.iter().map(String::as_str).collect();
+        let Making { columns, defaults, rules } = &*self.making;
+        let body = columns::write_job(columns, &cells, defaults, Some(&self.id));
+        let (_, job) = judge(&body, rules);
+        (self.id.clone(), job)
     }
 }
 
@@ -202,11 +233,18 @@ impl Line {
         String::from_utf8_lossy(self.cells.get(at).unwrap_or_default()).into_owned()
     }
 
+    /// Its row's id.
+    #[must_use]
+    pub fn request_id(&self) -> String {
+        meant(&self.text(self.places.request_id)).to_owned()
+    }
+
     /// The session whose link it has, if it has one.
     #[must_use]
     pub fn checkout_id(&self) -> Option<String> {
         let linked = Status::parse(&self.text(self.places.status)) == Some(Status::Succeeded);
-        Some(self.text(self.places.status + 1)).filter(|id| linked && !id.is_empty())
+        Some(meant(&self.text(self.places.status + 1)).to_owned())
+            .filter(|id| linked && !id.is_empty())
     }
 
     /// The line with what was learned of its link.
@@ -292,8 +330,9 @@ mod tests {
         let mut links = Links::open(io::Cursor::new(text), wishes).unwrap();
         let line = links.next_line().unwrap().unwrap();
         assert_eq!(line.checkout_id().as_deref(), Some("ch_1"));
-        let (id, job) = links.renewed(&line);
-        assert_eq!(id, "fair-1.r1");
+        let mut renewal = links.renewal(&line);
+        let (id, job) = renewal.next_job();
+        assert_eq!((id.as_str(), renewal.next_job().0.as_str()), ("fair-1.r1", "fair-1.r2"));
         let wire = String::from_utf8(job.unwrap().wire).unwrap();
         assert_eq!(
             wire,

@@ -45,6 +45,10 @@ enum Command {
         /// The campaign.
         #[arg(value_parser = name)]
         name: String,
+        /// Take it back: jobs without an outcome are served again. Those that ended as `cancelled` have to be sent
+        /// again.
+        #[arg(long)]
+        undo: bool,
     },
     /// The jobs of a campaign and their links as a table (CSV).
     Export {
@@ -67,7 +71,8 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     match &arguments.command {
         Command::List { json } => block_on(list(&settings, None, *json))?,
         Command::Status { name, json } => block_on(list(&settings, Some(name), *json))?,
-        Command::Cancel { name } => cancel(&settings, name),
+        Command::Cancel { name, undo: false } => cancel(&settings, name),
+        Command::Cancel { name, undo: true } => want(&settings, name),
         Command::Export { name } => block_on(export(&settings, name))?,
     }
 }
@@ -77,6 +82,25 @@ fn cancel(settings: &Resolved, name: &str) -> Outcome {
     tell(settings, |now| OwnCommand::CancelCampaign { campaign, before: now })?;
     say(&format!(
         "campaign {} is cancelled for all workers of this ledger: within two seconds none of its jobs that were published until now is begun, and each gets the reply `cancelled`; calls that are under way are finished, and links that were made stay",
+        printable(name, 64)
+    ));
+    let known = block_on(async {
+        let look = Look::open(&settings.ledger).await?;
+        Ok::<_, Failure>(look.campaigns(Some(name)).await?)
+    })?;
+    if known?.is_empty() {
+        say(&format!(
+            "no worker has taken a job of that name yet: is it the right one? If not, `campaign cancel --undo {}` takes it back",
+            printable(name, 64)
+        ));
+    }
+    Ok(())
+}
+
+fn want(settings: &Resolved, name: &str) -> Outcome {
+    tell(settings, |_| OwnCommand::WantCampaign { campaign: name.to_owned() })?;
+    say(&format!(
+        "campaign {} is not cancelled for any worker of this ledger: within two seconds its jobs are served again; what has ended as `cancelled` has to be sent again",
         printable(name, 64)
     ));
     Ok(())

@@ -296,6 +296,11 @@ pub enum OwnCommand {
         /// When.
         before: Millis,
     },
+    /// They are wanted after all; those that have ended since stay so.
+    WantCampaign {
+        /// Its name.
+        campaign: String,
+    },
 }
 
 /// A lane that an operator has paused.
@@ -360,6 +365,13 @@ pub(super) const fn pause_name(lane: Lane) -> &'static str {
     }
 }
 
+/// What a row says of its job's link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known {
+    /// Creem's id of the session that was handed out.
+    pub checkout_id: Option<String>,
+}
+
 /// The answer to a command.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Answer {
@@ -367,8 +379,8 @@ pub enum Answer {
     Claim(Claim),
     /// To a settle.
     Settle(Settle),
-    /// Whether there is a row.
-    Knows(bool),
+    /// What there is, if there is a row.
+    Knows(Option<Known>),
     /// Done.
     Done,
 }

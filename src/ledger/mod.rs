@@ -151,11 +151,21 @@ impl dyn Ledger {
     /// # Errors
     /// See [`LedgerError`]; a damaged row is a row.
     pub async fn knows(&self, key: Key) -> Result<bool, LedgerError> {
-        match self.job(JobCommand::Knows { key }).await {
-            Ok(Answer::Knows(known)) => Ok(known),
-            Ok(Answer::Claim(_) | Answer::Settle(_) | Answer::Done) => Err(mismatch()),
+        match self.known(key).await {
+            Ok(known) => Ok(known.is_some()),
             Err(LedgerError::DamagedRow(_)) => Ok(true),
             Err(error) => Err(error),
+        }
+    }
+
+    /// What is known of a job's link, if there is a row of that key.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub async fn known(&self, key: Key) -> Result<Option<Known>, LedgerError> {
+        match self.job(JobCommand::Knows { key }).await? {
+            Answer::Knows(known) => Ok(known),
+            Answer::Claim(_) | Answer::Settle(_) | Answer::Done => Err(mismatch()),
         }
     }
 

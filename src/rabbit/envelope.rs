@@ -149,9 +149,17 @@ impl Envelope {
                 && (rules.allow.is_empty()
                     || rules.allow.iter().any(|pattern| matches(pattern, &target.address)));
         }
-        rules.allow.is_empty()
-            || target.address == rules.topology.replies_queue
-            || rules.allow.iter().any(|pattern| matches(pattern, &target.address))
+        rules.allows(&target.address)
+    }
+}
+
+impl ReplyRules {
+    /// Whether replies may go to a queue that is none of the workers' own.
+    #[must_use]
+    pub fn allows(&self, queue: &str) -> bool {
+        self.allow.is_empty()
+            || queue == self.topology.replies_queue
+            || self.allow.iter().any(|pattern| matches(pattern, queue))
     }
 }
 

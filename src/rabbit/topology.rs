@@ -71,8 +71,8 @@ impl Topology {
 
     /// The queue for the replies of a `bulk` run that is called so.
     #[must_use]
-    pub fn run_replies(&self, run: u64) -> String {
-        format!("{}.bulk.{run:016x}", self.prefix)
+    pub fn run_replies(&self, run: &str) -> String {
+        format!("{}.bulk.{run}", self.prefix)
     }
 
     /// A lane's job queue.

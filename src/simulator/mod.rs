@@ -33,6 +33,9 @@ use tower::ServiceExt as _;
 use log::{Log, Session};
 use script::{Fault, Kind, Script};
 
+/// The status of a session that a GET does not find any more.
+const GONE: &str = "gone";
+
 /// How a simulator is set up.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
@@ -467,7 +470,7 @@ async fn retrieve(
     if simulator.log().throttles_get(&id) {
         return rules::error(StatusCode::TOO_MANY_REQUESTS, None);
     }
-    let session = simulator.log().session(&id).cloned();
+    let session = simulator.log().session(&id).filter(|session| session.status != GONE).cloned();
     match session {
         Some(session) => rules::json(StatusCode::OK, &simulator.entity(&session)),
         None => rules::error(StatusCode::NOT_FOUND, Some(&["Checkout not found"])),
@@ -507,7 +510,7 @@ async fn sessions(State(simulator): State<Arc<Simulator>>) -> Response<Body> {
     raw("application/x-ndjson", &lines)
 }
 
-/// Has a session be `expired`, `completed` or whatever else.
+/// Has a session be `expired`, `completed` or whatever else; Creem forgets one that is `gone`.
 async fn set_status(
     State(simulator): State<Arc<Simulator>>,
     Path((id, status)): Path<(String, String)>,

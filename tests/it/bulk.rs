@@ -304,8 +304,67 @@ async fn what_is_in_the_way_is_left_alone() {
     assert_eq!(desk.read("links.csv"), "my,precious\n1,2\n");
     let (code, _, said) =
         command(&["bulk", &input, "--out", &input], desk.settings.clone(), "").await;
-    assert!(code == 2 && said.contains("--out is the input itself"), "{said}");
+    assert!(code == 2 && said.contains("give each a file of its own"), "{said}");
+    // Nor does it write over what it reads, keeps or logs, by whichever name.
+    let grows = desk.write("y.csv.part.run", &table(1));
+    let out = desk.path("y.csv").display().to_string();
+    let (code, _, said) =
+        command(&["bulk", &grows, "--out", &out], desk.settings.clone(), "").await;
+    assert!(code == 2 && desk.read("y.csv.part.run") == table(1), "{said}");
+    let ledger = desk.path("ledger.db").display().to_string();
+    let onto = ["bulk", &input, "--out", &ledger];
+    let (code, _, said) = command(&onto, desk.settings.clone(), "").await;
+    assert!(code == 2 && said.contains("the ledger"), "{said}");
+    let logged = ["bulk", &input, "--out", &out, "--sandbox", "--sandbox-log", &input];
+    let (code, _, said) = command(&logged, desk.settings.clone(), "").await;
+    assert!(code == 2 && said.contains("--sandbox-log"), "{said}");
+    // Nor into something that is no file.
+    for no_file in ["/dev/full", "-", &desk.path("").display().to_string()] {
+        let onto = ["bulk", &input, "--out", no_file];
+        let (code, _, said) = command(&onto, desk.settings.clone(), "").await;
+        assert!(code != 0 && said.contains("file"), "{no_file}: {said}");
+    }
     assert_eq!(desk.simulator.log().posts().len(), 0);
+}
+
+#[tokio::test]
+async fn links_that_this_ledger_has_not_made_are_not_made_again_over_them() {
+    let mut desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(3));
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let made = desk.read("links.csv");
+    // From another directory, with another ledger.
+    let elsewhere = format!("sqlite:{}", desk.path("other.db").display());
+    let own = desk.settings.insert("LEDGER_URL".into(), elsewhere).unwrap();
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 1 && said.contains("would be made a second time"), "{said}");
+    let (code, said) = desk.bulk(&input, &["--sandbox"]).await;
+    assert!(code == 1 && said.contains("would be made a second time"), "{said}");
+    assert_eq!((desk.read("links.csv"), desk.sessions()), (made.clone(), 3));
+    desk.settings.insert("LEDGER_URL".into(), own);
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    assert_eq!((desk.read("links.csv"), desk.sessions()), (made, 3));
+}
+
+#[tokio::test]
+async fn rows_that_are_lost_in_a_cell_or_share_an_id_are_told() {
+    let desk = Desk::new().await;
+    let open =
+        "request_id,product_id,note\na,prod_1,x\nb,prod_1,\"5 inch\nc,prod_1,x\nd,prod_1,x\n";
+    let input = desk.write("open.csv", open);
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 1 && said.contains("left open in the row that begins on line 3"), "{said}");
+    let within =
+        "request_id,product_id,note\na,prod_1,\"open\nb,prod_1,x\nc,prod_1,\"y\"\nd,prod_1,z\n";
+    let input = desk.write("within.csv", within);
+    let dry = ["bulk", &input, "--dry-run"];
+    let (code, said, _) = command(&dry, desk.settings.clone(), "").await;
+    assert!(code == 1 && said.contains("over lines that look like rows"), "{said}");
+    let desk = Desk::new().await;
+    let twice = "request_id,product_id,Name\nz,prod_1,Ada\nz,prod_1,Bob\n";
+    let input = desk.write("twice.csv", twice);
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 1 && said.contains("1 have the request_id of an earlier one"), "{said}");
 }
 
 #[tokio::test]
@@ -317,18 +376,16 @@ async fn dead_links_are_found_and_renewed_under_an_id_that_follows_from_theirs()
     let rows = cells(&desk.read("links.csv"));
     {
         let mut log = desk.simulator.log();
-        assert!(log.set_status(&rows[0][4], "expired") && log.set_status(&rows[1][4], "completed"));
+        for (row, status) in [(0, "expired"), (1, "completed"), (3, "gone")] {
+            assert!(log.set_status(&rows[row][4], status));
+        }
     }
-    // One that Creem does not know.
-    let strange = desk.read("links.csv").replace(&rows[3][4], "ch_unknown");
-    std::fs::write(desk.path("links.csv"), strange).unwrap();
-
     let checked = desk.path("checked.csv").display().to_string();
     let verify = ["bulk", &links, "--out", &checked, "--verify"];
     let (code, _, said) = command(&verify, desk.settings.clone(), "").await;
     assert_eq!(code, 1, "{said}");
     assert!(said.contains("4 rows: 1 expired, 1 gone, 1 open, 1 paid"), "{said}");
-    assert!(said.contains("--refresh makes new links"), "{said}");
+    assert!(said.contains("--verify --refresh, with the flags"), "{said}");
     let words = |name: &str| -> Vec<String> {
         cells(&desk.read(name)).iter().map(|row| row[8].clone()).collect()
     };
@@ -350,4 +407,48 @@ async fn dead_links_are_found_and_renewed_under_an_id_that_follows_from_theirs()
     assert_ne!(new[0][5], rows[0][5]);
     assert_eq!(new[1][5], rows[1][5]);
     assert_eq!(words("renewed.csv"), ["open", "paid", "open", "open"]);
+}
+
+#[tokio::test]
+async fn a_link_that_only_this_key_does_not_know_is_not_dead() {
+    let mut desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(3));
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    // One id was bent by a spreadsheet.
+    let rows = cells(&desk.read("links.csv"));
+    let bent = desk.read("links.csv").replace(&rows[2][4], "ch_1E+15");
+    std::fs::write(desk.path("links.csv"), bent).unwrap();
+    let links = desk.path("links.csv").display().to_string();
+    let renewed = desk.path("renewed.csv").display().to_string();
+    let refresh = ["bulk", &links, "--out", &renewed, "--verify", "--refresh"];
+    let (code, _, said) = command(&refresh, desk.settings.clone(), "").await;
+    assert!(code == 1 && said.contains("3 rows: 2 open, 1 unknown"), "{said}");
+    assert!(said.contains("r-2: Creem knows no ch_1E+15"), "{said}");
+    // The same links by another shop's key and ledger: none is known there, and none is made anew.
+    let other = Desk::new().await;
+    for name in ["CREEM_BASE_URL", "LEDGER_URL"] {
+        desk.settings.insert(name.into(), other.settings[name].clone());
+    }
+    let (code, _, said) = command(&refresh, desk.settings.clone(), "").await;
+    assert!(code == 1 && said.contains("3 rows: 3 unknown"), "{said}");
+    assert_eq!((desk.sessions(), other.sessions()), (3, 0));
+}
+
+#[tokio::test]
+async fn a_renewed_link_that_has_died_as_well_is_renewed_again() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(1));
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let links = desk.path("links.csv").display().to_string();
+    let renewed = desk.path("renewed.csv").display().to_string();
+    let refresh = ["bulk", &links, "--out", &renewed, "--verify", "--refresh"];
+    for (dead, id) in [("links.csv", "r-0.r1"), ("renewed.csv", "r-0.r2")] {
+        let session = cells(&desk.read(dead))[0][4].clone();
+        assert!(desk.simulator.log().set_status(&session, "expired"));
+        let (code, _, said) = command(&refresh, desk.settings.clone(), "").await;
+        assert!(code == 0 && said.contains("1 row: 1 renewed"), "{said}");
+        let row = cells(&desk.read("renewed.csv")).remove(0);
+        assert_eq!((row[0].as_str(), row[8].as_str()), (id, "open"));
+    }
+    assert_eq!(desk.sessions(), 3);
 }

@@ -33,6 +33,12 @@ async fn a_cancelled_campaign(mut world: World) {
     soon("the first call", world.simulator.posts_arrived(1)).await;
     let (code, _, said) = command(&["campaign", "status", "Spring"], world.environment(), "").await;
     assert!(code == 1 && said.contains("no worker has taken a job of campaign Spring"), "{said}");
+    // A mistyped name is noticed, and taken back.
+    let said = told(&world, &["campaign", "cancel", "Spring"]).await;
+    assert!(said.contains("no worker has taken a job of that name yet"), "{said}");
+    assert!(told(&world, &["check"]).await.contains("Spring is cancelled"));
+    told(&world, &["campaign", "cancel", "--undo", "Spring"]).await;
+    assert!(!told(&world, &["check"]).await.contains("Spring"));
     let said = told(&world, &["campaign", "cancel", "Fair, 2026"]).await;
     assert!(said.contains("within two seconds"), "{said}");
     soon("the worker hears of it", worker.logged("a campaign is cancelled")).await;

@@ -1,12 +1,12 @@
 //! `bulk`: a file of jobs into a file of links, in this process or by way of the workers.
 
 mod dry_run;
+mod places;
 mod progress;
 mod queue;
 mod verify;
 
 use std::fs::File;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,16 +17,18 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::engine;
 use super::look::shown;
-use super::{Failure, Outcome, block_on, resolved, resolved_without_key, say_error};
+use super::{Failure, Outcome, block_on, count, resolved, resolved_without_key, say_error};
 use crate::bulk::columns::Defaults;
 use crate::bulk::input::{Input, Wishes};
 use crate::bulk::inside::Inside;
-use crate::bulk::output::{Earlier, Shape, part_of};
+use crate::bulk::output::{Earlier, EarlierLink, Shape, part_of};
 use crate::bulk::{self, Tally};
 use crate::config::Problem;
 use crate::config::check::{Ledger, Resolved};
-use crate::job::Lane;
+use crate::job::reply::digest;
+use crate::job::{Key, Lane, Mode, RequestId, printable};
 use crate::ledger::Standing;
+use crate::ledger::sqlite::inspect::Inspector;
 use crate::lifecycle::Stages;
 use crate::observe::health::Health;
 use crate::observe::logging;
@@ -66,7 +68,7 @@ pub(super) struct Arguments {
     metadata: Vec<(String, String)>,
     /// Comes before each row's `request_id`, or before its number where it has none. The same
     /// prefix for the same file means the same links.
-    #[arg(long, value_name = "PREFIX")]
+    #[arg(long, value_name = "PREFIX", value_parser = prefix)]
     request_id_prefix: Option<String>,
     /// The campaign that the rows belong to, at most 64 characters.
     #[arg(long, value_name = "NAME", value_parser = campaign)]
@@ -101,15 +103,24 @@ pub(super) struct Arguments {
 impl Arguments {
     /// What other links of the same rows would be made with.
     fn run(&self, settings: &Resolved) -> String {
-        let Defaults { product_id, discount_code, success_url, metadata, request_id_prefix } =
-            self.defaults();
-        let place = (settings.creem.mode.as_str(), shown(&settings.ledger));
-        let ways = (self.sandbox, self.via_queue, &self.carry, &self.campaign);
-        let flags = (product_id, discount_code, success_url, metadata, request_id_prefix);
-        // Always the same: it begins with no key.
-        let mut hasher = DefaultHasher::new();
-        (place, ways, flags).hash(&mut hasher);
-        format!("{:016x}\n", hasher.finish())
+        let mut parts = vec![
+            format!("mode {}", settings.creem.mode),
+            format!("ledger {}", place(&settings.ledger)),
+            format!("sandbox {} via_queue {}", self.sandbox, self.via_queue),
+        ];
+        let flags = [
+            ("product", &self.product),
+            ("discount_code", &self.discount_code),
+            ("success_url", &self.success_url),
+            ("request_id_prefix", &self.request_id_prefix),
+            ("campaign", &self.campaign),
+        ];
+        let given = flags.iter().filter_map(|(name, value)| Some((name, value.as_ref()?)));
+        parts.extend(given.map(|(name, value)| format!("{name} {value}")));
+        parts.extend(self.carry.iter().map(|column| format!("carry {column}")));
+        parts.extend(self.metadata.iter().map(|(key, value)| format!("metadata {key}={value}")));
+        let parts: Vec<&[u8]> = parts.iter().map(String::as_bytes).collect();
+        format!("{}\n", digest(&parts))
     }
 
     fn wishes(&self, settings: &Resolved) -> Wishes {
@@ -128,21 +139,36 @@ impl Arguments {
     }
 }
 
+fn prefix(text: &str) -> Result<String, String> {
+    // Numbers alone would be the ids of every other file as well.
+    if text.is_empty() {
+        Err("give at least one character".to_owned())
+    } else {
+        Ok(text.to_owned())
+    }
+}
+
 fn campaign(text: &str) -> Result<String, String> {
     let fine = is_campaign(text);
     fine.then(|| text.to_owned()).ok_or_else(|| "1-64 printable characters".to_owned())
 }
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
+    let keys = || arguments.metadata.iter().map(|(key, _)| key);
+    if let Some(twice) = keys().enumerate().find(|(at, key)| keys().take(*at).any(|k| k == *key)) {
+        let text = format!("--metadata gives {} twice: give each key once", printable(twice.1, 64));
+        return Err(Failure::Usage(text));
+    }
     let Some(out) = arguments.out.as_deref().filter(|_| !arguments.dry_run) else {
         return dry_run::run(&resolved_without_key(file, None)?, arguments);
     };
-    if same_file(&arguments.file, out) {
-        let text = "--out is the input itself: give another name";
+    if out.as_os_str() == "-" {
+        let text = "--out takes the name of a file, as a run that is interrupted goes on with it";
         return Err(Failure::Usage(text.to_owned()));
     }
     if arguments.via_queue {
         let settings = resolved_without_key(file, None)?;
+        places::check(arguments, out, None)?;
         logging::install(settings.log.0, &settings.log.1)
             .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
         return block_on(queue::run(&settings, arguments, out))?;
@@ -153,6 +179,7 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
             Some(sandbox) => sandbox.settings(file, out)?,
             None => resolved(file).map_err(with_sandbox)?,
         };
+        places::check(arguments, out, Some(&settings.ledger))?;
         logging::install(settings.log.0, &settings.log.1)
             .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
         if arguments.verify {
@@ -172,11 +199,6 @@ fn with_sandbox(failure: Failure) -> Failure {
         }
         other @ (Failure::Failed(_) | Failure::Usage(_)) => other,
     }
-}
-
-fn same_file(one: &Path, other: &Path) -> bool {
-    let whole = |path: &Path| std::fs::canonicalize(path).ok();
-    whole(one).is_some() && whole(one) == whole(other)
 }
 
 /// The bytes of a file, and how many they are, if that is known.
@@ -216,6 +238,12 @@ async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcom
     else {
         return Err(interrupted(0, out));
     };
+    if let Some(link) = earlier.link() {
+        // A sandbox's lead nowhere.
+        if arguments.sandbox || !is_of_a_sandbox(link, out) {
+            made_here(&inside, link, &settings.ledger, out).await?;
+        }
+    }
     let mut shown = Shown::new(bytes);
     let made = bulk::run(
         input,
@@ -237,6 +265,55 @@ async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcom
     summary(&made?, arguments, out)
 }
 
+/// Whether the sandbox that writes that output has made the link.
+fn is_of_a_sandbox(link: &EarlierLink, out: &Path) -> bool {
+    let Ok(request_id) = RequestId::parse(&link.request_id) else { return false };
+    let key = Key { mode: Mode::Test, request_id };
+    let row = Inspector::open(&sandbox_ledger(out)).ok().and_then(|ledger| ledger.row(&key).ok());
+    row.flatten().is_some_and(|row| row.checkout_id.as_ref() == Some(&link.checkout_id))
+}
+
+fn sandbox_ledger(out: &Path) -> PathBuf {
+    let mut ledger = out.as_os_str().to_owned();
+    ledger.push(".sandbox-ledger.db");
+    ledger.into()
+}
+
+/// Refuses to write over links that this ledger has not made: it would make each a second time.
+async fn made_here(
+    inside: &Inside,
+    link: &EarlierLink,
+    ledger: &Ledger,
+    out: &Path,
+) -> Result<(), Failure> {
+    let EarlierLink { request_id, checkout_id } = link;
+    if let Ok(request_id) = RequestId::parse(request_id) {
+        let key = Key { mode: inside.engine.mode, request_id };
+        let known = inside.engine.journey.ledger.known(key).await;
+        let known = known.with_context(|| shown(ledger))?.and_then(|known| known.checkout_id);
+        if known.as_ref() == Some(checkout_id) {
+            return Ok(());
+        }
+    }
+    Err(Failure::Failed(anyhow!(
+        "{} has a link for {} ({}) that the ledger {} has not made: its links are of another ledger, key or mode, of a sandbox, or older than ledger.retention, and would be made a second time. Give that ledger (LEDGER_URL) or another --out, or remove the file if nobody was given its links",
+        out.display(),
+        printable(request_id, 128),
+        printable(checkout_id, 128),
+        place(ledger)
+    )))
+}
+
+/// Where a ledger is, wherever one stands.
+fn place(ledger: &Ledger) -> String {
+    match ledger {
+        Ledger::File(path) => {
+            std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
+        }
+        Ledger::Database(_) => shown(ledger),
+    }
+}
+
 /// What makes links, and what it needs beside it.
 struct Begun {
     inside: Inside,
@@ -252,11 +329,18 @@ async fn begin(settings: &Resolved, arguments: &Arguments) -> Result<Option<Begu
     let mut tasks = JoinSet::new();
     tasks.spawn(stages.follow_signals(settings.grace).context("signals cannot be listened for")?);
     let health = Health::default();
+    let new = matches!(&settings.ledger, Ledger::File(path) if !path.exists());
     let opened = engine::open(&settings.ledger, &health, &stages).await;
     let opened = opened.map_err(|failure| at_the_ledger(failure, &settings.ledger))?;
     let Some(opened) = opened else { return Ok(None) };
     if opened.ledger.identity().standing == Standing::Refused {
         return Err(Failure::Failed(Fatal::EmptyLedger.into()));
+    }
+    if new {
+        say_error(&format!(
+            "a new ledger, which knows of no links yet: {}",
+            place(&settings.ledger)
+        ));
     }
     let began_at = opened.clock.now();
     let engine = Arc::new(engine::engine(settings, opened, health, stages.soft.clone())?);
@@ -293,7 +377,8 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
     if !tally.whole {
         return Err(interrupted(tally.rows, out));
     }
-    let mut text = format!("{} rows, {} with a link", tally.rows, tally.linked());
+    let rows = count(usize::try_from(tally.rows).unwrap_or(usize::MAX), "row");
+    let mut text = format!("{rows}, {} with a link", tally.linked());
     for (status, rows) in tally.statuses.iter().filter(|(status, _)| **status != "succeeded") {
         text = format!("{text}, {rows} {status}");
     }
@@ -301,13 +386,21 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
     if arguments.sandbox {
         text.push_str(" (a sandbox: the links lead nowhere)");
     }
-    if tally.linked() == tally.rows {
+    if tally.linked() == tally.rows && tally.shared == 0 {
         say_error(&text);
         return Ok(());
     }
-    text.push_str(
-        ". The columns error_code and error_message say why; the same command tries those rows again and keeps the links",
-    );
+    if tally.linked() < tally.rows {
+        text.push_str(
+            ". The columns error_code and error_message say why; the same command tries those rows again and keeps the links",
+        );
+    }
+    if tally.shared > 0 {
+        text = format!(
+            "{text}. Of all rows {} have the request_id of an earlier one, and so no link of their own: --dry-run names them",
+            tally.shared
+        );
+    }
     Err(Failure::Failed(anyhow!(text)))
 }
 
@@ -340,9 +433,7 @@ impl Sandbox {
         settings.creem.proxy = None;
         settings.creem.ca_file = None;
         settings.creem.checkout_hosts.clear();
-        let mut ledger = out.as_os_str().to_owned();
-        ledger.push(".sandbox-ledger.db");
-        settings.ledger.url = format!("sqlite:{}", Path::new(&ledger).display()).into();
+        settings.ledger.url = format!("sqlite:{}", sandbox_ledger(out).display()).into();
         crate::config::resolve(&settings).map_err(Failure::Configuration)
     }
 }

@@ -4,7 +4,6 @@
 //! sent twice is answered alike: the workers' ledger sees to that.
 
 use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -23,7 +22,8 @@ use crate::cli::{Failure, Outcome, say_error};
 use crate::clock::{Clock as _, SystemClock};
 use crate::config::check::Resolved;
 use crate::job::json::Node;
-use crate::job::{CheckoutRequest, Lane};
+use crate::job::reply::digest;
+use crate::job::{CheckoutRequest, Lane, Status};
 use crate::lifecycle::Stages;
 use crate::rabbit::publisher;
 use crate::rabbit::replies::ReplyQueue;
@@ -45,13 +45,8 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     if earlier.was_interrupted() {
         say_error(&format!("going on with {}", part_of(out).display()));
     }
-    let exchange = &settings.topology.replies_exchange;
     let name = queue_name(settings, out);
-    let replies =
-        ReplyQueue::open_named(&settings.amqp, "checkout-worker bulk", exchange, &name).await;
-    let replies = replies.with_context(|| {
-        format!("the queue {name} for replies; check AMQP_URL, this user's permissions, and that no other run writes {}", out.display())
-    })?;
+    let replies = open(settings, &name, out).await?;
     let stages = Stages::default();
     let mut tasks = JoinSet::new();
     tasks.spawn(stages.follow_signals(settings.grace).context("signals cannot be listened for")?);
@@ -70,9 +65,16 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         fails.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
         soft.cancel();
     };
-    tasks.spawn(collect(replies, waiting.clone(), fail.clone()));
-    let sender =
-        Sender { settings, arguments, publisher: &publisher, reply_to: &name, waiting: &waiting };
+    let run = format!("{:08x}", getrandom::u32().context("no random bytes")?);
+    tasks.spawn(collect(replies, waiting.clone(), run.clone(), fail.clone()));
+    let sender = Sender {
+        settings,
+        arguments,
+        publisher: &publisher,
+        reply_to: &name,
+        waiting: &waiting,
+        run: &run,
+    };
     let send = async |number: u64, request: CheckoutRequest| {
         tokio::select! {
             made = sender.send(number, request) => match made {
@@ -107,37 +109,62 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     }
 }
 
+/// Makes the queue for the run's replies, or finds it again.
+async fn open(settings: &Resolved, name: &str, out: &Path) -> Result<ReplyQueue, Failure> {
+    if !settings.replies.allows(name) {
+        return Err(Failure::Failed(anyhow!(
+            "`replies.allow` does not allow {name}: workers with these settings would park every row; allow {}*",
+            settings.topology.run_replies("")
+        )));
+    }
+    let exchange = &settings.topology.replies_exchange;
+    let replies =
+        ReplyQueue::open_named(&settings.amqp, "checkout-worker bulk", exchange, name).await;
+    let why = || {
+        format!(
+            "the queue {name} for replies; check AMQP_URL, this user's permissions, and that no other run writes {}",
+            out.display()
+        )
+    };
+    Ok(replies.with_context(why)?)
+}
+
 /// A name that the same output has again.
 fn queue_name(settings: &Resolved, out: &Path) -> String {
     let whole = std::path::absolute(out).unwrap_or_else(|_| out.to_owned());
-    settings.topology.run_replies(hash(whole.as_os_str().as_encoded_bytes()))
+    settings.topology.run_replies(&digest(&[whole.as_os_str().as_encoded_bytes()])[..16])
 }
 
-fn hash(bytes: &[u8]) -> u64 {
-    // Always the same: it begins with no key.
-    let mut hasher = DefaultHasher::new();
-    bytes.hash(&mut hasher);
-    hasher.finish()
-}
+/// Between a row's own part of a correlation id and the run's.
+const BETWEEN: char = '~';
 
 /// Takes every reply to whoever waits for it.
-async fn collect(mut replies: ReplyQueue, waiting: Waiting, fail: impl Fn(anyhow::Error)) {
+async fn collect(
+    mut replies: ReplyQueue,
+    waiting: Waiting,
+    run: String,
+    fail: impl Fn(anyhow::Error),
+) {
     loop {
         let reply = match tokio::time::timeout(SILENCE, replies.next()).await {
             Err(_) => {
                 say_error(
-                    "no reply for a minute: is a worker running for these queues, is the bulk lane paused, is its rate limit low?",
+                    "no reply for a minute: is a worker running for these queues, is the bulk lane paused, is its rate limit low? What was parked is not answered: look into the dead queue. Ctrl-C and the same command ask again",
                 );
                 continue;
             }
             Ok(Err(error)) => return fail(anyhow!(error)),
             Ok(Ok(reply)) => reply,
         };
-        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(made) = read_reply(&reply.body) else { continue };
+        let (row, of) = reply.correlation_id.split_once(BETWEEN).unwrap_or_default();
+        // A link is one whichever run asked for it; why an earlier one got none says nothing of this one.
+        if of != run && made.status != Status::Succeeded {
+            continue;
+        }
         // Nobody waits for the second of two replies, nor for one to a row that was written before.
-        if let Some(made) = read_reply(&reply.body)
-            && let Some(waits) = waiting.remove(&reply.correlation_id)
-        {
+        let mut waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(waits) = waiting.remove(row) {
             drop(waits.send(made));
         }
     }
@@ -149,6 +176,8 @@ struct Sender<'a> {
     publisher: &'a Publisher,
     reply_to: &'a str,
     waiting: &'a Waiting,
+    /// Tells this run's replies from those of one that was interrupted.
+    run: &'a str,
 }
 
 impl Sender<'_> {
@@ -157,7 +186,8 @@ impl Sender<'_> {
         let mut body = Vec::new();
         Node::Object(request.members).write_to(&mut body);
         // A reply from before the input was changed must not be taken for this row's.
-        let correlation = format!("{number}-{:016x}", hash(&body));
+        let row = format!("{number}-{}", &digest(&[&body])[..16]);
+        let correlation = format!("{row}{BETWEEN}{}", self.run);
         let message = Message::job(
             &self.settings.topology,
             Lane::Bulk,
@@ -171,7 +201,7 @@ impl Sender<'_> {
             None => message,
         };
         let (waits, made) = oneshot::channel();
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(correlation, waits);
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(row, waits);
         publish(self.publisher, message).await?;
         Ok(made.await.ok())
     }

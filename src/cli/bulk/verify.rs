@@ -7,23 +7,25 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use futures::StreamExt as _;
 
-use super::{Arguments, Begun, begin, interrupted, same_file, source};
-use crate::bulk::input::Job;
+use super::{Arguments, Begun, begin, interrupted, source};
 use crate::bulk::inside::{Inside, problem};
 use crate::bulk::output::part_of;
 use crate::bulk::table::Writer;
-use crate::bulk::verify::{Line, Link, Links};
-use crate::cli::{Failure, Outcome, say_error};
+use crate::bulk::verify::{Line, Link, Links, Renewal};
+use crate::cli::{Failure, Outcome, count, say_error};
 use crate::config::check::Resolved;
 use crate::creem::Seen;
 use crate::job::reply::rfc3339;
-use crate::job::{Lane, Status};
+use crate::job::{Key, Lane, RequestId, Status};
+use crate::ledger::Known;
 use crate::retry::{Backoff, backoff};
 
 /// How often one link is asked for.
 const TRIES: u32 = 6;
 const FIRST: Duration = Duration::from_millis(500);
 const LONGEST: Duration = Duration::from_secs(20);
+/// How many renewals of one link are looked through at once.
+const MOST_RENEWALS: u32 = 100;
 
 /// A line, what was learned of its link, and what came of making another.
 struct Looked {
@@ -34,13 +36,13 @@ struct Looked {
 
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
     let part = part_of(out);
-    if same_file(&arguments.file, &part) {
-        let text = format!("{} is what would be written over: give another --out", part.display());
-        return Err(Failure::Usage(text));
-    }
     let (source, _) = source(&arguments.file)?;
     let shown = || arguments.file.display().to_string();
     let mut links = Links::open(source, arguments.wishes(settings)).with_context(shown)?;
+    if arguments.refresh && !links.names_the_product() {
+        let text = "no column names the product of new links: give the flags of the first run as well (--product …)";
+        return Err(Failure::Usage(text.to_owned()));
+    }
     let Some(Begun { inside, stages, mut tasks, at_once }) = begin(settings, arguments).await?
     else {
         return Err(interrupted(0, out));
@@ -53,7 +55,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     let (mut tally, mut broken) = (Tally::default(), None);
     let rows = std::iter::from_fn(|| match links.next_line() {
         Ok(line) => line.map(|line| {
-            let new = arguments.refresh.then(|| links.renewed(&line));
+            let new = arguments.refresh.then(|| links.renewal(&line));
             (line, new)
         }),
         Err(error) => {
@@ -88,7 +90,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     }
     table.finish().with_context(written)?;
     std::fs::rename(&part, out).with_context(|| format!("{} cannot be written", out.display()))?;
-    tally.summary(out)
+    tally.summary(out, arguments.refresh)
 }
 
 fn stopped(part: &Path) -> Failure {
@@ -106,6 +108,8 @@ struct Tally {
     /// Lines whose link can be paid or was.
     well: u64,
     dead: u64,
+    /// Why one of them could not be learned.
+    unknown: Option<String>,
 }
 
 impl Tally {
@@ -118,46 +122,87 @@ impl Tally {
         let well = matches!(link, Some(Link::Open | Link::Processing | Link::Paid));
         self.well += u64::from(well);
         self.dead += u64::from(link.is_some_and(Link::is_dead));
+        if let (Some(Link::Unknown(why)), None) = (link, &self.unknown) {
+            self.unknown = Some(format!("{}: {why}", looked.line.request_id()));
+        }
     }
 
-    fn summary(&self, out: &Path) -> Outcome {
+    fn summary(&self, out: &Path, refreshed: bool) -> Outcome {
         let words: Vec<String> =
             self.words.iter().map(|(word, rows)| format!("{rows} {word}")).collect();
-        let text = format!("{} rows: {}: {}", self.rows, words.join(", "), out.display());
+        let rows = count(usize::try_from(self.rows).unwrap_or(usize::MAX), "row");
+        let text = format!("{rows}: {}: {}", words.join(", "), out.display());
         if self.well == self.rows {
             say_error(&text);
             return Ok(());
         }
-        let hint = if self.dead > 0 { "; --refresh makes new links for dead ones" } else { "" };
+        let mut hint = String::new();
+        if self.dead > 0 && !refreshed {
+            hint.push_str("; --verify --refresh, with the flags of the first run, makes new links for dead ones");
+        }
+        if let Some(why) = &self.unknown {
+            hint = format!("{hint}; unknown, for instance: {why}");
+        }
         Err(Failure::Failed(anyhow!("{text}{hint}")))
     }
 }
 
 /// Asks what has become of a line's link, and where it is dead and may be renewed, has a new one made.
-async fn look(inside: &Inside, line: Line, new: Option<(String, Job)>) -> Looked {
+async fn look(inside: &Inside, line: Line, new: Option<Renewal>) -> Looked {
     let Some(checkout_id) = line.checkout_id() else {
         return Looked { line, link: None, renewed: None };
     };
-    let state = ask(inside, &checkout_id).await;
-    let Some((id, job)) = new.filter(|_| state.is_dead()) else {
-        return Looked { line, link: Some(state), renewed: None };
-    };
-    let made = match job {
-        Ok(request) => inside.make(*request).await,
-        Err(flaw) => Some(problem(Status::Invalid, flaw.code, &flaw.message)),
-    };
-    match made {
-        Some(made) if made.status == Status::Succeeded => {
-            let line = line.renewed(&id, &made);
-            Looked { line, link: Some(Link::Open), renewed: Some(made.status) }
-        }
-        // The dead link stays, so that the next look finds it again.
-        Some(made) => {
+    let state = ask_for(inside, &line.request_id(), &checkout_id).await;
+    match new.filter(|_| state.is_dead()) {
+        Some(renewal) => renew(inside, line, state, renewal).await,
+        None => Looked { line, link: Some(state), renewed: None },
+    }
+}
+
+/// Has a new link made under the next id that has no dead one: an earlier look may have renewed it before.
+async fn renew(inside: &Inside, line: Line, mut state: Link, mut renewal: Renewal) -> Looked {
+    for _ in 0..MOST_RENEWALS {
+        let (id, job) = renewal.next_job();
+        let made = match job {
+            Ok(request) => inside.make(*request).await,
+            Err(flaw) => Some(problem(Status::Invalid, flaw.code, &flaw.message)),
+        };
+        let Some(made) = made else { break };
+        let Some(checkout_id) =
+            made.checkout_id.clone().filter(|_| made.status == Status::Succeeded)
+        else {
+            // The dead link stays, so that the next look finds it again.
             let why = made.error_message.unwrap_or_default();
             say_error(&format!("{id}: no new link: {}: {why}", made.status));
-            Looked { line, link: Some(state), renewed: Some(made.status) }
+            return Looked { line, link: Some(state), renewed: Some(made.status) };
+        };
+        state = ask_for(inside, &id, &checkout_id).await;
+        if !state.is_dead() {
+            let line = line.renewed(&id, &made);
+            return Looked { line, link: Some(state), renewed: Some(made.status) };
         }
-        None => Looked { line, link: Some(state), renewed: None },
+    }
+    Looked { line, link: Some(state), renewed: None }
+}
+
+/// What has become of a row's session. That Creem knows no such session tells something only if it was made
+/// with this key: another key's sessions are unknown to it as well, and so is an id that a spreadsheet has bent.
+async fn ask_for(inside: &Inside, request_id: &str, checkout_id: &str) -> Link {
+    let state = ask(inside, checkout_id).await;
+    if state != Link::Gone {
+        return state;
+    }
+    let doubt = |text: &str| Link::Unknown(format!("Creem knows no {checkout_id}, {text}"));
+    let Ok(request_id) = RequestId::parse(request_id) else {
+        return doubt("and the row's request_id is none");
+    };
+    let key = Key { mode: inside.engine.mode, request_id };
+    match inside.engine.journey.ledger.known(key).await {
+        Ok(Some(Known { checkout_id: Some(known) })) if known == checkout_id => Link::Gone,
+        Ok(_) => doubt(
+            "and this ledger has not made it: is it of another key, mode or ledger, or forgotten after ledger.retention?",
+        ),
+        Err(error) => doubt(&format!("and the ledger cannot be asked: {error}")),
     }
 }
 

@@ -118,6 +118,9 @@ pub(super) async fn about_itself(
         OwnCommand::CancelCampaign { campaign, before } => {
             set(SET_LATEST, &format!("{CANCELLED}{campaign}"), *before).await
         }
+        OwnCommand::WantCampaign { campaign } => {
+            write(FORGET, &[(&format!("{CANCELLED}{campaign}"), Type::TEXT)]).await
+        }
         OwnCommand::Adopt(Adoption::Adopted) => write(ADOPT, &[(&now, Type::INT8)]).await,
         OwnCommand::Adopt(Adoption::Refused) => set(SET, "refused", now).await,
         OwnCommand::Adopt(Adoption::Accepted) => {

@@ -65,14 +65,11 @@ impl Inspector {
     pub fn campaigns(&self, name: Option<&str>) -> Result<BTreeMap<String, Campaign>, LedgerError> {
         const CAMPAIGNS: &str = "SELECT campaign, state, count(*), min(updated_at), max(updated_at)
              FROM job WHERE campaign IS NOT NULL AND (?1 IS NULL OR campaign = ?1) GROUP BY 1, 2";
+        if self.version()? < 2 {
+            return Ok(BTreeMap::new());
+        }
         let query = || {
             let mut campaigns: BTreeMap<String, Campaign> = BTreeMap::new();
-            // Version 1 knew of none; a worker brings the file up to date when it opens it.
-            let version: i64 =
-                self.connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-            if version < 2 {
-                return Ok(campaigns);
-            }
             let mut statement = self.connection.prepare(CAMPAIGNS)?;
             let mut rows = statement.query([name])?;
             while let Some(row) = rows.next()? {
@@ -83,6 +80,12 @@ impl Inspector {
             Ok(campaigns)
         };
         query().map_err(|error| unavailable(&error))
+    }
+
+    /// Its schema's. Version 1 knew of no campaigns; a worker brings the file up to date when it opens it.
+    fn version(&self) -> Result<i64, LedgerError> {
+        let version = self.connection.pragma_query_value(None, "user_version", |row| row.get(0));
+        version.map_err(|error| unavailable(&error))
     }
 
     /// Visits the jobs of a campaign in the order of their ids; a damaged one comes as an error.
@@ -97,6 +100,9 @@ impl Inspector {
         const JOBS: &str =
             "SELECT mode, request_id, state, updated_at, ended_at, ambiguous, body, sum
              FROM job WHERE campaign = ?1 ORDER BY mode, request_id";
+        if self.version()? < 2 {
+            return Ok(());
+        }
         self.visit(JOBS, [campaign], visit)
     }
 

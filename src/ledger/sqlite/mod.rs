@@ -292,6 +292,9 @@ fn carry_out_own(
         OwnCommand::CancelCampaign { campaign, before } => {
             set_meta_number(connection, &format!("{CANCELLED}{campaign}"), *before)
         }
+        OwnCommand::WantCampaign { campaign } => {
+            forget(connection, &format!("{CANCELLED}{campaign}"))
+        }
     }
 }
 

@@ -8,8 +8,8 @@ mod doubt;
 
 use super::row::{Row, State};
 use super::{
-    Answer, Attempt, Claim, ClaimRequest, Claimant, CloseRequest, JobCommand, Next, OnUnknown,
-    Settle, SettleRequest,
+    Answer, Attempt, Claim, ClaimRequest, Claimant, CloseRequest, JobCommand, Known, Next,
+    OnUnknown, Settle, SettleRequest,
 };
 use crate::clock::{Millis, as_millis};
 use crate::job::reply::{self, Facts};
@@ -82,7 +82,10 @@ pub fn apply(row: Option<Row>, command: &JobCommand, context: Context) -> Effect
         JobCommand::Settle(request) => settle(row, request, context),
         JobCommand::Close(request) => close(row, request, context),
         JobCommand::Parked { fence, .. } => parked(row, *fence),
-        JobCommand::Knows { .. } => Effect::keep(Answer::Knows(row.is_some())),
+        JobCommand::Knows { .. } => {
+            let known = row.map(|row| Known { checkout_id: row.checkout_id });
+            Effect::keep(Answer::Knows(known))
+        }
     };
     if let Some(written) = &mut effect.write {
         written.updated_at = context.now;
