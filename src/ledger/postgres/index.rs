@@ -10,10 +10,9 @@ use super::connect::{OpenError, pool_error};
 use super::statements::now;
 
 /// What makes it; a table that nobody writes yet takes it at once.
-pub(super) const MAKE: &str =
-    "CREATE INDEX job_campaign ON checkout_worker.job (campaign, state) WHERE campaign IS NOT NULL";
+pub(super) const MAKE: &str = "CREATE INDEX job_campaign ON checkout_worker.job (campaign, mode, request_id) INCLUDE (state) WHERE campaign IS NOT NULL";
 /// The same beside writers. PostgreSQL does it in transactions of its own, which wait for older ones.
-const MAKE_BESIDE: &str = "CREATE INDEX CONCURRENTLY IF NOT EXISTS job_campaign ON checkout_worker.job (campaign, state) WHERE campaign IS NOT NULL";
+const MAKE_BESIDE: &str = "CREATE INDEX CONCURRENTLY IF NOT EXISTS job_campaign ON checkout_worker.job (campaign, mode, request_id) INCLUDE (state) WHERE campaign IS NOT NULL";
 /// One that was not finished is kept up by every write and used by nothing.
 const REMOVE_UNFINISHED: &str = "DROP INDEX CONCURRENTLY IF EXISTS checkout_worker.job_campaign";
 /// Between two looks while another worker makes it, and after the first failure.

@@ -9,7 +9,6 @@ use tokio_postgres::{Client, Error, Transaction};
 
 use super::connect::OpenError;
 use super::index;
-use crate::retry::backoff::chance;
 
 /// A step: its number, the least number that a program must know to work on what it leaves behind,
 /// and its SQL. Steps only add, so that replicas of the version before go on beside it; a step that
@@ -40,10 +39,11 @@ pub(super) async fn migrate(client: &mut Client, secret: &[u8; 32]) -> Result<()
                 if began.elapsed() >= PATIENCE {
                     return Err(OpenError::Held);
                 }
+                let random = f64::from(getrandom::u32().unwrap_or(0)) / f64::from(u32::MAX);
                 tracing::warn!(
                     "a long transaction holds the ledger's tables (a backup?), and this version adds columns to them; trying again"
                 );
-                tokio::time::sleep(LET_OTHERS_WORK.mul_f64(1.0 + chance())).await;
+                tokio::time::sleep(LET_OTHERS_WORK + LET_OTHERS_WORK.mul_f64(random)).await;
             }
             applied => applied?,
         }
