@@ -1,20 +1,18 @@
 //! Rows out of a table or out of NDJSON, one at a time, whatever a spreadsheet made of the file.
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use csv::ByteRecord;
 
 use super::columns::{self, Column, Defaults, HeaderError};
+use super::source::{Bounded, End, Format, LOOK_AT, Seen, recognise};
 use crate::job::json::Node;
 use crate::job::{CheckoutRequest, Refusal, RequestId, Rules};
 
 /// Largest row in bytes: with a quote left open, the rest of the file is one.
 const MAX_ROW: u64 = 1024 * 1024;
-/// What is looked at to tell what kind of file it is.
-const LOOK_AT: usize = 64 * 1024;
-
 /// Why an input cannot be read. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
@@ -53,22 +51,6 @@ impl From<HeaderError> for InputError {
     fn from(error: HeaderError) -> Self {
         Self::Header(error)
     }
-}
-
-/// What kind of file it is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// A table.
-    Csv {
-        /// Between two cells.
-        delimiter: u8,
-        /// Whether lines end as Windows has them.
-        crlf: bool,
-        /// Whether it begins with a byte order mark.
-        bom: bool,
-    },
-    /// One JSON object a line.
-    Ndjson,
 }
 
 /// What is wrong with a row.
@@ -402,136 +384,6 @@ fn not_utf8() -> Flaw {
         column: None,
         code: "not_utf8",
         message: "the row is not UTF-8: save the file as \"CSV UTF-8\"".to_owned(),
-    }
-}
-
-/// Looks at the beginning, and passes over a byte order mark.
-pub(super) fn recognise(
-    source: &mut BufReader<Box<dyn Read + Send>>,
-) -> Result<Format, InputError> {
-    let look = source.fill_buf()?;
-    if look.is_empty() {
-        return Err(InputError::Empty);
-    }
-    if look.starts_with(b"\xff\xfe") || look.starts_with(b"\xfe\xff") {
-        return Err(InputError::Utf16);
-    }
-    let bom = look.starts_with(b"\xef\xbb\xbf");
-    let text = &look[if bom { 3 } else { 0 }..];
-    let format = if text.trim_ascii_start().starts_with(b"{") {
-        Format::Ndjson
-    } else {
-        let (line, ended) = first_line(text);
-        Format::Csv { delimiter: delimiter(line), crlf: ended && line.last() == Some(&b'\r'), bom }
-    };
-    if bom {
-        source.consume(3);
-    }
-    Ok(format)
-}
-
-/// The first line outside of quotes, and whether it ends within what is looked at.
-fn first_line(text: &[u8]) -> (&[u8], bool) {
-    let mut quoted = false;
-    for (at, byte) in text.iter().enumerate() {
-        match byte {
-            b'"' => quoted = !quoted,
-            b'\n' if !quoted => return (&text[..at], true),
-            _ => {}
-        }
-    }
-    (text, false)
-}
-
-/// Whatever of the usual delimiters the header has most of.
-fn delimiter(line: &[u8]) -> u8 {
-    let mut counts = [(b',', 0_usize), (b';', 0), (b'\t', 0)];
-    let mut quoted = false;
-    for byte in line {
-        if *byte == b'"' {
-            quoted = !quoted;
-        }
-        if let Some((_, count)) = counts.iter_mut().find(|(known, _)| known == byte && !quoted) {
-            *count += 1;
-        }
-    }
-    // Of equals the first one: a single column has none.
-    let most = counts.iter().map(|(_, count)| *count).max().unwrap_or(0);
-    counts.iter().find(|(_, count)| *count == most).map_or(b',', |(byte, _)| *byte)
-}
-
-/// A line of its own that is put behind a table: whatever swallows it has a quote left open.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct End {
-    line: Vec<u8>,
-    line_break: &'static str,
-}
-
-/// Where the end was met.
-enum Seen {
-    /// Behind the last row.
-    End,
-    /// In its last cell.
-    InACell,
-}
-
-impl End {
-    fn of(format: Format) -> Self {
-        let line = match format {
-            // Nobody can have written that number into a file.
-            Format::Csv { .. } => {
-                let mut number = [0; 16];
-                getrandom::fill(&mut number).unwrap_or_default();
-                format!("end-{:032x}", u128::from_le_bytes(number)).into_bytes()
-            }
-            Format::Ndjson => Vec::new(),
-        };
-        let crlf = matches!(format, Format::Csv { crlf: true, .. });
-        Self { line, line_break: if crlf { "\r\n" } else { "\n" } }
-    }
-
-    /// What comes behind the last byte of the file.
-    fn tail(&self) -> io::Cursor<Vec<u8>> {
-        if self.line.is_empty() {
-            return io::Cursor::default();
-        }
-        let line_break = self.line_break.as_bytes();
-        io::Cursor::new([line_break, &self.line, line_break].concat())
-    }
-
-    fn seen(&self, record: &ByteRecord) -> Option<Seen> {
-        let last = record.iter().next_back().filter(|_| !self.line.is_empty())?;
-        if record.len() == 1 && last == self.line {
-            return Some(Seen::End);
-        }
-        let cut = last.strip_suffix(self.line_break.as_bytes()).unwrap_or(last);
-        cut.ends_with(&self.line).then_some(Seen::InACell)
-    }
-}
-
-/// Gives no more than a row's bytes beyond where a row begins, and the end behind the last one.
-struct Bounded {
-    source: BufReader<Box<dyn Read + Send>>,
-    /// How many bytes were given, and the last of them.
-    read: u64,
-    last: u8,
-    /// How far may be read, beyond what the reader has in its own buffer.
-    bound: Arc<AtomicU64>,
-    end: io::Cursor<Vec<u8>>,
-}
-
-impl Read for Bounded {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.read > self.bound.load(Ordering::Relaxed) {
-            return Err(io::ErrorKind::FileTooLarge.into());
-        }
-        let mut count = self.source.read(buffer)?;
-        if count == 0 {
-            count = self.end.read(buffer)?;
-        }
-        self.read += u64::try_from(count).unwrap_or(u64::MAX);
-        self.last = buffer[..count].last().copied().unwrap_or(self.last);
-        Ok(count)
     }
 }
 

@@ -8,6 +8,8 @@ pub mod columns;
 pub mod input;
 pub mod inside;
 pub mod output;
+pub mod shape;
+pub mod source;
 pub mod table;
 pub mod verify;
 

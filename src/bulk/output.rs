@@ -7,15 +7,12 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
-use csv::ByteRecord;
-
-use super::columns::RESULT;
-use super::input::{Format, Row};
-use super::table::{BOM, harmless, meant};
+use super::input::Row;
+use super::shape::next_line;
+pub use super::shape::{Outcome, REQUEST_ID, Shape};
+use super::source::Format;
+use super::table::BOM;
 use crate::job::Status;
-
-/// The id of each row, where the input does not show it as it is.
-pub const REQUEST_ID: &str = "request_id";
 
 /// Why there is no output. Each says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -39,169 +36,6 @@ pub enum OutputError {
         "{0} was begun by another command (another key, ledger, or other flags): finish that one, or remove the file and its .run"
     )]
     AnotherRun(PathBuf),
-}
-
-/// What came of a row.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Outcome {
-    /// In a word.
-    pub status: Status,
-    /// Creem's id of the session.
-    pub checkout_id: Option<String>,
-    /// The link.
-    pub checkout_url: Option<String>,
-    /// The broken rule or the cause.
-    pub error_code: Option<String>,
-    /// In a sentence.
-    pub error_message: Option<String>,
-}
-
-/// What the lines of an output look like.
-#[derive(Debug, Clone)]
-pub struct Shape {
-    format: Format,
-    header: ByteRecord,
-    /// How many cells of a line are the input's.
-    own: usize,
-    shows_ids: bool,
-}
-
-impl Shape {
-    /// The output of an input with that header.
-    #[must_use]
-    pub fn new(format: Format, names: &[String], shows_ids: bool) -> Self {
-        let mut header = ByteRecord::new();
-        if format == Format::Ndjson {
-            header.push_field(REQUEST_ID.as_bytes());
-        }
-        for name in names {
-            header.push_field(&harmless(name.as_bytes()));
-        }
-        let own = header.len();
-        for name in RESULT {
-            header.push_field(name.as_bytes());
-        }
-        let shows_ids = shows_ids || format == Format::Ndjson;
-        if !shows_ids {
-            header.push_field(REQUEST_ID.as_bytes());
-        }
-        Self { format, header, own, shows_ids }
-    }
-
-    fn own_cells(&self, row: &Row) -> ByteRecord {
-        let mut cells = ByteRecord::new();
-        if self.format == Format::Ndjson {
-            cells.push_field(row.request_id.as_deref().unwrap_or_default().as_bytes());
-        }
-        for cell in &row.cells {
-            cells.push_field(&harmless(cell));
-        }
-        cells
-    }
-
-    fn line(&self, row: &Row, outcome: &Outcome) -> ByteRecord {
-        let mut line = self.own_cells(row);
-        let Outcome { status, checkout_id, checkout_url, error_code, error_message } = outcome;
-        line.push_field(status.as_str().as_bytes());
-        for cell in [checkout_id, checkout_url, error_code, error_message] {
-            line.push_field(&harmless(cell.as_deref().unwrap_or_default().as_bytes()));
-        }
-        if !self.shows_ids {
-            line.push_field(row.request_id.as_deref().unwrap_or_default().as_bytes());
-        }
-        line
-    }
-
-    /// What came of a row in an earlier run, if the line is of that row.
-    fn outcome_in(&self, line: &ByteRecord, row: &Row) -> Option<Outcome> {
-        let id = row.request_id.as_deref().unwrap_or_default().as_bytes();
-        let same = line.len() == self.header.len()
-            && line.iter().take(self.own).eq(self.own_cells(row).iter())
-            && (self.shows_ids || line.iter().next_back() == Some(id));
-        let cell = |at: usize| std::str::from_utf8(line.get(self.own + at)?).ok();
-        let text = |at: usize| cell(at).filter(|text| !text.is_empty()).map(str::to_owned);
-        let status = Status::parse(cell(0)?).filter(|_| same)?;
-        Some(Outcome {
-            status,
-            checkout_id: text(1),
-            checkout_url: text(2),
-            error_code: text(3),
-            error_message: text(4),
-        })
-    }
-
-    fn first_link(&self, lines: &mut csv::Reader<File>) -> Option<EarlierLink> {
-        let id_at = self.header.iter().rposition(|name| name == REQUEST_ID.as_bytes())?;
-        let text = |line: &ByteRecord, at: usize| {
-            let cell = std::str::from_utf8(line.get(at)?).ok()?;
-            Some(meant(cell).to_owned()).filter(|text| !text.is_empty())
-        };
-        while let Some(line) = next_line(lines) {
-            let status = text(&line, self.own).as_deref().and_then(Status::parse);
-            if status == Some(Status::Succeeded)
-                && let (Some(request_id), Some(checkout_id)) =
-                    (text(&line, id_at), text(&line, self.own + 1))
-            {
-                return Some(EarlierLink { request_id, checkout_id });
-            }
-        }
-        None
-    }
-
-    /// Whether a file holds no more than the beginning of what every output begins with.
-    fn begins_like(&self, path: &Path) -> bool {
-        let mut start = if self.bom_len() > 0 { BOM.to_vec() } else { Vec::new() };
-        let mut writer = self.writer(&mut start);
-        let written = writer.write_byte_record(&self.header).is_ok() && writer.flush().is_ok();
-        drop(writer);
-        written && std::fs::read(path).is_ok_and(|text| start.starts_with(&text))
-    }
-
-    /// Where the line ends that was read last.
-    fn end_of_line(&self, reader: &csv::Reader<File>) -> u64 {
-        // A reader is satisfied with the first of two characters that end a line.
-        let second = u64::from(matches!(self.format, Format::Csv { crlf: true, .. }));
-        self.bom_len() + reader.position().byte() + second
-    }
-
-    fn bom_len(&self) -> u64 {
-        if matches!(self.format, Format::Csv { bom: true, .. }) { BOM.len() as u64 } else { 0 }
-    }
-
-    fn delimiter(&self) -> u8 {
-        if let Format::Csv { delimiter, .. } = self.format { delimiter } else { b',' }
-    }
-
-    fn writer<W: io::Write>(&self, inner: W) -> csv::Writer<W> {
-        let crlf = matches!(self.format, Format::Csv { crlf: true, .. });
-        let end = if crlf { csv::Terminator::CRLF } else { csv::Terminator::Any(b'\n') };
-        let mut builder = csv::WriterBuilder::new();
-        builder.flexible(true).delimiter(self.delimiter()).terminator(end).from_writer(inner)
-    }
-
-    fn reader(&self, mut file: File) -> io::Result<Option<csv::Reader<File>>> {
-        if self.bom_len() > 0 {
-            let mut start = [0; BOM.len()];
-            if file.read_exact(&mut start).is_err() || start != BOM {
-                return Ok(None);
-            }
-        }
-        let begins = file.stream_position()?;
-        let mut builder = csv::ReaderBuilder::new();
-        builder.has_headers(false).flexible(true).delimiter(self.delimiter());
-        // A file of something else may be one line of gigabytes.
-        let cells: usize = self.header.iter().map(|name| 2 * name.len() + 8).sum();
-        let mut first = builder.from_reader((&file).take(cells as u64 + 2));
-        let mut header = ByteRecord::new();
-        let read = first.read_byte_record(&mut header).map_err(io::Error::other)?;
-        if !read || header != self.header {
-            return Ok(None);
-        }
-        file.seek(SeekFrom::Start(begins))?;
-        let mut reader = builder.from_reader(file);
-        reader.read_byte_record(&mut header).map_err(io::Error::other)?;
-        Ok(Some(reader))
-    }
 }
 
 /// An output that is being written.
@@ -376,11 +210,6 @@ fn whole_lines(path: &Path) -> io::Result<u64> {
     let mut last = [0];
     file.read_exact(&mut last)?;
     Ok(before_last + u64::from(last == *b"\n"))
-}
-
-fn next_line(reader: &mut csv::Reader<File>) -> Option<ByteRecord> {
-    let mut line = ByteRecord::new();
-    reader.read_byte_record(&mut line).ok().filter(|read| *read).map(|_| line)
 }
 
 impl Output {

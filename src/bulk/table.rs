@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::input::Format;
+use super::source::Format;
 
 /// What a spreadsheet knows UTF-8 by.
 pub const BOM: &[u8] = b"\xef\xbb\xbf";
@@ -11,11 +11,11 @@ pub const BOM: &[u8] = b"\xef\xbb\xbf";
 /// injection"), as cells and Creem's words are other people's. Plain numbers stay.
 #[must_use]
 pub fn harmless(cell: &[u8]) -> Vec<u8> {
-    let begins = matches!(cell.first(), Some(b'=' | b'+' | b'-' | b'@' | b'\t' | b'\r'));
-    let number = std::str::from_utf8(cell).is_ok_and(|text| {
-        text.bytes().all(|byte| byte.is_ascii_digit() || b"+-.,".contains(&byte))
-            && text.bytes().any(|byte| byte.is_ascii_digit())
-    });
+    let first = cell.iter().find(|byte| !matches!(byte, b' ' | b'\n'));
+    let begins = matches!(first, Some(b'=' | b'+' | b'-' | b'@' | b'\t' | b'\r'));
+    let digits = cell.strip_prefix(b"-").or_else(|| cell.strip_prefix(b"+")).unwrap_or(cell);
+    let number = digits.iter().all(|byte| byte.is_ascii_digit() || b".,".contains(byte))
+        && digits.iter().any(u8::is_ascii_digit);
     if begins && !number { [b"'", cell].concat() } else { cell.to_vec() }
 }
 
@@ -81,5 +81,30 @@ impl<W: io::Write> Writer<W> {
     /// If it cannot be written.
     pub fn finish(mut self) -> io::Result<()> {
         self.0.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_begins_like_a_formula_is_text_and_numbers_stay() {
+        for (cell, safe) in [
+            ("=1+1", "'=1+1"),
+            ("+1+1", "'+1+1"),
+            ("-2-3", "'-2-3"),
+            (" =cmd", "' =cmd"),
+            ("\n=cmd", "'\n=cmd"),
+            ("@SUM(A1)", "'@SUM(A1)"),
+            ("-5", "-5"),
+            ("+49,50", "+49,50"),
+            ("-1.234,5", "-1.234,5"),
+            ("plain", "plain"),
+            ("", ""),
+        ] {
+            assert_eq!(harmless(cell.as_bytes()), safe.as_bytes(), "{cell:?}");
+            assert_eq!(meant(safe), cell, "{cell:?}");
+        }
     }
 }

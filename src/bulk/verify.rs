@@ -6,8 +6,9 @@ use std::sync::Arc;
 use csv::ByteRecord;
 
 use super::columns::{self, Column, Defaults, RESULT};
-use super::input::{Format, InputError, Job, Wishes, judge, recognise};
+use super::input::{InputError, Job, Wishes, judge};
 use super::output::REQUEST_ID;
+use super::source::{Format, recognise};
 use super::table::meant;
 use crate::creem::Seen;
 use crate::job::{Rules, Status};

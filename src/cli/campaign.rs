@@ -13,7 +13,6 @@ use crate::config::check::Resolved;
 use crate::job::reply::rfc3339;
 use crate::job::{Key, printable};
 use crate::ledger::{Campaign, LedgerError, OwnCommand, Row};
-use crate::rabbit::envelope::is_campaign;
 
 /// Jobs that carry the same `checkout-campaign`.
 #[derive(Debug, clap::Args)]
@@ -33,7 +32,7 @@ enum Command {
     /// What became of the jobs of a campaign that a worker has taken so far.
     Status {
         /// The campaign.
-        #[arg(value_parser = name)]
+        #[arg(value_parser = super::campaign)]
         name: String,
         /// One JSON object.
         #[arg(long)]
@@ -43,7 +42,7 @@ enum Command {
     /// `cancelled`, without a call. Jobs that are published later are served.
     Cancel {
         /// The campaign.
-        #[arg(value_parser = name)]
+        #[arg(value_parser = super::campaign)]
         name: String,
         /// Take it back: jobs without an outcome are served again. Those that ended as `cancelled` have to be sent
         /// again.
@@ -53,17 +52,9 @@ enum Command {
     /// The jobs of a campaign and their links as a table (CSV).
     Export {
         /// The campaign.
-        #[arg(value_parser = name)]
+        #[arg(value_parser = super::campaign)]
         name: String,
     },
-}
-
-fn name(text: &str) -> Result<String, String> {
-    if is_campaign(text) {
-        Ok(text.to_owned())
-    } else {
-        Err("1-64 printable characters".to_owned())
-    }
 }
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {

@@ -17,7 +17,6 @@ use crate::config::check::Resolved;
 use crate::config::sections::LONGEST;
 use crate::job::Lane;
 use crate::job::json::Node;
-use crate::rabbit::envelope::is_campaign;
 use crate::rabbit::headers;
 use crate::rabbit::link::{self, LinkError};
 use crate::rabbit::publisher::{Class, Shape, State};
@@ -69,7 +68,7 @@ pub(super) struct Arguments {
     #[arg(long, value_parser = span)]
     deadline: Option<Duration>,
     /// The campaign's name.
-    #[arg(long, value_parser = campaign)]
+    #[arg(long, value_parser = super::campaign)]
     campaign: Option<String>,
     /// Wait for the replies and print each, one JSON object a line. Exit code 1 if a job got no link.
     #[arg(long)]
@@ -82,10 +81,6 @@ pub(super) struct Arguments {
 fn span(text: &str) -> Result<Duration, String> {
     let span = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     if span <= LONGEST { Ok(span) } else { Err("give at most 3650d".to_owned()) }
-}
-
-fn campaign(text: &str) -> Result<String, String> {
-    if is_campaign(text) { Ok(text.to_owned()) } else { Err("give 1-64 characters".to_owned()) }
 }
 
 pub(super) fn pair(text: &str) -> Result<(String, String), String> {

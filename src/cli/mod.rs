@@ -21,6 +21,7 @@ use clap::{Parser, Subcommand};
 use crate::config::check::Resolved;
 use crate::config::{self, Problem};
 use crate::job::Lane;
+use crate::rabbit::envelope::is_campaign;
 
 /// Turns create-checkout jobs from RabbitMQ into Creem checkout links: no job lost, never two
 /// links for one `request_id`.
@@ -170,6 +171,12 @@ const DEEP_STACK: &str = if cfg!(debug_assertions) { "1073741824" } else { "6710
 /// A lane on the command line.
 fn lane(text: &str) -> Result<Lane, String> {
     Lane::parse(text).ok_or_else(|| "a lane is `interactive` or `bulk`".to_owned())
+}
+
+/// The name of a campaign.
+fn campaign(text: &str) -> Result<String, String> {
+    let fine = is_campaign(text).then(|| text.to_owned());
+    fine.ok_or_else(|| "give 1-64 printable characters".to_owned())
 }
 
 /// A number of things, in English.

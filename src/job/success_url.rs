@@ -93,6 +93,19 @@ pub fn is_loopback(host: &Host<&str>) -> bool {
     }
 }
 
+/// The same of a host as it stands in other addresses than URLs: IPv6 without brackets.
+#[must_use]
+pub fn is_loopback_name(name: &str) -> bool {
+    let host =
+        if name.contains(':') { Host::parse(&format!("[{name}]")) } else { Host::parse(name) };
+    match host {
+        Ok(Host::Domain(name)) => is_loopback(&Host::Domain(&name)),
+        Ok(Host::Ipv4(address)) => is_loopback(&Host::Ipv4(address)),
+        Ok(Host::Ipv6(address)) => is_loopback(&Host::Ipv6(address)),
+        Err(_) => false,
+    }
+}
+
 /// Whether the parsed URL is the text, an empty path's slash apart.
 fn same_as_written(url: &Url, text: &str) -> bool {
     let parsed = url.as_str();
@@ -107,6 +120,16 @@ fn same_as_written(url: &Url, text: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn this_machine_is_known_by_its_names_and_addresses() {
+        for name in ["localhost", "127.0.0.1", "127.1.2.3", "::1"] {
+            assert!(is_loopback_name(name), "{name}");
+        }
+        for name in ["localhost.example", "10.0.0.1", "::2", "", "a b", "127.0.0.1.example"] {
+            assert!(!is_loopback_name(name), "{name}");
+        }
+    }
 
     #[test]
     fn urls_that_read_one_way_pass() {

@@ -32,7 +32,6 @@ use crate::ledger::sqlite::inspect::Inspector;
 use crate::lifecycle::Stages;
 use crate::observe::health::Health;
 use crate::observe::logging;
-use crate::rabbit::envelope::is_campaign;
 use crate::simulator::{Options, Simulator};
 use crate::worker::Fatal;
 use progress::Shown;
@@ -71,7 +70,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "PREFIX", value_parser = prefix)]
     request_id_prefix: Option<String>,
     /// The campaign that the rows belong to, at most 64 characters.
-    #[arg(long, value_name = "NAME", value_parser = campaign)]
+    #[arg(long, value_name = "NAME", value_parser = super::campaign)]
     campaign: Option<String>,
     /// A column that is only carried through though it looks like a field, as often as needed.
     #[arg(long, value_name = "COLUMN")]
@@ -146,11 +145,6 @@ fn prefix(text: &str) -> Result<String, String> {
     } else {
         Ok(text.to_owned())
     }
-}
-
-fn campaign(text: &str) -> Result<String, String> {
-    let fine = is_campaign(text);
-    fine.then(|| text.to_owned()).ok_or_else(|| "1-64 printable characters".to_owned())
 }
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use super::sections;
-use super::{Problem, Settings, is_local, pem};
+use super::{Problem, Settings, pem};
+use crate::job::success_url::is_loopback_name;
 use crate::rabbit::link::Tls;
 use crate::rabbit::{self, Topology};
 
@@ -24,7 +25,7 @@ pub(super) fn check_amqp(settings: &Settings, problems: &mut Vec<Problem>) -> ra
             .push(Problem::new(error.to_string(), "give amqp://user:password@host:port/vhost")),
         Ok(uris) => {
             for uri in uris {
-                let loopback = is_local(&uri.authority.host);
+                let loopback = is_loopback_name(&uri.authority.host);
                 let user = &uri.authority.userinfo;
                 if !loopback && user.username == "guest" && user.password == "guest" {
                     problems.push(Problem::new(

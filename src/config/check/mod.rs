@@ -162,11 +162,6 @@ fn journey(settings: &Settings, backoff: Backoff) -> JourneyRules {
     }
 }
 
-fn is_local(host: &str) -> bool {
-    host == "localhost"
-        || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
-}
-
 /// Reads a file of certificates, or of a key.
 fn pem(key: &str, path: &Path, problems: &mut Vec<Problem>) -> Option<Vec<u8>> {
     match read_small_file(path, MAX_PEM) {

@@ -12,6 +12,7 @@ use tokio_postgres::error::SqlState;
 use tokio_postgres_rustls::MakeRustlsConnect;
 
 use super::{BATCHES, STATEMENT};
+use crate::job::success_url::is_loopback_name;
 use crate::ledger::LedgerError;
 
 /// One connection per batch, one for the budget, and one for everything else; an index that is made once
@@ -193,10 +194,7 @@ fn at_after_the_host(url: &str) -> bool {
 
 fn is_local(host: &Host) -> bool {
     match host {
-        Host::Tcp(name) => {
-            name == "localhost"
-                || name.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
-        }
+        Host::Tcp(name) => is_loopback_name(name),
         Host::Unix(_) => true,
     }
 }
