@@ -70,7 +70,9 @@ impl Inside {
                     self.engine.end(Fatal::Broken(error.to_string()));
                     return None;
                 }
-                Verdict::GiveBack => return None,
+                Verdict::GiveBack if journey.stop.is_cancelled() => return None,
+                // Its lane is paused.
+                Verdict::GiveBack => Duration::ZERO,
                 Verdict::Delay { wait, .. } => wait,
                 Verdict::Abandon => AGAIN,
             };

@@ -43,7 +43,7 @@ use crate::retry::Backoff;
 use engine::Engine;
 use gate::{Gate, Reason};
 use intake::{Intake, Read, Unfit};
-use journey::{LANE_PAUSED, Verdict};
+use journey::Verdict;
 use settle::{Case, Settler, Summary};
 
 /// Beyond a call to Creem: how long what was sent may take to be settled when everything ends.
@@ -229,12 +229,7 @@ impl Shared {
         let unresolved =
             matches!(&verdict, Verdict::Reply(stored) if stored.status == Status::Unresolved);
         let _turn = turn.filter(|_| unresolved);
-        // As if it had been given back: a pause is no time in which it was tried.
-        let hop = if matches!(verdict, Verdict::Delay { why: LANE_PAUSED, .. }) {
-            Hop { first_picked_up_at: worker.engine.journey.clock.now(), redelivered: true }
-        } else {
-            Hop { first_picked_up_at: ask.picked_up_at, redelivered: ask.redelivered }
-        };
+        let hop = Hop { first_picked_up_at: ask.picked_up_at, redelivered: ask.redelivered };
         let request_id = Some(&ask.key.request_id);
         let case = Case { delivery, envelope: &envelope, request_id };
         let summary = worker.settler.carry_out(case, &ask.key, hop, verdict).await;

@@ -239,10 +239,15 @@ enum Taken {
     Over(Option<LinkError>),
 }
 
-async fn give_back(waiting: VecDeque<Delivery>) {
+/// Gives back what was not begun, and what a consumer still gets before it ends.
+async fn leave(consumer: Option<Deliveries>, waiting: VecDeque<Delivery>) -> Result<(), LinkError> {
+    if let Some(deliveries) = consumer {
+        return deliveries.cancel(waiting).await;
+    }
     for delivery in waiting {
         delivery.give_back().await;
     }
+    Ok(())
 }
 
 impl LaneLoop {
@@ -290,7 +295,9 @@ impl LaneLoop {
         let mut fresh = self.fresh;
         loop {
             if orders.is_paused(self.lane) {
-                give_back(std::mem::take(&mut waiting)).await;
+                if let Err(error) = leave(renewed.take(), std::mem::take(&mut waiting)).await {
+                    return Some(error);
+                }
                 if subscribed.send((self.lane, Subscribed::Paused)).await.is_err() {
                     return None;
                 }
@@ -315,7 +322,7 @@ impl LaneLoop {
                     Err(_) if self.shared.stop.is_cancelled() => return None,
                     Err(error) => return Some(error),
                 },
-                Taken::Anew => match self.begin_anew(intake, fresh).await {
+                Taken::Anew => match self.begin_anew(intake, fresh, &subscribed).await {
                     Ok(Some((deliveries, came))) => {
                         renewed = Some(deliveries);
                         waiting = came;
@@ -326,10 +333,7 @@ impl LaneLoop {
             }
             fresh = false;
             if self.shared.stop.is_cancelled() {
-                give_back(waiting).await;
-                if let Some(deliveries) = renewed {
-                    drop(deliveries.cancel([]).await);
-                }
+                drop(leave(renewed, waiting).await);
                 return None;
             }
         }
@@ -341,22 +345,22 @@ impl LaneLoop {
         &self,
         before: Deliveries,
         fresh: bool,
+        subscribed: &mpsc::Sender<(Lane, Subscribed)>,
     ) -> Result<Option<(Deliveries, VecDeque<Delivery>)>, LinkError> {
         tracing::debug!(job.lane = self.lane.as_str(), "consuming the lane anew");
         let topology = &self.shared.worker.plan.topology;
         let deliveries = match self.session.consume(topology, self.lane, self.prefetch).await {
             Ok(deliveries) => deliveries,
-            // A right was taken away, and as long as the old one is let be, it serves.
+            // The queue is gone or forbidden by now. The old consumer may still serve, or be lost.
             Err(LinkError::Denied(error)) => {
-                tracing::warn!(
-                    job.lane = self.lane.as_str(),
-                    error,
-                    "this lane could not be consumed anew"
-                );
-                return Ok(Some((before, VecDeque::new())));
+                let told = subscribed.send((self.lane, Subscribed::Not(error))).await;
+                return Ok(told.is_ok().then(|| (before, VecDeque::new())));
             }
             Err(error) => return Err(error),
         };
+        if subscribed.send((self.lane, Subscribed::Consumed)).await.is_err() {
+            return Ok(None);
+        }
         let mut came = VecDeque::new();
         for delivery in before.end().await? {
             if !self.shared.may_serve(&delivery, fresh).await {

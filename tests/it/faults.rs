@@ -738,6 +738,25 @@ async fn a_lane_that_is_never_idle_finds_its_lost_consumer_as_well() {
 }
 
 #[tokio::test]
+async fn a_lane_that_may_be_consumed_no_more_serves_by_its_old_consumer_and_is_not_called_ready() {
+    let Some(broker) = BROKER.start("forbidden").await else { return };
+    let mut world = World::on(broker.url.clone(), "forbidden").await;
+    world.set("amqp.heartbeat", "1s");
+    let worker = world.worker().await;
+    let mut replies = world.replies().await;
+    ctl(&broker, &["set_permissions", "guest", ".*", ".*", "^$"]).await;
+    let ready = async |code: u16| {
+        eventually("readiness follows", || async { worker.get("/readyz").await.0 == code }).await;
+    };
+    ready(503).await;
+    assert!(worker.get("/readyz").await.1.contains("lane "));
+    world.job("a").await;
+    assert_eq!(next(&mut replies).await.text("/request_id"), "a");
+    ctl(&broker, &["set_permissions", "guest", ".*", ".*", ".*"]).await;
+    ready(200).await;
+}
+
+#[tokio::test]
 async fn what_comes_again_to_a_lane_that_is_consumed_anew_is_no_sign_of_a_lost_ledger() {
     let Some(broker) = BROKER.start("anew_and_new").await else { return };
     let mut world = World::on(broker.url.clone(), "anew_and_new").await;

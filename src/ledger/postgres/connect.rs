@@ -256,6 +256,7 @@ fn passes(code: &SqlState) -> bool {
     // Classes: connection, resources, operator intervention, system error, transaction rollback.
     ["08", "53", "57", "58", "40"].iter().any(|class| code.code().starts_with(class))
         || *code == SqlState::READ_ONLY_SQL_TRANSACTION
+        || *code == SqlState::LOCK_NOT_AVAILABLE
 }
 
 /// Sorts the database's errors into "later" and "never".

@@ -37,9 +37,6 @@ use record::Stopped;
 /// which the job was tried.
 const ASIDE: Duration = Duration::from_secs(5);
 
-/// What a job waits for whose lane is paused.
-pub const LANE_PAUSED: &str = "lane_paused";
-
 /// What a job waits for whose next try lies ahead.
 const NOT_DUE: &str = "retry_not_due";
 
@@ -57,7 +54,7 @@ pub enum Verdict {
         /// What it waits for, for the log; one of a closed set.
         why: &'static str,
     },
-    /// Nothing was sent, and this worker stops: it is delivered again.
+    /// Nothing was sent, and this worker stops or its lane is paused: it is delivered again.
     GiveBack,
     /// Another worker has the job, or the session is over: given back where that still can be.
     Abandon,
@@ -166,9 +163,7 @@ impl Journey {
             biased;
             () = ask.session.cancelled() => Verdict::Abandon,
             () = self.stop.cancelled() => Verdict::GiveBack,
-            // Given back, it would go from worker to worker until each has heard of the pause, and every time
-            // counts against it.
-            () = self.orders.paused(ask.lane) => Verdict::Delay { wait: ASIDE, why: LANE_PAUSED },
+            () = self.orders.paused(ask.lane) => Verdict::GiveBack,
             // A broker takes a delivery back that is held too long, and counts that against it.
             () = tokio::time::sleep_until(ask.hold_until) => {
                 Verdict::Delay { wait: ASIDE, why: "held_too_long" }
