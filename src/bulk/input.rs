@@ -295,17 +295,19 @@ impl Input {
         self.judge(&columns::write_job(&self.columns, &cells, &self.defaults, id.as_deref()))
     }
 
-    /// The column with a cell in which there is a whole line that has as many cells as the header.
+    /// The column with a cell that seems to hold other rows: a whole line of it has as many cells as the header,
+    /// or its last line, which the cell shares with a row then, as many as come before it and a quote.
     fn swallows(&self, record: &ByteRecord) -> Option<&str> {
         let Format::Csv { delimiter, .. } = self.format else { return None };
+        let cells = |line: &[u8]| line.split(|byte| *byte == delimiter).count();
         // In a table of two columns, any sentence with one comma looks like a row.
-        let cells = Some(self.names.len()).filter(|cells| *cells > 2)?;
-        let is_row = |line: &[u8]| line.split(|byte| *byte == delimiter).count() == cells;
-        let swallows = |cell: &[u8]| {
+        let whole = |line: &&[u8]| self.names.len() > 2 && cells(line) == self.names.len();
+        let swallows = |(at, cell): (usize, &[u8])| {
             let lines: Vec<&[u8]> = cell.split(|byte| *byte == b'\n').collect();
-            lines.len() > 2 && lines[1..lines.len() - 1].iter().any(|line| is_row(line))
+            let [_, within @ .., last] = lines.as_slice() else { return false };
+            within.iter().any(whole) || (last.contains(&b'"') && cells(last) > at)
         };
-        let at = record.iter().position(|cell| cell.contains(&b'\n') && swallows(cell))?;
+        let at = record.iter().enumerate().position(swallows)?;
         self.names.get(at).map(String::as_str)
     }
 

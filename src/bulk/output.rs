@@ -108,10 +108,11 @@ impl Earlier {
         };
         let part = match part {
             None => None,
-            Some(_) if shape.format == Format::Ndjson => None,
             Some(_) if std::fs::read_to_string(run_of(path)).ok().as_ref() != Some(&run) => {
                 return Err(OutputError::AnotherRun(part_path));
             }
+            // Its lines do not show what their rows were: the ledger is asked for each again.
+            Some(_) if shape.format == Format::Ndjson => None,
             Some(reader) => {
                 let whole =
                     whole_lines(&part_path).map_err(|error| OutputError::Io(part_path, error))?;
@@ -165,12 +166,12 @@ impl Earlier {
         let mut options = OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(false).open(&part).map_err(io)?;
         // Held as long as it is written.
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(OutputError::InUse(part)),
-            Err(TryLockError::Error(error)) => return Err(io(error)),
-        }
+        lock(&file, &part)?;
         let good = self.part.as_ref().map_or(0, |part| part.good);
+        if file.metadata().map_err(io)?.len() < good {
+            // Another run has brought it to its end since it was looked at.
+            return Err(OutputError::InUse(part));
+        }
         let run = run_of(&self.path);
         std::fs::write(&run, &self.run).map_err(|error| OutputError::Io(run, error))?;
         file.set_len(good).map_err(io)?;
@@ -244,6 +245,36 @@ impl Output {
         let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
         let directory = directory.unwrap_or_else(|| Path::new("."));
         File::open(directory).and_then(|directory| directory.sync_all()).map_err(io)
+    }
+}
+
+/// Begins an output anew, for whoever goes on with none: locked as long as it is written.
+///
+/// # Errors
+/// See [`OutputError`]; a run that was interrupted is not written over.
+pub fn begin_anew(path: &Path) -> Result<File, OutputError> {
+    let part = part_of(path);
+    if run_of(path).exists() {
+        return Err(OutputError::AnotherRun(part));
+    }
+    for path in [path, &part] {
+        if std::fs::metadata(path).is_ok_and(|about| !about.is_file()) {
+            return Err(OutputError::NoFile(path.to_owned()));
+        }
+    }
+    let io = |error| OutputError::Io(part.clone(), error);
+    let mut options = OpenOptions::new();
+    let file = options.write(true).create(true).truncate(false).open(&part).map_err(io)?;
+    lock(&file, &part)?;
+    file.set_len(0).map_err(io)?;
+    Ok(file)
+}
+
+fn lock(file: &File, part: &Path) -> Result<(), OutputError> {
+    match file.try_lock() {
+        Ok(()) => Ok(()),
+        Err(TryLockError::WouldBlock) => Err(OutputError::InUse(part.to_owned())),
+        Err(TryLockError::Error(error)) => Err(OutputError::Io(part.to_owned(), error)),
     }
 }
 

@@ -211,14 +211,24 @@ pub struct Renewal {
 }
 
 impl Renewal {
+    /// The job under the line's own id, as far as the line and the flags tell.
+    ///
+    /// # Errors
+    /// What makes it none.
+    pub fn own_job(&self) -> Job {
+        self.job(&self.id)
+    }
+
+    fn job(&self, id: &str) -> Job {
+        let cells: Vec<&str> = self.cells.iter().map(String::as_str).collect();
+        let Making { columns, defaults, rules } = &*self.making;
+        judge(&columns::write_job(columns, &cells, defaults, Some(id)), rules).1
+    }
+
     /// The job under the next id that follows from the last: `x` becomes `x.r1`, and that `x.r2`.
     pub fn next_job(&mut self) -> (String, Job) {
         self.id = next_id(&self.id);
-        let cells: Vec<&str> = self.cells.iter().map(String::as_str).collect();
-        let Making { columns, defaults, rules } = &*self.making;
-        let body = columns::write_job(columns, &cells, defaults, Some(&self.id));
-        let (_, job) = judge(&body, rules);
-        (self.id.clone(), job)
+        (self.id.clone(), self.job(&self.id))
     }
 }
 

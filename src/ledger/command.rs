@@ -370,6 +370,8 @@ pub(super) const fn pause_name(lane: Lane) -> &'static str {
 pub struct Known {
     /// Creem's id of the session that was handed out.
     pub checkout_id: Option<String>,
+    /// Of the job.
+    pub fingerprint: Fingerprint,
 }
 
 /// The answer to a command.

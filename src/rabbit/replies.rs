@@ -1,7 +1,9 @@
 //! A queue of one's own for replies, for `enqueue --wait` and `bulk --via-queue`.
 
 use futures::StreamExt as _;
-use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
+use lapin::options::{
+    BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions, QueuePurgeOptions,
+};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, Consumer};
 
@@ -36,10 +38,12 @@ pub struct Received {
 const KEPT: i64 = 4 * 24 * 3600 * 1000;
 
 /// Declares the queue and consumes it: one of that name, which outlives its connection, or one that does not.
+/// What is in it is taken out first, if it is `emptied`.
 async fn declared(
     connection: &Connection,
     exchange: &str,
     name: Option<&str>,
+    emptied: bool,
 ) -> Result<(String, Consumer), LinkError> {
     let channel = connection.create_channel().await?;
     let stays = name.is_some();
@@ -56,6 +60,9 @@ async fn declared(
     }
     let queue = channel.queue_declare(short(name.unwrap_or(""))?, declare, arguments).await?;
     let name = queue.name().as_str().to_owned();
+    if emptied {
+        channel.queue_purge(short(&name)?, QueuePurgeOptions { nowait: false }).await?;
+    }
     if !exchange.is_empty() {
         channel
             .queue_bind(
@@ -82,11 +89,12 @@ impl ReplyQueue {
     /// If the broker is not there or says no.
     pub async fn open(options: &Options, name: &str, exchange: &str) -> Result<Self, LinkError> {
         let connection = link::connect(options, name).await?;
-        let (name, consumer) = in_time(declared(&connection, exchange, None)).await?;
+        let (name, consumer) = in_time(declared(&connection, exchange, None, false)).await?;
         Ok(Self { name, consumer, _connection: connection })
     }
 
-    /// The same with a name of its own: what comes while nobody is there is there for the next one.
+    /// The same with a name of its own: what comes while nobody is there is there for the next one, unless that
+    /// wants it `emptied`.
     ///
     /// # Errors
     /// If the broker is not there or says no, or somebody else takes its replies.
@@ -95,9 +103,11 @@ impl ReplyQueue {
         connection_name: &str,
         exchange: &str,
         name: &str,
+        emptied: bool,
     ) -> Result<Self, LinkError> {
         let connection = link::connect(options, connection_name).await?;
-        let (name, consumer) = in_time(declared(&connection, exchange, Some(name))).await?;
+        let declared = declared(&connection, exchange, Some(name), emptied);
+        let (name, consumer) = in_time(declared).await?;
         Ok(Self { name, consumer, _connection: connection })
     }
 

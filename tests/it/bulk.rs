@@ -360,6 +360,12 @@ async fn rows_that_are_lost_in_a_cell_or_share_an_id_are_told() {
     let dry = ["bulk", &input, "--dry-run"];
     let (code, said, _) = command(&dry, desk.settings.clone(), "").await;
     assert!(code == 1 && said.contains("over lines that look like rows"), "{said}");
+    // As many cells as the header has, in the end.
+    let one = "request_id,product_id,note\na,prod_1,\"5 inch\nb,prod_1,\"6 inch\"\nc,prod_1,x\n";
+    let input = desk.write("one.csv", one);
+    let dry = ["bulk", &input, "--dry-run"];
+    let (code, said, _) = command(&dry, desk.settings.clone(), "").await;
+    assert!(code == 1 && said.contains("line 2, ") && said.contains("look like rows"), "{said}");
     let desk = Desk::new().await;
     let twice = "request_id,product_id,Name\nz,prod_1,Ada\nz,prod_1,Bob\n";
     let input = desk.write("twice.csv", twice);
@@ -451,4 +457,48 @@ async fn a_renewed_link_that_has_died_as_well_is_renewed_again() {
         assert_eq!((row[0].as_str(), row[8].as_str()), (id, "open"));
     }
     assert_eq!(desk.sessions(), 3);
+}
+
+#[tokio::test]
+async fn a_dead_link_is_only_renewed_as_the_job_that_it_was_made_for() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(1));
+    let discount = ["--discount-code", "AUTUMN"];
+    assert_eq!(desk.bulk(&input, &discount).await.0, 0);
+    let session = cells(&desk.read("links.csv"))[0][4].clone();
+    assert!(desk.simulator.log().set_status(&session, "expired"));
+    let links = desk.path("links.csv").display().to_string();
+    let renewed = desk.path("renewed.csv").display().to_string();
+    let refresh = ["bulk", &links, "--out", &renewed, "--verify", "--refresh"];
+    let (code, _, said) = command(&refresh, desk.settings.clone(), "").await;
+    assert!(code == 1 && said.contains("they differ in discount_code"), "{said}");
+    assert_eq!(desk.sessions(), 1);
+    let (code, _, said) =
+        command(&[&refresh[..], &discount[..]].concat(), desk.settings.clone(), "").await;
+    assert!(code == 0 && said.contains("1 row: 1 renewed"), "{said}");
+    assert!(desk.simulator.log().posts()[1].body.contains("AUTUMN"));
+    // Nor is something else written over.
+    let people = desk.write("people.csv", &table(1));
+    let onto = ["bulk", &links, "--out", &people, "--verify"];
+    let (code, _, said) = command(&onto, desk.settings.clone(), "").await;
+    assert!(code == 1 && said.contains("is no file of links"), "{said}");
+    assert_eq!(desk.read("people.csv"), table(1));
+}
+
+#[tokio::test]
+async fn the_part_of_another_runs_lines_of_json_is_not_written_over() {
+    let mut desk = Desk::new().await;
+    let line = |row| format!(r#"{{"request_id":"j-{row}","product_id":"prod_1"}}"#);
+    let lines = [line(0), line(1), line(2)].join("\n");
+    let input = desk.write("in.ndjson", &lines);
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    // As an interrupted run leaves it.
+    let part = desk.read("links.csv");
+    std::fs::rename(desk.path("links.csv"), desk.path("links.csv.part")).unwrap();
+    std::fs::write(desk.path("links.csv.part.run"), "another run\n").unwrap();
+    let elsewhere = format!("sqlite:{}", desk.path("other.db").display());
+    desk.settings.insert("LEDGER_URL".into(), elsewhere);
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 1 && said.contains("was begun by another command"), "{said}");
+    assert_eq!((desk.read("links.csv.part"), desk.sessions()), (part, 3));
 }

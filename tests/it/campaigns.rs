@@ -2,9 +2,12 @@
 
 use std::collections::BTreeMap;
 
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
+
 use crate::cli::command;
 use crate::support::postgres::{database, shared};
-use crate::support::{Process, World, body, header, next, soon};
+use crate::support::{Process, World, body, eventually, header, next, soon};
 use crate::worker::now;
 
 const JOBS: usize = 5;
@@ -13,6 +16,14 @@ async fn told(world: &World, arguments: &[&str]) -> String {
     let (code, output, error) = command(arguments, world.environment(), "").await;
     assert_eq!(code, 0, "{output}{error}");
     output
+}
+
+async fn consumers(world: &World) -> u32 {
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
+    let queue = world.queue("jobs.bulk");
+    let declared =
+        world.channel.queue_declare(queue.as_str().into(), passive, FieldTable::default());
+    declared.await.unwrap().consumer_count()
 }
 
 async fn publish(world: &World, id: &str, campaign: &str, at: i64) {
@@ -148,5 +159,22 @@ async fn a_file_goes_through_the_queue_and_comes_back_as_links_in_its_order() {
     let status = told(&world, &["campaign", "status", "Fair"]).await;
     assert!(status.starts_with("Fair: 300 jobs taken (300 succeeded)"), "{status}");
     assert_eq!(world.depth("dead").await, 0, "no reply was left without a queue");
+    worker.kill().await;
+    // Copies of what was sent twice are no matter of what follows. They come back when the broker has noticed.
+    eventually("nothing is left", || async {
+        let purge = lapin::options::QueuePurgeOptions::default();
+        let queue = world.queue("jobs.bulk");
+        world.channel.queue_purge(queue.as_str().into(), purge).await.unwrap();
+        consumers(&world).await == 0 && world.depth("jobs.bulk").await == 0
+    })
+    .await;
+
+    // Workers with another ledger know none of these links, and are not asked to make them all again.
+    std::fs::remove_file(world.ledger()).unwrap();
+    let worker = world.worker_unready(&["--accept-empty-ledger"]);
+    let (code, _, said) = command(&bulk, settings, "").await;
+    assert!(code == 1 && said.contains("would be made a second time"), "{said}");
+    assert_eq!(world.posts(), 301, "one row tells");
+    assert_eq!(std::fs::read_to_string(&out).unwrap(), text);
     worker.kill().await;
 }

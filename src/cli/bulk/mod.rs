@@ -102,11 +102,16 @@ pub(super) struct Arguments {
 impl Arguments {
     /// What other links of the same rows would be made with.
     fn run(&self, settings: &Resolved) -> String {
-        let mut parts = vec![
-            format!("mode {}", settings.creem.mode),
-            format!("ledger {}", place(&settings.ledger)),
-            format!("sandbox {} via_queue {}", self.sandbox, self.via_queue),
-        ];
+        let mut parts = if self.via_queue {
+            // Workers have key and ledger.
+            vec![format!("queue {}", settings.topology.jobs(Lane::Bulk))]
+        } else {
+            vec![
+                format!("mode {}", settings.creem.mode),
+                format!("ledger {}", place(&settings.ledger)),
+                format!("sandbox {}", self.sandbox),
+            ]
+        };
         let flags = [
             ("product", &self.product),
             ("discount_code", &self.discount_code),

@@ -3,27 +3,28 @@
 //! The queue is named after the output, so that a run that goes on finds what was answered meanwhile. What was
 //! sent twice is answered alike: the workers' ledger sees to that.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::progress::Shown;
 use super::{Arguments, input, interrupted, summary};
 use crate::bulk;
 use crate::bulk::inside::read_reply;
-use crate::bulk::output::{Earlier, Outcome as Made, Shape, part_of};
+use crate::bulk::output::{Earlier, EarlierLink, Outcome as Made, Shape, part_of};
 use crate::cli::enqueue::publish;
 use crate::cli::{Failure, Outcome, say_error};
 use crate::clock::{Clock as _, SystemClock};
 use crate::config::check::Resolved;
 use crate::job::json::Node;
 use crate::job::reply::digest;
-use crate::job::{CheckoutRequest, Lane, Status};
+use crate::job::{CheckoutRequest, Lane, Status, printable};
 use crate::lifecycle::Stages;
 use crate::rabbit::publisher;
 use crate::rabbit::replies::ReplyQueue;
@@ -46,7 +47,9 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         say_error(&format!("going on with {}", part_of(out).display()));
     }
     let name = queue_name(settings, out);
-    let replies = open(settings, &name, out).await?;
+    // Replies to a run that is not gone on with may be of other workers, with another key.
+    let replies = open(settings, &name, out, !earlier.was_interrupted()).await?;
+    let before = Before::new(earlier.link().cloned());
     let stages = Stages::default();
     let mut tasks = JoinSet::new();
     tasks.spawn(stages.follow_signals(settings.grace).context("signals cannot be listened for")?);
@@ -75,16 +78,20 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         waiting: &waiting,
         run: &run,
     };
-    let send = async |number: u64, request: CheckoutRequest| {
-        tokio::select! {
-            made = sender.send(number, request) => match made {
-                Ok(made) => made,
-                Err(error) => {
-                    fail(error.context(format!("row {number}")));
-                    None
-                }
-            },
-            () = stages.soft.cancelled() => None,
+    let send = |number: u64, request: CheckoutRequest| {
+        let turn = before.turn(&request);
+        let (sender, before, stages, fail) = (&sender, &before, &stages, &fail);
+        async move {
+            tokio::select! {
+                made = sender.send_in_turn(before, turn, number, request) => match made {
+                    Ok(made) => made,
+                    Err(error) => {
+                        fail(error.context(format!("row {number}")));
+                        None
+                    }
+                },
+                () = stages.soft.cancelled() => None,
+            }
         }
     };
     let mut shown = Shown::new(bytes);
@@ -98,19 +105,32 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     shown.finish();
     tasks.shutdown().await;
     let broken = broken.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let tally = ran?;
+    ended(&ran?, broken, arguments, out)
+}
+
+fn ended(
+    tally: &bulk::Tally,
+    broken: Option<anyhow::Error>,
+    arguments: &Arguments,
+    out: &Path,
+) -> Outcome {
     match broken {
         Some(error) => Err(Failure::Failed(error.context(format!(
             "stopped after {} rows; the same command goes on with {}",
             tally.rows,
             part_of(out).display()
         )))),
-        None => summary(&tally, arguments, out),
+        None => summary(tally, arguments, out),
     }
 }
 
 /// Makes the queue for the run's replies, or finds it again.
-async fn open(settings: &Resolved, name: &str, out: &Path) -> Result<ReplyQueue, Failure> {
+async fn open(
+    settings: &Resolved,
+    name: &str,
+    out: &Path,
+    emptied: bool,
+) -> Result<ReplyQueue, Failure> {
     if !settings.replies.allows(name) {
         return Err(Failure::Failed(anyhow!(
             "`replies.allow` does not allow {name}: workers with these settings would park every row; allow {}*",
@@ -119,7 +139,8 @@ async fn open(settings: &Resolved, name: &str, out: &Path) -> Result<ReplyQueue,
     }
     let exchange = &settings.topology.replies_exchange;
     let replies =
-        ReplyQueue::open_named(&settings.amqp, "checkout-worker bulk", exchange, name).await;
+        ReplyQueue::open_named(&settings.amqp, "checkout-worker bulk", exchange, name, emptied)
+            .await;
     let why = || {
         format!(
             "the queue {name} for replies; check AMQP_URL, this user's permissions, and that no other run writes {}",
@@ -170,6 +191,54 @@ async fn collect(
     }
 }
 
+/// A link that an earlier run has left: whoever does not know it would make all of them a second time. So rows behind
+/// the one that it is of wait until the workers have given that one the same again.
+struct Before {
+    link: Option<EarlierLink>,
+    met: Cell<bool>,
+    known: watch::Sender<bool>,
+}
+
+/// When a row may be sent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    Now,
+    /// And its reply decides about those behind it.
+    First,
+    Behind,
+}
+
+impl Before {
+    fn new(link: Option<EarlierLink>) -> Self {
+        Self { link, met: Cell::new(false), known: watch::Sender::new(false) }
+    }
+
+    /// Asked for each row, in their order.
+    fn turn(&self, request: &CheckoutRequest) -> Turn {
+        let Some(link) = &self.link else { return Turn::Now };
+        if self.met.get() {
+            return Turn::Behind;
+        }
+        let first = link.request_id == request.request_id.as_str();
+        self.met.set(first);
+        if first { Turn::First } else { Turn::Now }
+    }
+
+    fn judge(&self, made: &Made) -> anyhow::Result<()> {
+        let Some(link) = &self.link else { return Ok(()) };
+        if made.status == Status::Succeeded && made.checkout_id.as_ref() != Some(&link.checkout_id)
+        {
+            return Err(anyhow!(
+                "the output has a link for {} ({}) that the workers' ledger has not made: its links are of another ledger, key or mode, or older than ledger.retention, and would be made a second time. Give another --out, or remove the file if nobody was given its links",
+                printable(&link.request_id, 128),
+                printable(&link.checkout_id, 128)
+            ));
+        }
+        self.known.send_replace(true);
+        Ok(())
+    }
+}
+
 struct Sender<'a> {
     settings: &'a Resolved,
     arguments: &'a Arguments,
@@ -181,6 +250,23 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
+    async fn send_in_turn(
+        &self,
+        before: &Before,
+        turn: Turn,
+        number: u64,
+        request: CheckoutRequest,
+    ) -> anyhow::Result<Option<Made>> {
+        if turn == Turn::Behind {
+            before.known.subscribe().wait_for(|known| *known).await?;
+        }
+        let made = self.send(number, request).await?;
+        if let (Turn::First, Some(made)) = (turn, &made) {
+            before.judge(made)?;
+        }
+        Ok(made)
+    }
+
     /// Publishes a row's job and waits for its reply.
     async fn send(&self, number: u64, request: CheckoutRequest) -> anyhow::Result<Option<Made>> {
         let mut body = Vec::new();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -9,14 +10,15 @@ use futures::StreamExt as _;
 
 use super::{Arguments, Begun, begin, interrupted, source};
 use crate::bulk::inside::{Inside, problem};
-use crate::bulk::output::part_of;
+use crate::bulk::output::{begin_anew, part_of};
 use crate::bulk::table::Writer;
 use crate::bulk::verify::{Line, Link, Links, Renewal};
 use crate::cli::{Failure, Outcome, count, say_error};
 use crate::config::check::Resolved;
 use crate::creem::Seen;
+use crate::job::key::Comparison;
 use crate::job::reply::rfc3339;
-use crate::job::{Key, Lane, RequestId, Status};
+use crate::job::{CheckoutRequest, Fingerprint, Key, Lane, RequestId, Status};
 use crate::ledger::Known;
 use crate::retry::{Backoff, backoff};
 
@@ -36,6 +38,8 @@ struct Looked {
 
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
     let part = part_of(out);
+    is_ours(out, arguments, settings)?;
+    let file = begin_anew(out)?;
     let (source, _) = source(&arguments.file)?;
     let shown = || arguments.file.display().to_string();
     let mut links = Links::open(source, arguments.wishes(settings)).with_context(shown)?;
@@ -48,7 +52,6 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         return Err(interrupted(0, out));
     };
     let written = || format!("{} cannot be written", part.display());
-    let file = std::fs::File::create(&part).with_context(written)?;
     let mut table =
         Writer::like(std::io::BufWriter::new(file), links.format()).with_context(written)?;
     table.record(&links.header()).with_context(written)?;
@@ -64,7 +67,8 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         }
     });
     let rows = rows.take_while(|_| !stages.soft.is_cancelled());
-    let looked = futures::stream::iter(rows).map(|(line, new)| look(&inside, line, new));
+    let seen = Seen404::default();
+    let looked = futures::stream::iter(rows).map(|(line, new)| look(&inside, &seen, line, new));
     // In the order of the file.
     let mut looked = looked.buffered(at_once);
     loop {
@@ -91,6 +95,21 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     table.finish().with_context(written)?;
     std::fs::rename(&part, out).with_context(|| format!("{} cannot be written", out.display()))?;
     tally.summary(out, arguments.refresh)
+}
+
+/// What is there must be a file of links as well.
+fn is_ours(out: &Path, arguments: &Arguments, settings: &Resolved) -> Result<(), Failure> {
+    let Ok(file) = std::fs::File::open(out) else { return Ok(()) };
+    let about = file.metadata().with_context(|| out.display().to_string())?;
+    if about.is_file() && about.len() > 0 && Links::open(file, arguments.wishes(settings)).is_err()
+    {
+        let text = format!(
+            "{} is there and is no file of links: give another --out, or remove it",
+            out.display()
+        );
+        return Err(Failure::Failed(anyhow!(text)));
+    }
+    Ok(())
 }
 
 fn stopped(part: &Path) -> Failure {
@@ -148,14 +167,69 @@ impl Tally {
 }
 
 /// Asks what has become of a line's link, and where it is dead and may be renewed, has a new one made.
-async fn look(inside: &Inside, line: Line, new: Option<Renewal>) -> Looked {
+async fn look(inside: &Inside, seen: &Seen404, line: Line, new: Option<Renewal>) -> Looked {
     let Some(checkout_id) = line.checkout_id() else {
         return Looked { line, link: None, renewed: None };
     };
-    let state = ask_for(inside, &line.request_id(), &checkout_id).await;
-    match new.filter(|_| state.is_dead()) {
-        Some(renewal) => renew(inside, line, state, renewal).await,
-        None => Looked { line, link: Some(state), renewed: None },
+    let id = line.request_id();
+    let state = seen.judge(ask_for(inside, &id, &checkout_id).await);
+    let Some(renewal) = new.filter(|_| state.is_dead()) else {
+        return Looked { line, link: Some(state), renewed: None };
+    };
+    if let Err(why) = same_job(inside, &id, &renewal).await {
+        say_error(&format!("{id}: no new link: {why}"));
+        return Looked { line, link: Some(state), renewed: Some(Status::Conflict) };
+    }
+    renew(inside, line, state, renewal).await
+}
+
+/// Creem's word that there is no such session, for link after link, says more about the key or the API than
+/// about the links.
+#[derive(Debug, Default)]
+struct Seen404 {
+    gone: AtomicU32,
+    found: AtomicU32,
+}
+
+/// How many links may be gone before the first one is found.
+const MOST_GONE: u32 = 20;
+
+impl Seen404 {
+    fn judge(&self, state: Link) -> Link {
+        if state != Link::Gone {
+            self.found.fetch_add(u32::from(!matches!(state, Link::Unknown(_))), Ordering::Relaxed);
+            return state;
+        }
+        let gone = self.gone.fetch_add(1, Ordering::Relaxed);
+        if gone >= MOST_GONE && self.found.load(Ordering::Relaxed) == 0 {
+            return Link::Unknown(format!(
+                "Creem knows none of the first {MOST_GONE} links: is that so, or is something wrong there?"
+            ));
+        }
+        state
+    }
+}
+
+/// Whether a line and the flags make the job that its link was made for: what they leave out (a discount, the buyer's
+/// address) the new link would not have.
+async fn same_job(inside: &Inside, id: &str, renewal: &Renewal) -> Result<(), String> {
+    let job = renewal.own_job().map_err(|flaw| flaw.message)?;
+    let key = Key { mode: inside.engine.mode, request_id: job.request_id.clone() };
+    let ledger = &inside.engine.journey.ledger;
+    let known = ledger.known(key).await.map_err(|error| error.to_string())?;
+    let Some(known) = known else {
+        return Err(format!(
+            "this ledger does not know {id} (any more), so nobody can tell whether line and flags make the same job again: make a new file of jobs"
+        ));
+    };
+    let again = Fingerprint::of(&job.members, &ledger.identity().secret);
+    match known.fingerprint.compare(&again) {
+        Comparison::Same => Ok(()),
+        Comparison::Differs(fields) => Err(format!(
+            "the line and the flags do not make the job that its link was made for: give the flags of the first run; they differ in {}",
+            fields.join(", ")
+        )),
+        Comparison::Unknown => Err("its row was written by a newer version".to_owned()),
     }
 }
 
@@ -163,6 +237,10 @@ async fn look(inside: &Inside, line: Line, new: Option<Renewal>) -> Looked {
 async fn renew(inside: &Inside, line: Line, mut state: Link, mut renewal: Renewal) -> Looked {
     for _ in 0..MOST_RENEWALS {
         let (id, job) = renewal.next_job();
+        let before = match &job {
+            Ok(request) => known_before(inside, request).await,
+            Err(_) => false,
+        };
         let made = match job {
             Ok(request) => inside.make(*request).await,
             Err(flaw) => Some(problem(Status::Invalid, flaw.code, &flaw.message)),
@@ -176,13 +254,20 @@ async fn renew(inside: &Inside, line: Line, mut state: Link, mut renewal: Renewa
             say_error(&format!("{id}: no new link: {}: {why}", made.status));
             return Looked { line, link: Some(state), renewed: Some(made.status) };
         };
-        state = ask_for(inside, &id, &checkout_id).await;
+        // One that was made now is not asked for: that Creem does not show it yet would say nothing.
+        state = if before { ask_for(inside, &id, &checkout_id).await } else { Link::Open };
         if !state.is_dead() {
             let line = line.renewed(&id, &made);
             return Looked { line, link: Some(state), renewed: Some(made.status) };
         }
     }
     Looked { line, link: Some(state), renewed: None }
+}
+
+/// Whether an earlier look has had that job made; where the ledger cannot be asked, none has.
+async fn known_before(inside: &Inside, request: &CheckoutRequest) -> bool {
+    let key = Key { mode: inside.engine.mode, request_id: request.request_id.clone() };
+    matches!(inside.engine.journey.ledger.known(key).await, Ok(Some(_)))
 }
 
 /// What has become of a row's session. That Creem knows no such session tells something only if it was made
@@ -198,7 +283,7 @@ async fn ask_for(inside: &Inside, request_id: &str, checkout_id: &str) -> Link {
     };
     let key = Key { mode: inside.engine.mode, request_id };
     match inside.engine.journey.ledger.known(key).await {
-        Ok(Some(Known { checkout_id: Some(known) })) if known == checkout_id => Link::Gone,
+        Ok(Some(Known { checkout_id: Some(known), .. })) if known == checkout_id => Link::Gone,
         Ok(_) => doubt(
             "and this ledger has not made it: is it of another key, mode or ledger, or forgotten after ledger.retention?",
         ),

@@ -83,7 +83,8 @@ pub fn apply(row: Option<Row>, command: &JobCommand, context: Context) -> Effect
         JobCommand::Close(request) => close(row, request, context),
         JobCommand::Parked { fence, .. } => parked(row, *fence),
         JobCommand::Knows { .. } => {
-            let known = row.map(|row| Known { checkout_id: row.checkout_id });
+            let known =
+                row.map(|row| Known { checkout_id: row.checkout_id, fingerprint: row.fingerprint });
             Effect::keep(Answer::Knows(known))
         }
     };
