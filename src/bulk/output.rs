@@ -397,6 +397,18 @@ mod tests {
     }
 
     #[test]
+    fn a_part_that_somebody_writes_is_left_alone() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("links.csv");
+        let (shape, _) = rows(TABLE);
+        let written = look(&path, shape.clone()).unwrap().go_on().unwrap();
+        let second = look(&path, shape.clone()).unwrap().go_on();
+        assert!(matches!(second, Err(OutputError::InUse(_))), "{second:?}");
+        drop(written);
+        assert!(look(&path, shape).unwrap().go_on().is_ok());
+    }
+
+    #[test]
     fn an_input_that_has_changed_is_done_again_from_there_and_another_run_is_not_gone_on_with() {
         let directory = tempfile::TempDir::new().unwrap();
         let path = directory.path().join("links.csv");

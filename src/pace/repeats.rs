@@ -92,6 +92,14 @@ mod tests {
     }
 
     #[test]
+    fn no_wait_is_so_long_that_the_ledger_would_not_believe_it() {
+        let now = Instant::now();
+        let mut budget = RetryBudget::new(now);
+        let longest = (0..100_000).map(|_| budget.take(now)).max();
+        assert_eq!(longest, Some(LONGEST));
+    }
+
+    #[test]
     fn many_calls_earn_a_tenth() {
         let now = Instant::now();
         let mut budget = RetryBudget::new(now);

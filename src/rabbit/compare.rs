@@ -12,7 +12,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Confirmation, Connection, ExchangeKind};
 
 use super::link::{LinkError, refusal, short};
-use super::topology::{Topology, differs, durable};
+use super::topology::{Topology, differs, durable, exclusive};
 use crate::job::Lane;
 
 /// How long the broker may take over a message that is only to show that one may be published.
@@ -196,13 +196,6 @@ pub async fn try_keeping_out(
 ) -> Result<Option<String>, LinkError> {
     let guard = topology.guard();
     let channel = connection.create_channel().await?;
-    let options = QueueDeclareOptions {
-        passive: false,
-        durable: false,
-        exclusive: true,
-        auto_delete: true,
-        nowait: false,
-    };
     let judge = |error: lapin::Error| match refusal(&error) {
         None => Err(error.into()),
         Some(AMQPSoftError::ACCESSREFUSED) => {
@@ -211,7 +204,7 @@ pub async fn try_keeping_out(
         // Workers have it.
         Some(_) => Ok(None),
     };
-    let declared = channel.queue_declare(short(&guard)?, options, FieldTable::default()).await;
+    let declared = channel.queue_declare(short(&guard)?, exclusive(), FieldTable::default()).await;
     if let Err(error) = declared {
         return judge(error);
     }

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::compare::may_keep_out;
 use super::link::{self, LinkError, Options, refusal, short};
-use super::topology::{Topology, durable, shared_guard};
+use super::topology::{Topology, durable, exclusive, shared_guard};
 use crate::job::Lane;
 
 /// For any single answer of the broker.
@@ -256,16 +256,7 @@ async fn guard(
         Guard::Nothing => {
             (QueueDeclareOptions { passive: true, ..durable() }, FieldTable::default())
         }
-        Guard::Alone => {
-            let options = QueueDeclareOptions {
-                passive: false,
-                durable: false,
-                exclusive: true,
-                auto_delete: true,
-                nowait: false,
-            };
-            (options, FieldTable::default())
-        }
+        Guard::Alone => (exclusive(), FieldTable::default()),
         Guard::Sharing(mark) => (durable(), shared_guard(mark)),
     };
     let declared = in_time(async {

@@ -253,6 +253,17 @@ pub(super) fn durable() -> QueueDeclareOptions {
     }
 }
 
+/// A queue that is gone with its connection, and nobody else's meanwhile.
+pub(super) fn exclusive() -> QueueDeclareOptions {
+    QueueDeclareOptions {
+        passive: false,
+        durable: false,
+        exclusive: true,
+        auto_delete: true,
+        nowait: false,
+    }
+}
+
 fn text(value: &str) -> AMQPValue {
     AMQPValue::LongString(value.into())
 }

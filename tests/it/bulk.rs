@@ -483,6 +483,11 @@ async fn a_dead_link_is_only_renewed_as_the_job_that_it_was_made_for() {
     let (code, _, said) = command(&onto, desk.settings.clone(), "").await;
     assert!(code == 1 && said.contains("is no file of links"), "{said}");
     assert_eq!(desk.read("people.csv"), table(1));
+    let pipe = desk.path("pipe").display().to_string();
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let onto = ["bulk", &links, "--out", &pipe, "--verify"];
+    let (code, _, said) = command(&onto, desk.settings.clone(), "").await;
+    assert!(code == 1 && said.contains("no regular file"), "{said}");
 }
 
 #[tokio::test]

@@ -99,10 +99,17 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
 
 /// What is there must be a file of links as well.
 fn is_ours(out: &Path, arguments: &Arguments, settings: &Resolved) -> Result<(), Failure> {
-    let Ok(file) = std::fs::File::open(out) else { return Ok(()) };
-    let about = file.metadata().with_context(|| out.display().to_string())?;
-    if about.is_file() && about.len() > 0 && Links::open(file, arguments.wishes(settings)).is_err()
-    {
+    let shown = || out.display().to_string();
+    // Asked before it is opened: a pipe would wait for somebody at its other end.
+    match std::fs::metadata(out) {
+        Ok(about) if about.is_file() && about.len() > 0 => {}
+        // What is no file at all is refused where the output is begun.
+        Ok(_) => return Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Failure::Failed(anyhow!(error).context(shown()))),
+    }
+    let file = std::fs::File::open(out).with_context(shown)?;
+    if Links::open(file, arguments.wishes(settings)).is_err() {
         let text = format!(
             "{} is there and is no file of links: give another --out, or remove it",
             out.display()
@@ -317,5 +324,22 @@ async fn ask(inside: &Inside, checkout_id: &str) -> Link {
             journey.pacer.quiet(backoff::clamp_retry_after(delay));
         }
         tokio::time::sleep(delays.delay(tries, retry_after, backoff::chance())).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn that_creem_knows_none_of_the_first_links_says_nothing_of_the_next_one() {
+        let seen = Seen404::default();
+        for _ in 0..MOST_GONE {
+            assert_eq!(seen.judge(Link::Gone), Link::Gone);
+        }
+        assert!(matches!(seen.judge(Link::Gone), Link::Unknown(_)));
+        // Once one was found, others may be gone.
+        assert_eq!(seen.judge(Link::Open), Link::Open);
+        assert_eq!(seen.judge(Link::Gone), Link::Gone);
     }
 }
