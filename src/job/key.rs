@@ -17,6 +17,9 @@ pub enum Mode {
 }
 
 impl Mode {
+    /// Every mode.
+    pub const ALL: [Self; 2] = [Self::Test, Self::Live];
+
     /// The mode as Creem writes it today, in replies and in the ledger.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -29,7 +32,7 @@ impl Mode {
     /// Reads the ledger's spelling.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
-        [Self::Test, Self::Live].into_iter().find(|mode| mode.as_str() == text)
+        Self::ALL.into_iter().find(|mode| mode.as_str() == text)
     }
 
     /// Whether a `mode` in one of Creem's answers belongs to this mode.

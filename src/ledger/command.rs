@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::Retention;
 use crate::clock::Millis;
 use crate::job::{Ending, Fingerprint, Key, Lane, Status};
 
@@ -271,6 +272,8 @@ pub enum OwnCommand {
         /// Its end.
         to: Millis,
     },
+    /// So long a worker keeps outcomes.
+    Keep(Retention),
     /// Proves that the ledger can write.
     Probe,
     /// The ledger was restored: it may have forgotten what was done until then.
@@ -312,6 +315,17 @@ pub struct PausedLane {
     pub since: Millis,
 }
 
+/// A time in which an operator had paused a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LanePause {
+    /// Which.
+    pub lane: Lane,
+    /// Its beginning.
+    pub from: Millis,
+    /// Its end.
+    pub to: Millis,
+}
+
 /// A campaign that an operator has cancelled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CancelledCampaign {
@@ -327,6 +341,8 @@ pub struct CancelledCampaign {
 pub struct Orders {
     /// Lanes whose jobs are not taken.
     pub paused_lanes: Vec<PausedLane>,
+    /// When lanes were paused before; forgotten with what jobs came to in that time.
+    pub lane_pauses: Vec<LanePause>,
     /// Campaigns whose jobs are not wanted.
     pub cancelled: Vec<CancelledCampaign>,
     /// How far in the future a job was published, in milliseconds, and when a worker last saw such a one.
@@ -341,6 +357,11 @@ impl Orders {
             self.cancelled.push(CancelledCampaign { campaign, before: number });
         } else if let Some(lane) = Lane::ALL.into_iter().find(|lane| pause_name(*lane) == name) {
             self.paused_lanes.push(PausedLane { lane, since: number });
+        } else if let Some(pause) = name.strip_prefix(WAS_PAUSED) {
+            let (lane, from) = pause.split_once('.').unwrap_or((pause, ""));
+            if let (Some(lane), Ok(from)) = (Lane::parse(lane), from.parse()) {
+                self.lane_pauses.push(LanePause { lane, from, to: number });
+            }
         } else if name == SKEW {
             self.skew.get_or_insert_default().0 = number;
         } else if name == SKEW_AT {
@@ -355,6 +376,16 @@ pub(super) const CANCELLED: &str = "cancelled.";
 /// Under which names it keeps how far clocks differ, and when that was seen.
 pub(super) const SKEW: &str = "skew";
 pub(super) const SKEW_AT: &str = "skew_at";
+
+/// What the names begin with under which a ledger keeps when lanes were paused: the lane and the beginning
+/// follow, and the number is the end.
+pub(super) const WAS_PAUSED: &str = "was_paused.";
+
+/// Under which name a ledger keeps that a lane was paused from then on.
+#[must_use]
+pub(super) fn was_paused_name(lane: Lane, from: Millis) -> String {
+    format!("{WAS_PAUSED}{lane}.{from}")
+}
 
 /// Under which name a ledger keeps that a lane is paused.
 #[must_use]

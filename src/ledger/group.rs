@@ -11,8 +11,7 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Answer, Command, LedgerError, Orders};
-use crate::clock::Millis;
+use super::{Answer, Command, LedgerError, Orders, Retention};
 
 /// Most commands in one commit: past it the sync's share per command is below the cost of the
 /// command itself, and the first of the batch would only wait longer.
@@ -36,7 +35,7 @@ pub trait Store: Send + 'static {
     ///
     /// # Errors
     /// See [`LedgerError`].
-    fn sweep(&mut self, before: Millis) -> Result<usize, LedgerError>;
+    fn sweep(&mut self, retention: Retention) -> Result<usize, LedgerError>;
 }
 
 /// What a batch came to.
@@ -54,7 +53,7 @@ type Waiter<T> = oneshot::Sender<Result<T, LedgerError>>;
 
 enum Work {
     Apply(Command, Waiter<Answer>),
-    Sweep(Millis, Waiter<usize>),
+    Sweep(Retention, Waiter<usize>),
     Orders(Waiter<Orders>),
 }
 
@@ -122,9 +121,9 @@ impl Group {
 
     /// Removes a small batch of old rows.
     #[must_use]
-    pub fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
+    pub fn sweep(&self, retention: Retention) -> BoxFuture<'static, Result<usize, LedgerError>> {
         let (waiter, answer) = oneshot::channel();
-        wait(self.send(Work::Sweep(before, waiter)), answer)
+        wait(self.send(Work::Sweep(retention, waiter)), answer)
     }
 
     /// What operators have told it.
@@ -166,7 +165,7 @@ fn turn(
                 commands.push(command);
                 waiters.push(waiter);
             }
-            Work::Sweep(before, waiter) => sweeps.push((before, waiter)),
+            Work::Sweep(retention, waiter) => sweeps.push((retention, waiter)),
             Work::Orders(waiter) => questions.push(waiter),
         }
         next = if commands.len() < MOST { work.try_recv().ok() } else { None };
@@ -188,8 +187,8 @@ fn turn(
             Err(error) => waiters.into_iter().for_each(|waiter| give(waiter, Err(error.clone()))),
         }
     }
-    for (before, waiter) in sweeps {
-        give(waiter, store.sweep(before));
+    for (retention, waiter) in sweeps {
+        give(waiter, store.sweep(retention));
     }
     for waiter in questions {
         give(waiter, store.orders());

@@ -28,6 +28,7 @@ pub mod command;
 pub mod group;
 pub mod postgres;
 pub mod report;
+pub mod retention;
 pub mod row;
 pub mod sqlite;
 pub mod transition;
@@ -39,8 +40,9 @@ use crate::job::{Key, LedgerSecret};
 
 pub use budget::{Budget, BulkTerms, News, Places, Wish};
 pub use command::*;
-use command::{CANCELLED, PAUSED, SKEW, SKEW_AT, pause_name};
+use command::{CANCELLED, PAUSED, SKEW, SKEW_AT, WAS_PAUSED, pause_name, was_paused_name};
 pub use report::{Campaign, KnownOrphan, Report};
+pub use retention::Retention;
 pub use row::{Row, State};
 
 /// Why the ledger did not answer, sorted by what the caller does.
@@ -117,12 +119,12 @@ pub trait Ledger: Send + Sync + std::fmt::Debug + 'static {
     /// See [`LedgerError`].
     fn orders(&self) -> BoxFuture<'static, Result<Orders, LedgerError>>;
 
-    /// Removes rows that ended before that time and cannot hide a session; at most a small
-    /// batch. Returns how many went.
+    /// Removes rows that ended longer ago than outcomes of their mode are kept, and that cannot hide a session;
+    /// at most a small batch of each mode. Returns how many went. See [`retention`].
     ///
     /// # Errors
     /// See [`LedgerError`].
-    fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>>;
+    fn sweep(&self, retention: Retention) -> BoxFuture<'static, Result<usize, LedgerError>>;
 }
 
 impl dyn Ledger {

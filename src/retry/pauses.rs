@@ -61,17 +61,18 @@ impl Pauses {
         self.closed = joined;
     }
 
-    /// How much of `from..to` counts.
+    /// How much of `from..to` counts: what neither these pauses cover nor others do.
     #[must_use]
-    pub fn counted(&self, from: Millis, to: Millis) -> Millis {
-        let open = self.open.map(|start| (start, to));
-        let paused: Millis = self
-            .closed
-            .iter()
-            .copied()
-            .chain(open)
-            .map(|(start, end)| (end.min(to) - start.max(from)).max(0))
-            .sum();
+    pub fn counted(&self, others: &Self, from: Millis, to: Millis) -> Millis {
+        let mut all = self.clone();
+        for &(start, end) in &others.closed {
+            all.add(start, end);
+        }
+        for start in [self.open, others.open].into_iter().flatten() {
+            all.add(start, to);
+        }
+        let paused: Millis =
+            all.closed.iter().map(|(start, end)| (*end.min(&to) - *start.max(&from)).max(0)).sum();
         (to - from - paused).max(0)
     }
 }
@@ -84,14 +85,25 @@ mod tests {
     #[test]
     fn a_pause_does_not_count() {
         let mut pauses = Pauses::from_intervals([(100, 200)]);
-        assert_eq!(pauses.counted(0, 300), 200);
-        assert_eq!(pauses.counted(150, 300), 100);
+        let none = Pauses::default();
+        assert_eq!(pauses.counted(&none, 0, 300), 200);
+        assert_eq!(pauses.counted(&none, 150, 300), 100);
         pauses.begin(300);
         pauses.begin(350);
-        assert_eq!(pauses.counted(0, 400), 200);
+        assert_eq!(pauses.counted(&none, 0, 400), 200);
         assert_eq!(pauses.end(400), Some((300, 400)));
         assert_eq!(pauses.end(500), None);
-        assert_eq!(pauses.counted(0, 500), 300);
+        assert_eq!(pauses.counted(&none, 0, 500), 300);
+    }
+
+    #[test]
+    fn what_two_pauses_cover_is_taken_off_once() {
+        let mut pauses = Pauses::from_intervals([(100, 200)]);
+        let mut others = Pauses::from_intervals([(150, 250), (300, 310)]);
+        assert_eq!(pauses.counted(&others, 0, 400), 240);
+        pauses.begin(350);
+        others.begin(390);
+        assert_eq!(pauses.counted(&others, 0, 400), 190);
     }
 
     proptest! {
@@ -101,7 +113,7 @@ mod tests {
             from in 0_i64..1000, length in 0_i64..1000,
         ) {
             let pauses = Pauses::from_intervals(spans.iter().map(|(at, length)| (*at, at + length)));
-            let counted = pauses.counted(from, from + length);
+            let counted = pauses.counted(&Pauses::default(), from, from + length);
             prop_assert!((0..=length).contains(&counted));
         }
     }

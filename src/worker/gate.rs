@@ -164,10 +164,11 @@ impl Gate {
         drop(held.wait_for(|held| until(*held)).await);
     }
 
-    /// How much of the time since `from` counts against a job.
+    /// How much of the time since `from` counts against a job: neither this gate was closed then, nor was the
+    /// job's lane paused.
     #[must_use]
-    pub fn counted_since(&self, from: Millis) -> Duration {
-        as_duration(self.locked().counted(from, self.clock.now()))
+    pub fn counted_since(&self, from: Millis, of_its_lane: &Pauses) -> Duration {
+        as_duration(self.locked().counted(of_its_lane, from, self.clock.now()))
     }
 
     fn locked(&self) -> MutexGuard<'_, Pauses> {
@@ -195,12 +196,13 @@ mod tests {
         gate.open(Reason::Ledger);
         assert!(over.try_recv().is_err());
         assert!(gate.opened().now_or_never().is_none());
-        assert_eq!(gate.counted_since(1_000), Duration::ZERO);
+        let none = Pauses::default();
+        assert_eq!(gate.counted_since(1_000, &none), Duration::ZERO);
         gate.open(Reason::Key);
         assert_eq!(over.try_recv(), Ok((1_000, 6_000)));
         assert!(gate.opened().now_or_never().is_some());
         clock.advance(Duration::from_secs(2));
-        assert_eq!(gate.counted_since(500), Duration::from_millis(2_500));
+        assert_eq!(gate.counted_since(500, &none), Duration::from_millis(2_500));
         gate.open(Reason::Key);
         assert!(over.try_recv().is_err());
     }

@@ -8,9 +8,10 @@ use tokio::sync::watch;
 use super::ask::Ask;
 use crate::clock::Millis;
 use crate::job::{Lane, Problem, printable, reply};
-use crate::ledger::Ledger;
+use crate::ledger::{LanePause, Ledger, PausedLane};
 use crate::observe::health::Health;
 use crate::observe::metrics;
+use crate::retry::Pauses;
 
 /// How often the ledger is asked.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -22,6 +23,8 @@ pub struct Orders(watch::Sender<Known>);
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Known {
     paused: Vec<Lane>,
+    /// When lanes were paused, and are.
+    pauses: HashMap<Lane, Pauses>,
     /// Until when jobs of a campaign were published that is cancelled.
     cancelled: HashMap<String, Millis>,
 }
@@ -46,6 +49,12 @@ impl Orders {
     #[must_use]
     pub fn is_paused(&self, lane: Lane) -> bool {
         self.0.borrow().paused.contains(&lane)
+    }
+
+    /// When a lane was paused, as long ago as the ledger knows jobs.
+    #[must_use]
+    pub fn pauses(&self, lane: Lane) -> Pauses {
+        self.0.borrow().pauses.get(&lane).cloned().unwrap_or_default()
     }
 
     /// Waits until a lane is paused.
@@ -91,7 +100,14 @@ impl Orders {
         }
         let cancelled = orders.cancelled.into_iter();
         let cancelled = cancelled.map(|cancelled| (cancelled.campaign, cancelled.before)).collect();
-        let new = Known { paused, cancelled };
+        let mut times: HashMap<Lane, Pauses> = HashMap::new();
+        for LanePause { lane, from, to } in orders.lane_pauses {
+            times.entry(lane).or_default().add(from, to);
+        }
+        for PausedLane { lane, since } in orders.paused_lanes {
+            times.entry(lane).or_default().begin(since);
+        }
+        let new = Known { paused, pauses: times, cancelled };
         self.0.send_if_modified(|known| {
             if known.paused != new.paused {
                 tracing::info!(lanes = ?new.paused, before = ?known.paused, "paused lanes");

@@ -11,7 +11,7 @@ use super::engine::Engine;
 use super::gate::Reason;
 use crate::clock::as_millis;
 use crate::creem::KeyCheck;
-use crate::ledger::{LedgerError, OwnCommand};
+use crate::ledger::{LedgerError, OwnCommand, Retention};
 use crate::observe::metrics;
 use crate::rabbit::publisher::State;
 use crate::retry::{Backoff, backoff};
@@ -126,8 +126,18 @@ async fn publishing(shared: Arc<Shared>) {
 /// Removes outcomes that are older than retention, a small batch at a time.
 async fn sweep(shared: Arc<Shared>) {
     let (wall, monotonic) = (shared.worker.engine.journey.clock.now(), Instant::now());
-    // Jobs that waited while no worker ran come first: some may need rows that are old by now.
-    tokio::time::sleep(FIRST_SWEEP).await;
+    let keep = as_millis(shared.worker.engine.journey.rules.retention);
+    let retention = Retention { mode: shared.worker.engine.mode, keep };
+    // Jobs that waited while no worker ran come first: some may need rows that are old by now. And workers
+    // of an earlier version do not look for what this one says was swept; an upgrade is over by then.
+    while monotonic.elapsed() < FIRST_SWEEP {
+        // Whoever sweeps meanwhile is to know how long this one keeps outcomes.
+        let told = shared.worker.engine.journey.ledger.tell(OwnCommand::Keep(retention)).await;
+        if let Err(error) = told {
+            tracing::warn!(%error, "the ledger was not told how long outcomes are kept");
+        }
+        tokio::time::sleep(SWEEP_EVERY).await;
+    }
     loop {
         let now = shared.worker.engine.journey.clock.now();
         if now - wall - as_millis(monotonic.elapsed()) > as_millis(CLOCK_JUMP) {
@@ -135,8 +145,7 @@ async fn sweep(shared: Arc<Shared>) {
             tracing::warn!("the clock has jumped forward; no outcomes are removed until a restart");
             return;
         }
-        let before = now - as_millis(shared.worker.engine.journey.rules.retention);
-        match shared.worker.engine.journey.ledger.sweep(before).await {
+        match shared.worker.engine.journey.ledger.sweep(retention).await {
             Ok(0) => tokio::time::sleep(SWEEP_EVERY).await,
             Ok(swept) => {
                 tracing::debug!(swept, "outcomes older than ledger.retention were removed");

@@ -13,10 +13,13 @@ use creem_checkout_worker::job::{
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
 use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
 use creem_checkout_worker::ledger::{
-    Answer, Command, Identity, JobCommand, Ledger, LedgerError, OnUnknown, Orders, Standing, State,
+    Answer, Command, Identity, JobCommand, Ledger, LedgerError, OnUnknown, Orders, OwnCommand,
+    Retention, Standing, State,
 };
+use creem_checkout_worker::observe::health::Health;
 use creem_checkout_worker::pace::{Limits, Pacer};
 use creem_checkout_worker::retry::{Backoff, Policy};
+use creem_checkout_worker::simulator::script::Script;
 use creem_checkout_worker::simulator::{Options as SimulatorOptions, Simulator};
 use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD};
 use creem_checkout_worker::worker::circuit::Circuit;
@@ -39,6 +42,7 @@ const START: i64 = 1_795_370_400_000;
 
 struct Bench {
     journey: Journey,
+    clock: Arc<ManualClock>,
     directory: TempDir,
 }
 
@@ -49,7 +53,8 @@ fn bench() -> Bench {
 
 fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -> Bench {
     let directory = TempDir::new().unwrap();
-    let clock: SharedClock = Arc::new(ManualClock::at(START));
+    let manual = Arc::new(ManualClock::at(START));
+    let clock: SharedClock = manual.clone();
     let path = directory.path().join("ledger.db");
     let ledger = wrap(SqliteLedger::open(&path, clock.clone(), |_| {}).unwrap());
     let lane = LaneRules {
@@ -90,7 +95,7 @@ fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -
         stop: CancellationToken::new(),
         ledger,
     };
-    Bench { journey, directory }
+    Bench { journey, clock: manual, directory }
 }
 
 impl Bench {
@@ -165,6 +170,44 @@ async fn a_creem_that_cannot_be_reached_costs_time_and_no_attempt() {
     }
 }
 
+#[tokio::test]
+async fn the_time_in_which_its_lane_is_paused_counts_against_no_job() {
+    let any = ([127, 0, 0, 1], 0).into();
+    let script = Script::parse(br#"{"faults":[{"request_id":"a","kind":"status","status":500}]}"#);
+    let options = SimulatorOptions { script: script.unwrap(), ..SimulatorOptions::default() };
+    let (simulator, serve) = Simulator::start(any, options).await.unwrap();
+    tokio::spawn(serve);
+    let mut bench = bench_with(&simulator.url(), |ledger| Arc::new(ledger));
+    let hour = Duration::from_hours(1);
+    bench.journey.rules.interactive.policy = Policy {
+        max_attempts: u32::MAX,
+        max_elapsed: hour.mul_f64(1.5),
+        backoff: Backoff::try_new(hour, hour).unwrap(),
+    };
+    let journey = &bench.journey;
+    let health = Health::default();
+    let order = async |order: OwnCommand| {
+        journey.ledger.tell(order).await.unwrap();
+        journey.orders.look(&*journey.ledger, &health).await;
+    };
+    let ask = || Ask { published_at: Some(START), ..bench.ask() };
+    let failed = || async { matches!(journey.run(&ask()).await.0, Verdict::Delay { .. }) };
+    assert!(failed().await);
+    order(OwnCommand::PauseLane(Lane::Interactive)).await;
+    bench.clock.advance(hour * 2);
+    order(OwnCommand::ResumeLane(Lane::Interactive)).await;
+    let posts = simulator.log().posts().len();
+    assert!(failed().await, "two hours of a pause are no time");
+    assert!(simulator.log().posts().len() > posts, "it was tried");
+    // The other lane's pauses are nothing to it.
+    order(OwnCommand::PauseLane(Lane::Bulk)).await;
+    bench.clock.advance(hour * 2);
+    order(OwnCommand::ResumeLane(Lane::Bulk)).await;
+    let (verdict, _) = journey.run(&ask()).await;
+    let Verdict::Reply(stored) = verdict else { panic!("{verdict:?}") };
+    assert_eq!(stored.code.as_deref(), Some("time_exhausted"));
+}
+
 /// A ledger whose first settle meets a bug of ours, before or after it has taken effect.
 #[derive(Debug)]
 struct Buggy {
@@ -198,8 +241,8 @@ impl Ledger for Buggy {
         self.ledger.orders()
     }
 
-    fn sweep(&self, before: i64) -> BoxFuture<'static, Result<usize, LedgerError>> {
-        self.ledger.sweep(before)
+    fn sweep(&self, retention: Retention) -> BoxFuture<'static, Result<usize, LedgerError>> {
+        self.ledger.sweep(retention)
     }
 }
 

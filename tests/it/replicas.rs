@@ -47,6 +47,18 @@ async fn look(url: &str, id: &str) -> (Row, Vec<KnownOrphan>) {
 }
 
 #[tokio::test]
+async fn a_worker_says_how_long_it_keeps_outcomes_long_before_it_removes_any() {
+    let Some((mut world, url)) = world("said_retention").await else { return };
+    world.set("ledger.retention", "8d");
+    let _worker = world.worker().await;
+    let client = connect(&url).await;
+    let said = "SELECT EXISTS (SELECT FROM checkout_worker.meta
+        WHERE name = 'retention.test.691200000' AND number > 0)";
+    let said = || async { client.query_one(said, &[]).await.unwrap().get(0) };
+    eventually("it is said", said).await;
+}
+
+#[tokio::test]
 async fn two_workers_serve_the_same_queues_and_each_job_gets_one_link() {
     let Some((world, url)) = world("two_workers").await else { return };
     let first = world.worker().await;

@@ -7,10 +7,12 @@ use super::connect::OpenError;
 use super::statements::durable;
 use super::{ADOPTION, HOUSEKEEPING};
 use crate::clock::{Millis, as_millis};
-use crate::job::LedgerSecret;
-use crate::ledger::transition::Forgotten;
+use crate::job::{LedgerSecret, Mode};
+use crate::ledger::retention::{SWEPT_OF_ALL, swept_name};
+use crate::ledger::transition::{Forgotten, Swept};
 use crate::ledger::{
-    Adoption, CANCELLED, Identity, Orders, OwnCommand, PAUSED, SKEW, SKEW_AT, Standing, pause_name,
+    Adoption, CANCELLED, Identity, Orders, OwnCommand, PAUSED, SKEW, SKEW_AT, Standing, WAS_PAUSED,
+    pause_name,
 };
 
 /// What all workers have recorded, and what holds for all.
@@ -32,15 +34,24 @@ pub(super) async fn totals(client: &Object, now: Millis) -> Result<Totals, tokio
              SELECT (SELECT count(*) FROM checkout_worker.ambiguous_attempt),
                     (SELECT count(*) FROM checkout_worker.orphan),
                     (SELECT number FROM checkout_worker.meta WHERE name = 'restored'),
-                    (SELECT number FROM checkout_worker.meta WHERE name = 'swept')",
-            &[(&now, Type::INT8)],
+                    (SELECT max(number) FROM checkout_worker.meta WHERE name IN ($2, $3)),
+                    (SELECT max(number) FROM checkout_worker.meta WHERE name IN ($2, $4))",
+            &[
+                (&now, Type::INT8),
+                (&SWEPT_OF_ALL, Type::TEXT),
+                (&swept_name(Mode::Test), Type::TEXT),
+                (&swept_name(Mode::Live), Type::TEXT),
+            ],
         )
         .await?;
     let (ambiguous, orphans): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
     Ok(Totals {
         ambiguous_attempts: ambiguous.cast_unsigned(),
         orphan_sessions: orphans.cast_unsigned(),
-        forgotten: Forgotten { restored: row.try_get(2)?, swept: row.try_get(3)? },
+        forgotten: Forgotten {
+            restored: row.try_get(2)?,
+            swept: Swept { test: row.try_get(3)?, live: row.try_get(4)? },
+        },
     })
 }
 
@@ -67,6 +78,14 @@ const SET_FIRST: &str = concat!(
 );
 const FORGET: &str =
     concat!("DELETE FROM checkout_worker.meta WHERE name = $1 RETURNING ", durable!());
+/// What was so since then is so no more, and is kept as what was.
+const RESUME: &str = concat!(
+    "WITH over AS (DELETE FROM checkout_worker.meta WHERE name = $1 RETURNING number)
+     INSERT INTO checkout_worker.meta (name, number)
+     SELECT $2 || number, $3 FROM over WHERE number < $3
+     ON CONFLICT (name) DO UPDATE SET number = excluded.number RETURNING ",
+    durable!()
+);
 /// Who refuses does so for all: a job that nobody took before must not adopt it afterwards.
 const ADOPT: &str = concat!(
     "INSERT INTO checkout_worker.meta (name, number)
@@ -102,6 +121,7 @@ pub(super) async fn about_itself(
         OwnCommand::Pause { from, to } => {
             write(PAUSE, &[(from, Type::INT8), (to, Type::INT8)]).await
         }
+        OwnCommand::Keep(retention) => set(SET, &retention.name(), now).await,
         OwnCommand::Probe => {
             for same in TRIED {
                 write(same, &[]).await?;
@@ -110,7 +130,10 @@ pub(super) async fn about_itself(
         }
         OwnCommand::Restored { until } => set(SET_LATEST, "restored", *until).await,
         OwnCommand::PauseLane(lane) => set(SET_FIRST, pause_name(*lane), now).await,
-        OwnCommand::ResumeLane(lane) => write(FORGET, &[(&pause_name(*lane), Type::TEXT)]).await,
+        OwnCommand::ResumeLane(lane) => {
+            let (paused, past) = (pause_name(*lane), format!("{WAS_PAUSED}{lane}."));
+            write(RESUME, &[(&paused, Type::TEXT), (&past, Type::TEXT), (&now, Type::INT8)]).await
+        }
         OwnCommand::Skew { ahead } => {
             set(SET, SKEW, *ahead).await?;
             set(SET, SKEW_AT, now).await
@@ -136,9 +159,10 @@ pub(super) async fn orders(client: &Object) -> Result<Orders, tokio_postgres::Er
     let rows = client
         .query_typed(
             "SELECT name, number FROM checkout_worker.meta
-             WHERE starts_with(name, $1) OR starts_with(name, $2) OR name IN ($3, $4)",
+             WHERE starts_with(name, $1) OR starts_with(name, $2) OR starts_with(name, $3) OR name IN ($4, $5)",
             &[
                 (&PAUSED, Type::TEXT),
+                (&WAS_PAUSED, Type::TEXT),
                 (&CANCELLED, Type::TEXT),
                 (&SKEW, Type::TEXT),
                 (&SKEW_AT, Type::TEXT),

@@ -14,6 +14,7 @@ mod itself;
 mod migrate;
 pub mod ready;
 mod statements;
+mod sweep;
 mod time;
 
 use std::panic::AssertUnwindSafe;
@@ -27,13 +28,12 @@ use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use tokio_postgres::types::{ToSql, Type};
 
 use super::budget::Reckoning;
 use super::group::Commit;
 use super::transition::Forgotten;
 use super::{
-    Answer, Budget, CANCELLED, Command, Identity, Ledger, LedgerError, News, Orders, Places,
+    Answer, Budget, Command, Identity, Ledger, LedgerError, News, Orders, Places, Retention,
     Standing, Wish,
 };
 use crate::clock::{Millis, SharedClock};
@@ -61,25 +61,6 @@ const HOUSEKEEPING: Duration = Duration::from_secs(5);
 /// A ledger that was adopted less than this ago may still meet what another one knew, in
 /// milliseconds: all workers begin at about the same time.
 const ADOPTION: Millis = 60_000;
-/// Rows per sweep: short enough that no job notices.
-const SWEPT_AT_ONCE: i64 = 500;
-
-/// Another replica's batch is passed over, not waited for.
-const SWEEP: &str = "
-    WITH old AS (
-        SELECT mode, request_id FROM checkout_worker.job
-        WHERE ended_at IS NOT NULL AND ended_at < $1 AND state <> 'unresolved'
-        ORDER BY ended_at LIMIT $2 FOR UPDATE SKIP LOCKED
-    )
-    , gone AS (
-        DELETE FROM checkout_worker.job AS j USING old
-        WHERE j.mode = old.mode AND j.request_id = old.request_id RETURNING 1
-    ), noted AS (
-        INSERT INTO checkout_worker.meta AS m (name, number)
-        SELECT 'swept', $1 WHERE EXISTS (SELECT FROM gone)
-        ON CONFLICT (name) DO UPDATE SET number = greatest(m.number, excluded.number)
-    )
-    SELECT count(*) FROM gone";
 
 /// Whose clock leases are measured on.
 #[derive(Debug, Clone)]
@@ -252,30 +233,10 @@ impl Ledger for PostgresLedger {
         async move { ask(&pool, async |client| orders(client).await).await }.boxed()
     }
 
-    fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
-        let pool = self.pool.clone();
-        async move {
-            ask(&pool, async |client| {
-                let old: [(&(dyn ToSql + Sync), Type); 2] =
-                    [(&before, Type::INT8), (&SWEPT_AT_ONCE, Type::INT8)];
-                let swept: i64 = client.query_typed_one(SWEEP, &old).await?.try_get(0)?;
-                client
-                    .query_typed(
-                        "DELETE FROM checkout_worker.pause WHERE ended < $1",
-                        &[(&before, Type::INT8)],
-                    )
-                    .await?;
-                client
-                    .query_typed(
-                        "DELETE FROM checkout_worker.meta WHERE starts_with(name, $1) AND number < $2",
-                        &[(&CANCELLED, Type::TEXT), (&before, Type::INT8)],
-                    )
-                    .await?;
-                Ok(usize::try_from(swept).unwrap_or(0))
-            })
-            .await
-        }
-        .boxed()
+    fn sweep(&self, retention: Retention) -> BoxFuture<'static, Result<usize, LedgerError>> {
+        let (pool, now) = (self.pool.clone(), self.clock.now());
+        async move { ask(&pool, async |client| sweep::sweep(client, retention, now).await).await }
+            .boxed()
     }
 }
 

@@ -15,13 +15,14 @@ use futures::future::BoxFuture;
 use rusqlite::{Connection, ErrorCode, OptionalExtension as _, TransactionBehavior, params};
 
 use crate::clock::{Millis, SharedClock};
-use crate::job::Key;
+use crate::job::{Key, Mode};
 use crate::ledger::group::{Commit, Committed, Group, Store};
+use crate::ledger::retention::{Cuts, RETENTION, Retention, SWEPT_OF_ALL, swept_name};
 use crate::ledger::row::{Columns, Row};
-use crate::ledger::transition::{self, Context, Effect, Forgotten};
+use crate::ledger::transition::{self, Context, Effect, Forgotten, Swept};
 use crate::ledger::{
-    Adoption, Answer, CANCELLED, CancelledCampaign, Command, Identity, Ledger, LedgerError, Orders,
-    OwnCommand, PAUSED, SKEW, SKEW_AT, Standing, pause_name,
+    Adoption, Answer, CANCELLED, Command, Identity, Ledger, LedgerError, Orders, OwnCommand,
+    PAUSED, SKEW, SKEW_AT, Standing, WAS_PAUSED, pause_name, was_paused_name,
 };
 pub use open::OpenError;
 use open::{begin, lock, prepare, recognise, refuse_network};
@@ -72,7 +73,7 @@ impl SqliteLedger {
                 | LedgerError::Stopped(_) => io(&error),
             }
         })?;
-        let swept = meta_number(&connection, "swept").map_err(|error| io(&error))?;
+        let swept = swept(&connection).map_err(|error| io(&error))?;
         let forgotten = Forgotten { restored: identity.restored, swept };
         let store = SqliteStore { connection, clock, epoch, alive: 0, forgotten };
         let group = Group::start(store, observe).map_err(|error| io(&error))?;
@@ -103,8 +104,8 @@ impl Ledger for SqliteLedger {
         self.group.orders()
     }
 
-    fn sweep(&self, before: Millis) -> BoxFuture<'static, Result<usize, LedgerError>> {
-        self.group.sweep(before)
+    fn sweep(&self, retention: Retention) -> BoxFuture<'static, Result<usize, LedgerError>> {
+        self.group.sweep(retention)
     }
 }
 
@@ -155,37 +156,54 @@ impl Store for SqliteStore {
         orders(&self.connection).map_err(|error| unavailable(&error))
     }
 
-    fn sweep(&mut self, before: Millis) -> Result<usize, LedgerError> {
+    fn sweep(&mut self, retention: Retention) -> Result<usize, LedgerError> {
         self.abandon()?;
-        let swept = sweep(&mut self.connection, before).map_err(|error| unavailable(&error))?;
-        if swept > 0 {
-            self.forgotten.swept = self.forgotten.swept.max(Some(before));
-        }
-        Ok(swept)
+        let now = self.clock.now();
+        let gone = sweep(&mut self.connection, retention, now);
+        let gone = gone.map_err(|error| unavailable(&error))?;
+        self.forgotten.swept = swept(&self.connection).map_err(|error| unavailable(&error))?;
+        Ok(gone)
     }
 }
 
 /// Removes old rows and says until when, in one transaction.
-fn sweep(connection: &mut Connection, before: Millis) -> rusqlite::Result<usize> {
+fn sweep(connection: &mut Connection, own: Retention, now: Millis) -> rusqlite::Result<usize> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let swept = transaction.execute(
-        "DELETE FROM job WHERE (mode, request_id) IN (
-             SELECT mode, request_id FROM job
-             WHERE ended_at IS NOT NULL AND ended_at < ?1 AND state <> 'unresolved'
-             ORDER BY ended_at LIMIT ?2)",
-        [before, SWEEP],
-    )?;
-    if swept > 0 {
-        let so_far = meta_number(&transaction, "swept")?.unwrap_or(before);
-        set_meta_number(&transaction, "swept", so_far.max(before))?;
+    let cuts = Cuts::new(&meta_numbers(&transaction, &[RETENTION])?, own, now);
+    set_meta_number(&transaction, &own.name(), now)?;
+    let mut gone = 0;
+    for (mode, before) in cuts.of_modes() {
+        let of_mode = transaction.execute(
+            "DELETE FROM job WHERE mode = ?1 AND request_id IN (
+                 SELECT request_id FROM job
+                 WHERE mode = ?1 AND ended_at IS NOT NULL AND ended_at < ?2 AND state <> 'unresolved'
+                 ORDER BY ended_at LIMIT ?3)",
+            params![mode.as_str(), before, SWEEP],
+        )?;
+        if of_mode > 0 {
+            let so_far = meta_number(&transaction, swept_name(mode))?.unwrap_or(before);
+            set_meta_number(&transaction, swept_name(mode), so_far.max(before))?;
+        }
+        gone += of_mode;
     }
+    let before = cuts.of_all();
     transaction.execute("DELETE FROM pause WHERE ended < ?1", [before])?;
-    for CancelledCampaign { campaign, .. } in
-        orders(&transaction)?.cancelled.into_iter().filter(|cancelled| cancelled.before < before)
-    {
-        forget(&transaction, &format!("{CANCELLED}{campaign}"))?;
+    let ended = meta_numbers(&transaction, &[CANCELLED, WAS_PAUSED])?;
+    let ended = ended.into_iter().filter(|(_, number)| *number < before).map(|(name, _)| name);
+    for name in ended.chain(cuts.over) {
+        forget(&transaction, &name)?;
     }
     transaction.commit()?;
+    Ok(gone)
+}
+
+/// Until when outcomes were swept.
+fn swept(connection: &Connection) -> rusqlite::Result<Swept> {
+    let mut swept = Swept::default();
+    let of_all = meta_number(connection, SWEPT_OF_ALL)?;
+    for mode in Mode::ALL {
+        swept.note(mode, of_all.max(meta_number(connection, swept_name(mode))?));
+    }
     Ok(swept)
 }
 
@@ -247,18 +265,28 @@ impl SqliteStore {
 
 fn orders(connection: &Connection) -> rusqlite::Result<Orders> {
     let mut orders = Orders::default();
-    let mut statement = connection.prepare_cached(
-        "SELECT name, value FROM meta WHERE substr(name, 1, length(?1)) = ?1 OR substr(name, 1, length(?2)) = ?2
-             OR name IN (?3, ?4)",
-    )?;
-    let mut rows = statement.query([PAUSED, CANCELLED, SKEW, SKEW_AT])?;
-    while let Some(row) = rows.next()? {
-        let (name, value): (String, Vec<u8>) = (row.get(0)?, row.get(1)?);
-        if let Ok(number) = value.try_into() {
-            orders.note(&name, i64::from_le_bytes(number));
-        }
+    for (name, number) in meta_numbers(connection, &[PAUSED, WAS_PAUSED, CANCELLED, SKEW])? {
+        orders.note(&name, number);
     }
     Ok(orders)
+}
+
+/// What is kept under names that begin with one of these.
+fn meta_numbers(
+    connection: &Connection,
+    beginnings: &[&str],
+) -> rusqlite::Result<Vec<(String, i64)>> {
+    let mut statement = connection
+        .prepare_cached("SELECT name, value FROM meta WHERE substr(name, 1, length(?1)) = ?1")?;
+    let mut numbers = Vec::new();
+    for beginning in beginnings {
+        let mut rows = statement.query([beginning])?;
+        while let Some(row) = rows.next()? {
+            let (name, value): (String, Vec<u8>) = (row.get(0)?, row.get(1)?);
+            numbers.extend(value.try_into().ok().map(|bytes| (name, i64::from_le_bytes(bytes))));
+        }
+    }
+    Ok(numbers)
 }
 
 fn forget(connection: &Connection, name: &str) -> rusqlite::Result<()> {
@@ -273,6 +301,7 @@ fn carry_out_own(
 ) -> rusqlite::Result<()> {
     match command {
         OwnCommand::Pause { from, to } => record_pause(connection, *from, *to),
+        OwnCommand::Keep(retention) => set_meta_number(connection, &retention.name(), now),
         OwnCommand::Probe => set_meta_number(connection, "probed", now),
         OwnCommand::Adopt(adoption) => adopt(connection, *adoption, now),
         // What was told before is not taken back by an earlier time.
@@ -284,7 +313,13 @@ fn carry_out_own(
             Some(_) => Ok(()),
             None => set_meta_number(connection, pause_name(*lane), now),
         },
-        OwnCommand::ResumeLane(lane) => forget(connection, pause_name(*lane)),
+        OwnCommand::ResumeLane(lane) => {
+            // First, so that a pause whose end is cut off is still one.
+            if let Some(from) = meta_number(connection, pause_name(*lane))?.filter(|at| *at < now) {
+                set_meta_number(connection, &was_paused_name(*lane, from), now)?;
+            }
+            forget(connection, pause_name(*lane))
+        }
         OwnCommand::Skew { ahead } => {
             set_meta_number(connection, SKEW, *ahead)?;
             set_meta_number(connection, SKEW_AT, now)

@@ -73,7 +73,7 @@ pub(super) fn doubt(row: Option<Row>, who: &Claimant, context: Context) -> Doubt
 /// than the one that is configured now are refused before they come here.
 fn is_swept(who: &Claimant, context: Context) -> bool {
     let stamped = who.published_at.unwrap_or(who.picked_up_at);
-    let swept = context.forgotten.swept.filter(|swept| *swept <= context.now);
+    let swept = context.forgotten.swept.of(who.key.mode).filter(|swept| *swept <= context.now);
     swept.is_some_and(|swept| stamped <= swept + CLOCKS_DIFFER)
 }
 

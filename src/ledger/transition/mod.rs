@@ -13,7 +13,7 @@ use super::{
 };
 use crate::clock::{Millis, as_millis};
 use crate::job::reply::{self, Facts};
-use crate::job::{Ending, Key, Problem};
+use crate::job::{Ending, Key, Mode, Problem};
 pub use arrival::MOST_CRASHES;
 use arrival::{Arrival, LONGEST_WAIT, arrive, last_word, lease_of, open, take_over};
 use doubt::{Doubted, doubt, lost, swept};
@@ -36,7 +36,36 @@ pub struct Forgotten {
     /// Whatever was done until then, because it was restored.
     pub restored: Option<Millis>,
     /// What ended before that, because it was swept.
-    pub swept: Option<Millis>,
+    pub swept: Swept,
+}
+
+/// Until when outcomes were swept, by mode.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Of test jobs.
+    pub test: Option<Millis>,
+    /// Of live jobs.
+    pub live: Option<Millis>,
+}
+
+impl Swept {
+    /// Until when those of a mode were.
+    #[must_use]
+    pub const fn of(self, mode: Mode) -> Option<Millis> {
+        match mode {
+            Mode::Test => self.test,
+            Mode::Live => self.live,
+        }
+    }
+
+    /// More of a mode was swept.
+    pub fn note(&mut self, mode: Mode, before: Option<Millis>) {
+        let swept = match mode {
+            Mode::Test => &mut self.test,
+            Mode::Live => &mut self.live,
+        };
+        *swept = (*swept).max(before);
+    }
 }
 
 /// A session that Creem is known to hold and that nobody is given.

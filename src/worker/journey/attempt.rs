@@ -183,7 +183,7 @@ impl Journey {
         let tried = Tried {
             attempts: lease.attempt,
             free: lease.free,
-            elapsed: self.gate.counted_since(lease.opened_at),
+            elapsed: self.gate.counted_since(lease.opened_at, &self.orders.pauses(ask.lane)),
         };
         let lane = &self.rules.of(ask.lane).policy;
         let failed = |code: &str, text: String| Next::End(Ending::Failed(Problem::new(code, text)));

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use creem_checkout_worker::clock::{Clock as _, ManualClock, SharedClock};
 use creem_checkout_worker::job::json::Node;
-use creem_checkout_worker::job::{Ending, Fingerprint, Lane, LedgerSecret};
+use creem_checkout_worker::job::{Ending, Fingerprint, Lane, LedgerSecret, Mode};
 use creem_checkout_worker::ledger::postgres::{self, PostgresLedger};
 use creem_checkout_worker::ledger::sqlite::SqliteLedger;
 use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
@@ -124,6 +124,12 @@ impl Bench {
 
     pub(super) fn ledger(&self) -> &Arc<dyn Ledger> {
         self.ledger.as_ref().unwrap()
+    }
+
+    /// Removes what ended before that, as a worker does that keeps outcomes of test jobs for so long.
+    pub(super) async fn sweep(&self, before: i64) -> usize {
+        let keep = self.clock.now() - before;
+        self.ledger().sweep(Retention { mode: Mode::Test, keep }).await.unwrap()
     }
 
     pub(super) fn claimant(&self, id: &str, units: u32) -> Claimant {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use creem_checkout_worker::clock::Clock as _;
-use creem_checkout_worker::job::{Ending, Key, Mode, Problem, Status};
+use creem_checkout_worker::job::{Ending, Key, Lane, Mode, Problem, Status};
 use creem_checkout_worker::ledger::*;
 
 use super::bench::{Backend, Bench, START};
@@ -305,7 +305,7 @@ pub(super) async fn retention_removes_old_outcomes_but_nothing_that_may_hide_a_s
     bench.lease("sending").await;
     bench.clock.advance(Duration::from_secs(3600));
     bench.end("new", link("ch_2")).await;
-    assert_eq!(bench.ledger().sweep(START + 1_000).await.unwrap(), 1);
+    assert_eq!(bench.sweep(START + 1_000).await, 1);
     for (id, there) in [("old", false), ("hidden", true), ("sending", true), ("new", true)] {
         assert_eq!(bench.look(id).await.is_some(), there, "{id}");
     }
@@ -317,9 +317,9 @@ pub(super) async fn what_is_as_old_as_swept_outcomes_gets_no_link_whatever_reten
     let mut bench = Bench::new(backend, OnUnknown::Retry).await;
     bench.end("old", link("ch_1")).await;
     bench.clock.advance(Duration::from_secs(86_400));
-    assert_eq!(bench.ledger().sweep(START + 3_600_000).await.unwrap(), 1);
+    assert_eq!(bench.sweep(START + 3_600_000).await, 1);
     // Neither an earlier sweep nor one without a find takes it back.
-    assert_eq!(bench.ledger().sweep(START).await.unwrap(), 0);
+    assert_eq!(bench.sweep(START).await, 0);
     bench.reopen().await;
     let copy = Claimant { published_at: Some(START), ..bench.claimant("old", 1) };
     let late = CloseRequest { claimant: copy.clone(), ending: expired() };
@@ -331,6 +331,83 @@ pub(super) async fn what_is_as_old_as_swept_outcomes_gets_no_link_whatever_reten
     let waited = Claimant { published_at: Some(START + 7_200_000), ..bench.claimant("waited", 1) };
     assert!(matches!(bench.claim_as(waited).await, Claim::Granted(_)));
     assert!(matches!(bench.claim("unstamped").await, Claim::Granted(_)));
+}
+
+const DAY: i64 = 86_400_000;
+
+pub(super) async fn what_is_kept_longer_by_a_worker_of_the_other_mode_is_not_swept(
+    backend: &Backend,
+) {
+    let mut bench = Bench::new(backend, OnUnknown::Retry).await;
+    let live = |id| Key { mode: Mode::Live, ..key(id) };
+    let keep = Retention { mode: Mode::Live, keep: 7 * DAY };
+    bench.ledger().tell(OwnCommand::Keep(keep)).await.unwrap();
+    bench.end("tried", link("ch_1")).await;
+    let claimed = bench.claim_as(Claimant { key: live("sold"), ..bench.claimant("sold", 1) }).await;
+    let Claim::Granted(lease) = claimed else { panic!("{claimed:?}") };
+    let (attempt, next) = (Attempt::Counted, Next::End(link("ch_2")));
+    let on_unknown = OnUnknown::Retry;
+    let settle = SettleRequest { key: live("sold"), lease, attempt, next, on_unknown };
+    let Settle::Ended(sold) = bench.ledger().settle(settle).await.unwrap() else { panic!() };
+    bench.ledger().tell(OwnCommand::PauseLane(Lane::Bulk)).await.unwrap();
+    let campaign = "spring".to_owned();
+    let cancelled = OwnCommand::CancelCampaign { campaign, before: START };
+    bench.ledger().tell(cancelled).await.unwrap();
+    bench.later();
+    bench.ledger().tell(OwnCommand::ResumeLane(Lane::Bulk)).await.unwrap();
+    bench.clock.advance(Duration::from_hours(25));
+    assert_eq!(bench.sweep(bench.clock.now() - DAY).await, 1);
+    let orders = bench.ledger().orders().await.unwrap();
+    assert_eq!((orders.cancelled.len(), orders.lane_pauses.len()), (1, 1), "for live jobs, too");
+    bench.reopen().await;
+    let again = |id| Claimant { published_at: Some(START), ..bench.claimant(id, 1) };
+    let resent = Claimant { key: live("sold"), ..again("sold") };
+    assert_eq!(bench.claim_as(resent).await, Claim::Settled(sold));
+    let Claim::Settled(stored) = bench.claim_as(again("tried")).await else { panic!("a link?") };
+    assert_eq!(stored.code.as_deref(), Some("older_than_retention"));
+    // That test jobs of that time are forgotten is no reason to refuse a live one.
+    let waited = Claimant { key: live("waited"), ..again("waited") };
+    assert!(matches!(bench.claim_as(waited).await, Claim::Granted(_)));
+}
+
+pub(super) async fn the_longest_retention_that_was_said_holds_until_what_was_made_under_it_is_old(
+    backend: &Backend,
+) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    bench.end("a", link("ch_1")).await;
+    let long = Retention { mode: Mode::Test, keep: 7 * DAY };
+    assert_eq!(bench.ledger().sweep(long).await.unwrap(), 0);
+    let short = Retention { mode: Mode::Test, keep: DAY };
+    bench.clock.advance(Duration::from_hours(7 * 24));
+    assert_eq!(bench.ledger().sweep(short).await.unwrap(), 0, "another one may still promise it");
+    bench.end("b", link("ch_2")).await;
+    bench.later();
+    assert_eq!(bench.ledger().sweep(short).await.unwrap(), 1);
+    assert!(bench.look("b").await.is_some());
+    bench.clock.advance(Duration::from_hours(24));
+    assert_eq!(bench.ledger().sweep(short).await.unwrap(), 1);
+}
+
+pub(super) async fn when_a_lane_was_paused_is_known_as_long_as_its_jobs_are(backend: &Backend) {
+    let bench = Bench::new(backend, OnUnknown::Retry).await;
+    let tell = async |command| bench.ledger().tell(command).await.unwrap();
+    let orders = async || bench.ledger().orders().await.unwrap();
+    // One that is resumed again was not paused again.
+    for command in [OwnCommand::PauseLane, OwnCommand::ResumeLane, OwnCommand::ResumeLane] {
+        tell(command(Lane::Bulk)).await;
+        bench.later();
+    }
+    let first = LanePause { lane: Lane::Bulk, from: START, to: START + 1_000 };
+    assert_eq!(orders().await.lane_pauses, [first]);
+    tell(OwnCommand::PauseLane(Lane::Interactive)).await;
+    let since = PausedLane { lane: Lane::Interactive, since: START + 3_000 };
+    assert_eq!(orders().await.paused_lanes, [since]);
+    bench.clock.advance(Duration::from_hours(1));
+    tell(OwnCommand::ResumeLane(Lane::Interactive)).await;
+    assert_eq!(orders().await.lane_pauses.len(), 2);
+    let second = LanePause { lane: Lane::Interactive, from: START + 3_000, to: START + 3_603_000 };
+    bench.sweep(START + 2_000).await;
+    assert_eq!(orders().await.lane_pauses, [second]);
 }
 
 pub(super) async fn a_parked_copy_is_noted_for_its_own_outcome_only(backend: &Backend) {
@@ -351,7 +428,7 @@ pub(super) async fn an_id_that_is_used_again_after_retention_counts_its_attempts
         bench.settle("a", lease, unknown(), wait(START)).await;
         bench.end("a", link("ch_1")).await;
         bench.clock.advance(Duration::from_secs(3600));
-        assert_eq!(bench.ledger().sweep(bench.clock.now()).await.unwrap(), 1);
+        assert_eq!(bench.sweep(bench.clock.now()).await, 1);
         bench.clock.advance(Duration::from_secs(3600));
         bench.reopen().await;
         assert_eq!(bench.ledger().identity().ambiguous_attempts, round);

@@ -13,8 +13,9 @@ use futures::future::join_all;
 use super::bench::{Backend, Bench, START};
 use super::key;
 use super::promises::{link, rejected, wait};
-use crate::support::postgres::{connect, database, shared};
-use crate::support::private::root;
+use crate::support::eventually;
+use crate::support::postgres::{administrator, connect, database, shared};
+use crate::support::private::{POSTGRES, root};
 
 async fn bench(test: &str) -> Option<Bench> {
     let server = shared(test).await?;
@@ -235,6 +236,39 @@ async fn a_ledger_of_the_version_before_is_brought_up_to_date_beside_its_workers
         .unwrap();
 }
 
+/// What makes a vacuum of its own accord come at once, and take minutes.
+const LONG_VACUUM: &str = "
+    ALTER TABLE checkout_worker.job SET (autovacuum_vacuum_threshold = 0,
+        autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_cost_delay = 100,
+        autovacuum_vacuum_cost_limit = 1);
+    INSERT INTO checkout_worker.job
+        (mode, request_id, state, version, updated_at, ambiguous, body, sum, prior)
+    SELECT 'test', n::text, 'waiting', 1, 1, 0, decode(repeat('00', 500), 'hex'), 's', 's'
+    FROM generate_series(1, 20000) AS n;
+    DELETE FROM checkout_worker.job WHERE request_id LIKE '%7'";
+
+#[tokio::test]
+async fn an_upgrade_does_not_wait_until_a_vacuum_is_over() {
+    let Some(server) = POSTGRES.start("vacuum").await else { return };
+    let client = administrator(&server).await;
+    client.batch_execute("ALTER SYSTEM SET autovacuum_naptime = '1s'").await.unwrap();
+    client.batch_execute("SELECT pg_reload_conf()").await.unwrap();
+    let url = database(&server.url).await;
+    drop(open(&url).await.unwrap());
+    let client = connect(&url).await;
+    for change in [VERSION_BEFORE, LONG_VACUUM] {
+        client.batch_execute(change).await.unwrap();
+    }
+    let vacuum = "SELECT EXISTS (SELECT FROM pg_stat_progress_vacuum
+        WHERE relid = 'checkout_worker.job'::regclass)";
+    let vacuum = || async { client.query_one(vacuum, &[]).await.unwrap().get(0) };
+    eventually("the table is vacuumed", vacuum).await;
+    // It holds a lock that no column is added beside.
+    let beside = "SET lock_timeout = '200ms'; ALTER TABLE checkout_worker.job ADD COLUMN x int";
+    client.batch_execute(beside).await.unwrap_err();
+    assert!(open(&url).await.is_ok());
+}
+
 #[tokio::test]
 async fn a_database_that_cannot_be_used_is_named_with_what_to_do() {
     let Some(server) = shared("unusable").await else { return };
@@ -384,8 +418,8 @@ async fn two_sweeps_at_once_share_the_work() {
     bench.settle("waiting", lease, Attempt::Counted, wait(START + 9_000)).await;
     bench.clock.advance(Duration::from_secs(3600));
     let other = bench.another().await;
-    let (one, two) =
-        tokio::join!(bench.ledger().sweep(START + 1_000_000), other.sweep(START + 1_000_000));
+    let retention = Retention { mode: Mode::Test, keep: 2_600_000 };
+    let (one, two) = tokio::join!(bench.ledger().sweep(retention), other.sweep(retention));
     assert_eq!(one.unwrap() + two.unwrap(), 40);
     assert!(bench.look("waiting").await.is_some());
 }
@@ -508,7 +542,7 @@ async fn a_ledger_whose_table_was_partitioned_keeps_its_promises() {
     let parts: i64 = client.query_one(parts, &[]).await.unwrap().get(0);
     assert!(parts > 4, "{parts}");
     bench.clock.advance(Duration::from_secs(86_400));
-    let swept = bench.ledger().sweep(bench.clock.now()).await.unwrap();
+    let swept = bench.sweep(bench.clock.now()).await;
     assert_eq!(swept, 40, "retention reaches every partition");
 }
 
