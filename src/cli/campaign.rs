@@ -63,7 +63,7 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         Command::List { json } => block_on(list(&settings, None, *json))?,
         Command::Status { name, json } => block_on(list(&settings, Some(name), *json))?,
         Command::Cancel { name, undo: false } => cancel(&settings, name),
-        Command::Cancel { name, undo: true } => want(&settings, name),
+        Command::Cancel { name, undo: true } => reinstate(&settings, name),
         Command::Export { name } => block_on(export(&settings, name))?,
     }
 }
@@ -88,8 +88,8 @@ fn cancel(settings: &Resolved, name: &str) -> Outcome {
     Ok(())
 }
 
-fn want(settings: &Resolved, name: &str) -> Outcome {
-    tell(settings, |_| OwnCommand::WantCampaign { campaign: name.to_owned() })?;
+fn reinstate(settings: &Resolved, name: &str) -> Outcome {
+    tell(settings, |_| OwnCommand::ReinstateCampaign { campaign: name.to_owned() })?;
     say(&format!(
         "campaign {} is not cancelled for any worker of this ledger: within two seconds its jobs are served again; what has ended as `cancelled` has to be sent again",
         printable(name, 64)

@@ -242,7 +242,7 @@ pub enum JobCommand {
         /// The outcome it belongs to.
         fence: u64,
     },
-    /// Whether there is a row.
+    /// What the row says of its job's link, if there is a row.
     Knows {
         /// Whose.
         key: Key,
@@ -300,7 +300,7 @@ pub enum OwnCommand {
         before: Millis,
     },
     /// They are wanted after all; those that have ended since stay so.
-    WantCampaign {
+    ReinstateCampaign {
         /// Its name.
         campaign: String,
     },
@@ -381,10 +381,10 @@ pub(super) const SKEW_AT: &str = "skew_at";
 /// follow, and the number is the end.
 pub(super) const WAS_PAUSED: &str = "was_paused.";
 
-/// Under which name a ledger keeps that a lane was paused from then on.
+/// What the names of a lane's begin with.
 #[must_use]
-pub(super) fn was_paused_name(lane: Lane, from: Millis) -> String {
-    format!("{WAS_PAUSED}{lane}.{from}")
+pub(super) fn was_paused_prefix(lane: Lane) -> String {
+    format!("{WAS_PAUSED}{lane}.")
 }
 
 /// Under which name a ledger keeps that a lane is paused.

@@ -40,7 +40,7 @@ use crate::job::{Key, LedgerSecret};
 
 pub use budget::{Budget, BulkTerms, News, Places, Wish};
 pub use command::*;
-use command::{CANCELLED, PAUSED, SKEW, SKEW_AT, WAS_PAUSED, pause_name, was_paused_name};
+use command::{CANCELLED, PAUSED, SKEW, SKEW_AT, WAS_PAUSED, pause_name, was_paused_prefix};
 pub use report::{Campaign, KnownOrphan, Report};
 pub use retention::Retention;
 pub use row::{Row, State};

@@ -39,18 +39,19 @@ pub(super) const fn swept_name(mode: Mode) -> &'static str {
         Mode::Live => "swept.prod",
     }
 }
+
 /// Where versions kept it that swept all modes alike.
 pub(super) const SWEPT_OF_ALL: &str = "swept";
 
-/// What may be removed.
+/// Until when outcomes may be removed, by mode.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Cuts {
+pub(super) struct Cutoffs {
     of_modes: [(Mode, Millis); 2],
     /// Names of promises that are over: nothing is left that was made under them.
     pub(super) over: Vec<String>,
 }
 
-impl Cuts {
+impl Cutoffs {
     /// Works it out of the names and numbers that a ledger keeps, for a worker that keeps outcomes as `own`
     /// says. The jobs of a mode that no worker serves any more go with that worker's.
     pub(super) fn new(said: &[(String, Millis)], own: Retention, now: Millis) -> Self {
@@ -90,36 +91,36 @@ mod tests {
 
     const NOW: Millis = 1_000_000;
 
-    fn cuts(said: &[(Mode, Millis, Millis)], own: Retention) -> (Cuts, [Millis; 2]) {
+    fn cutoffs(said: &[(Mode, Millis, Millis)], own: Retention) -> (Cutoffs, [Millis; 2]) {
         let said: Vec<_> = said
             .iter()
             .map(|(mode, keep, at)| (Retention { mode: *mode, keep: *keep }.name(), *at))
             .collect();
-        let cuts = Cuts::new(&said, own, NOW);
-        let times = cuts.of_modes().map(|(_, before)| NOW - before);
-        (cuts, times)
+        let cutoffs = Cutoffs::new(&said, own, NOW);
+        let times = cutoffs.of_modes().map(|(_, before)| NOW - before);
+        (cutoffs, times)
     }
 
     #[test]
     fn the_longest_that_was_said_of_a_mode_holds_for_it_until_it_is_over() {
         let own = Retention { mode: Mode::Test, keep: 100 };
-        assert_eq!(cuts(&[], own).1, [100, 100], "nobody serves the other mode");
+        assert_eq!(cutoffs(&[], own).1, [100, 100], "nobody serves the other mode");
         let said = [(Mode::Test, 100, NOW), (Mode::Live, 700, NOW - 700)];
-        assert_eq!(cuts(&said, own).1, [100, 700]);
-        assert_eq!(cuts(&said, own).0.of_all(), NOW - 700);
+        assert_eq!(cutoffs(&said, own).1, [100, 700]);
+        assert_eq!(cutoffs(&said, own).0.of_all(), NOW - 700);
         let said = [(Mode::Test, 300, NOW - 300), (Mode::Test, 100, NOW)];
-        assert_eq!(cuts(&said, own).1, [300, 300 - 200]);
+        assert_eq!(cutoffs(&said, own).1, [300, 300 - 200]);
         let said = [(Mode::Test, 300, NOW - 301), (Mode::Live, 50, NOW)];
-        let (cuts, times) = cuts(&said, own);
+        let (cutoffs, times) = cutoffs(&said, own);
         assert_eq!(times, [100, 50]);
-        assert_eq!(cuts.over, ["retention.test.300"]);
+        assert_eq!(cutoffs.over, ["retention.test.300"]);
     }
 
     #[test]
     fn what_is_no_promise_and_what_was_said_under_a_clock_that_ran_ahead_do_no_harm() {
         let own = Retention { mode: Mode::Live, keep: 100 };
         let said = [("retention.prod".to_owned(), 1), ("retention.prod.x".to_owned(), 1)];
-        assert!(Cuts::new(&said, own, NOW).over.is_empty());
-        assert_eq!(cuts(&[(Mode::Live, 700, NOW + 5_000)], own).1, [100, 700]);
+        assert!(Cutoffs::new(&said, own, NOW).over.is_empty());
+        assert_eq!(cutoffs(&[(Mode::Live, 700, NOW + 5_000)], own).1, [100, 700]);
     }
 }

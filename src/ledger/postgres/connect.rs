@@ -44,7 +44,10 @@ impl Options {
     /// The URL without user and password.
     #[must_use]
     pub fn shown(&self) -> String {
-        let Ok(config) = self.url.expose_secret().parse::<tokio_postgres::Config>() else {
+        let url = self.url.expose_secret();
+        let Some(config) =
+            url.parse::<tokio_postgres::Config>().ok().filter(|_| !has_a_stray_at(url))
+        else {
             return "postgres://".to_owned();
         };
         let ports = config.get_ports();
@@ -147,8 +150,8 @@ fn pool_to(options: &Options, sessions: TargetSessionAttrs) -> Result<Pool, Open
         .expose_secret()
         .parse()
         .map_err(|error: tokio_postgres::Error| unusable(describe(&error)))?;
-    if at_after_the_host(options.url.expose_secret()) {
-        return Err(unusable("there is an @ after the host".to_owned()));
+    if has_a_stray_at(options.url.expose_secret()) {
+        return Err(unusable("there is an @ too many: write one in a password as %40".to_owned()));
     }
     config
         .application_name("checkout-worker")
@@ -185,11 +188,12 @@ fn pool_to(options: &Options, sessions: TargetSessionAttrs) -> Result<Pool, Open
         .map_err(|error| unusable(error.to_string()))
 }
 
-/// Whether what should be the password goes on behind a `/`, so that its first part is taken for a host.
-fn at_after_the_host(url: &str) -> bool {
+/// Whether what should be the password goes on behind an `@` or a `/`, so that a part of it is taken for a host.
+fn has_a_stray_at(url: &str) -> bool {
     let behind_the_scheme = url.split_once("://").map_or(url, |(_, rest)| rest);
-    let path = behind_the_scheme.split_once('/').map_or("", |(_, path)| path);
-    path.split('?').next().is_some_and(|path| path.contains('@'))
+    let place = behind_the_scheme.split('?').next().unwrap_or_default();
+    let (authority, path) = place.split_once('/').unwrap_or((place, ""));
+    authority.matches('@').count() > 1 || path.contains('@')
 }
 
 fn is_local(host: &Host) -> bool {
@@ -282,12 +286,13 @@ mod tests {
             ("postgres://u:secret@one/shop?sslmode=require", "postgres://one:5432/shop"),
             ("postgres://one/shop?user=u&password=secret", "postgres://one:5432/shop"),
             ("nonsense:secret", "postgres://"),
+            ("postgres://u:sec@ret@one/shop", "postgres://"),
         ] {
             assert_eq!(show(url), shown, "{url}");
         }
-        assert!(at_after_the_host("postgres://u:sec/ret@one/shop"));
-        assert!(!at_after_the_host("postgres://one/shop?user=u&password=a@b"));
-        assert!(!at_after_the_host("postgres://u:p@one/shop"));
+        assert!(has_a_stray_at("postgres://u:sec/ret@one/shop"));
+        assert!(!has_a_stray_at("postgres://one/shop?user=u&password=a@b"));
+        assert!(!has_a_stray_at("postgres://u:p@one/shop"));
         // Not escaped as they should be.
         for url in ["postgres://u:sec?ret@one/shop", "postgres://u:sec#ret@one/shop"] {
             let text = show(url);

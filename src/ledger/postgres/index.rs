@@ -1,27 +1,52 @@
-//! The index by which a campaign's jobs are found. A table that is in use gets it beside the work, however
-//! long that takes: nothing but the commands about campaigns is slower without it.
+//! The indexes that came after the table. A table that is in use gets them beside the work, however long that
+//! takes: what is slower without them is no job.
 
 use std::time::Duration;
 
 use deadpool_postgres::Pool;
 use tokio_postgres::Client;
+use tokio_postgres::types::Type;
 
 use super::connect::{OpenError, pool_error};
 use super::statements::now;
 
-/// What makes it; a table that nobody writes yet takes it at once.
-pub(super) const MAKE: &str = "CREATE INDEX job_campaign ON checkout_worker.job (campaign, mode, request_id) INCLUDE (state) WHERE campaign IS NOT NULL";
-/// The same beside writers. PostgreSQL does it in transactions of its own, which wait for older ones.
-const MAKE_BESIDE: &str = "CREATE INDEX CONCURRENTLY IF NOT EXISTS job_campaign ON checkout_worker.job (campaign, mode, request_id) INCLUDE (state) WHERE campaign IS NOT NULL";
-/// One that was not finished is kept up by every write and used by nothing.
-const REMOVE_UNFINISHED: &str = "DROP INDEX CONCURRENTLY IF EXISTS checkout_worker.job_campaign";
-/// Between two looks while another worker makes it, and after the first failure.
+/// An index of the table `job`.
+struct Index {
+    name: &'static str,
+    /// The columns that it begins with; one that begins with them will do.
+    columns: &'static [&'static str],
+    /// What comes behind its name.
+    definition: &'static str,
+    /// What is slower without it.
+    without: &'static str,
+    /// The one that it replaces.
+    replaces: Option<&'static str>,
+}
+
+const INDEXES: [Index; 2] = [
+    Index {
+        name: "job_campaign",
+        columns: &["campaign"],
+        definition: "ON checkout_worker.job (campaign, mode, request_id) INCLUDE (state) WHERE campaign IS NOT NULL",
+        without: "the campaign commands read the whole table",
+        replaces: None,
+    },
+    Index {
+        name: "job_mode_ended",
+        columns: &["mode", "ended_at"],
+        definition: "ON checkout_worker.job (mode, ended_at) WHERE ended_at IS NOT NULL",
+        without: "removing old outcomes reads past those that are kept",
+        replaces: Some("job_ended"),
+    },
+];
+
+/// Between two looks while another worker makes one, and after the first failure.
 const PAUSE: Duration = Duration::from_mins(1);
 /// Between two tries, however often it has failed: each reads the whole table.
 const LONGEST_PAUSE: Duration = Duration::from_hours(1);
 
-/// Of the table: whether it has parts, a usable index, an unfinished one, and whether one is being made (of which
-/// table is not for another role to see).
+/// Of the table: whether it is partitioned, has a usable index with these columns first, an invalid one, and whether
+/// one is being made (of which table is not for another role to see).
 const FOUND: &str = "
     SELECT t.relkind = 'p',
            coalesce(bool_or(i.indisvalid), false),
@@ -29,12 +54,15 @@ const FOUND: &str = "
            EXISTS (SELECT FROM pg_stat_progress_create_index AS p WHERE p.datname = current_database()
                    AND (p.relid = t.oid OR p.relid IS NULL))
     FROM pg_class AS t
-    JOIN pg_attribute AS a ON a.attrelid = t.oid AND a.attname = 'campaign'
-    LEFT JOIN pg_index AS i ON i.indrelid = t.oid AND i.indkey[0] = a.attnum
+    LEFT JOIN pg_index AS i ON i.indrelid = t.oid AND $1 = (
+        SELECT array_agg(a.attname::text ORDER BY key.place)
+        FROM unnest(i.indkey::int2[]) WITH ORDINALITY AS key (number, place)
+        JOIN pg_attribute AS a ON a.attrelid = t.oid AND a.attnum = key.number
+        WHERE key.place <= cardinality($1))
     WHERE t.oid = 'checkout_worker.job'::regclass
     GROUP BY t.oid, t.relkind";
 
-/// Two that are made at once wait for each other, so whoever writes this row makes it, and the others look
+/// Two that are made at once wait for each other, so whoever writes this row makes one, and the others look
 /// again after a while.
 const TAKE: &str = concat!(
     "INSERT INTO checkout_worker.meta AS m (name, number) VALUES ('indexing', ",
@@ -43,6 +71,8 @@ const TAKE: &str = concat!(
        WHERE m.number NOT BETWEEN excluded.number - 60000 AND excluded.number
        RETURNING true"
 );
+/// The next one may be made.
+const GIVE: &str = "DELETE FROM checkout_worker.meta WHERE name = 'indexing'";
 
 /// How a try ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,67 +81,105 @@ enum Tried {
     Made,
     /// Another worker is at it.
     Elsewhere,
-    /// A table in parts gets it from whoever parted it.
-    Parted,
+    /// A partitioned table gets it from whoever partitioned it.
+    Partitioned,
 }
 
-/// Sees to it that the index is there; ends when it is.
+/// What makes all of them for a table that nobody writes yet.
+pub(super) fn make_all() -> String {
+    let statements = INDEXES.iter().map(|Index { name, definition, replaces, .. }| {
+        let old =
+            replaces.map_or(String::new(), |old| format!("DROP INDEX checkout_worker.{old};"));
+        format!("CREATE INDEX {name} {definition};{old}")
+    });
+    statements.collect()
+}
+
+/// Sees to it that the indexes are there; ends when they are.
 pub(super) async fn keep(pool: Pool) {
-    let mut pause = PAUSE;
-    loop {
-        match make(&pool).await {
-            Ok(Tried::Made) => return,
-            Ok(Tried::Elsewhere) => {}
-            Ok(Tried::Parted) => {
-                tracing::warn!(
-                    "the ledger's table is in parts and has no index on campaign: the campaign commands read all of it. docs/scaling.md says how to make one"
-                );
-                return;
+    for index in &INDEXES {
+        index.keep(&pool).await;
+    }
+}
+
+impl Index {
+    async fn keep(&self, pool: &Pool) {
+        let Self { name, without, .. } = self;
+        let mut pause = PAUSE;
+        loop {
+            match self.make(pool).await {
+                Ok(Tried::Made) => return,
+                Ok(Tried::Elsewhere) => {}
+                Ok(Tried::Partitioned) => {
+                    tracing::warn!(
+                        "the ledger's table is partitioned and has no index like {name}: {without}. docs/scaling.md says how to make one"
+                    );
+                    return;
+                }
+                Err(error) if !error.is_passing() => {
+                    tracing::warn!(
+                        %error,
+                        statement = self.make_beside(),
+                        "the ledger's index {name} cannot be made: until it is there, {without}. As the table's owner, run the statement"
+                    );
+                    return;
+                }
+                Err(error) => {
+                    tracing::warn!(
+                        %error,
+                        again_in = %humantime::format_duration(pause),
+                        "the ledger's index {name} cannot be made now: until it is there, {without}"
+                    );
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
             }
-            Err(error) if !error.is_passing() => {
-                tracing::warn!(
-                    %error,
-                    statement = MAKE_BESIDE,
-                    "the ledger's index on campaign cannot be made: until it is there, the campaign commands read the whole table. As the table's owner, run the statement"
-                );
-                return;
-            }
-            Err(error) => {
-                tracing::warn!(
-                    %error,
-                    again_in = %humantime::format_duration(pause),
-                    "the ledger's index on campaign cannot be made now: until it is there, the campaign commands read the whole table"
-                );
-                pause = (pause * 2).min(LONGEST_PAUSE);
-            }
+            tokio::time::sleep(pause).await;
         }
-        tokio::time::sleep(pause).await;
+    }
+
+    async fn make(&self, pool: &Pool) -> Result<Tried, OpenError> {
+        let client = pool.get().await.map_err(pool_error)?;
+        let found = client.query_typed_one(FOUND, &[(&self.columns, Type::TEXT_ARRAY)]).await?;
+        let (partitioned, usable): (bool, bool) = (found.try_get(0)?, found.try_get(1)?);
+        let (invalid, under_way): (bool, bool) = (found.try_get(2)?, found.try_get(3)?);
+        if usable {
+            return Ok(Tried::Made);
+        }
+        if partitioned {
+            return Ok(Tried::Partitioned);
+        }
+        if under_way || client.query_typed(TAKE, &[]).await?.is_empty() {
+            return Ok(Tried::Elsewhere);
+        }
+        self.put_in_place(&client, invalid).await?;
+        client.batch_execute(GIVE).await?;
+        tracing::info!("the ledger's index {} is made", self.name);
+        Ok(Tried::Made)
+    }
+
+    /// Each statement by itself: none may be part of a transaction.
+    async fn put_in_place(
+        &self,
+        client: &Client,
+        invalid: bool,
+    ) -> Result<(), tokio_postgres::Error> {
+        if invalid {
+            // One that was not finished is kept up by every write and used by nothing.
+            client.batch_execute(&drop_beside(self.name)).await?;
+        }
+        client.batch_execute(&self.make_beside()).await?;
+        if let Some(old) = self.replaces {
+            client.batch_execute(&drop_beside(old)).await?;
+        }
+        Ok(())
+    }
+
+    /// What makes it beside writers. PostgreSQL does it in transactions of its own, which wait for older ones.
+    fn make_beside(&self) -> String {
+        format!("CREATE INDEX CONCURRENTLY IF NOT EXISTS {} {}", self.name, self.definition)
     }
 }
 
-async fn make(pool: &Pool) -> Result<Tried, OpenError> {
-    let client = pool.get().await.map_err(pool_error)?;
-    let found = client.query_typed_one(FOUND, &[]).await?;
-    let (parted, usable): (bool, bool) = (found.try_get(0)?, found.try_get(1)?);
-    let (unfinished, under_way): (bool, bool) = (found.try_get(2)?, found.try_get(3)?);
-    if usable {
-        return Ok(Tried::Made);
-    }
-    if parted {
-        return Ok(Tried::Parted);
-    }
-    if under_way || client.query_typed(TAKE, &[]).await?.is_empty() {
-        return Ok(Tried::Elsewhere);
-    }
-    make_beside(&client, unfinished).await?;
-    tracing::info!("the ledger's index on campaign is made");
-    Ok(Tried::Made)
-}
-
-/// Each statement by itself: neither may be part of a transaction.
-async fn make_beside(client: &Client, unfinished: bool) -> Result<(), tokio_postgres::Error> {
-    if unfinished {
-        client.batch_execute(REMOVE_UNFINISHED).await?;
-    }
-    client.batch_execute(MAKE_BESIDE).await
+fn drop_beside(name: &str) -> String {
+    format!("DROP INDEX CONCURRENTLY IF EXISTS checkout_worker.{name}")
 }

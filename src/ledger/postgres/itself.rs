@@ -12,7 +12,7 @@ use crate::ledger::retention::{SWEPT_OF_ALL, swept_name};
 use crate::ledger::transition::{Forgotten, Swept};
 use crate::ledger::{
     Adoption, CANCELLED, Identity, Orders, OwnCommand, PAUSED, SKEW, SKEW_AT, Standing, WAS_PAUSED,
-    pause_name,
+    pause_name, was_paused_prefix,
 };
 
 /// What all workers have recorded, and what holds for all.
@@ -131,7 +131,7 @@ pub(super) async fn about_itself(
         OwnCommand::Restored { until } => set(SET_LATEST, "restored", *until).await,
         OwnCommand::PauseLane(lane) => set(SET_FIRST, pause_name(*lane), now).await,
         OwnCommand::ResumeLane(lane) => {
-            let (paused, past) = (pause_name(*lane), format!("{WAS_PAUSED}{lane}."));
+            let (paused, past) = (pause_name(*lane), was_paused_prefix(*lane));
             write(RESUME, &[(&paused, Type::TEXT), (&past, Type::TEXT), (&now, Type::INT8)]).await
         }
         OwnCommand::Skew { ahead } => {
@@ -141,7 +141,7 @@ pub(super) async fn about_itself(
         OwnCommand::CancelCampaign { campaign, before } => {
             set(SET_LATEST, &format!("{CANCELLED}{campaign}"), *before).await
         }
-        OwnCommand::WantCampaign { campaign } => {
+        OwnCommand::ReinstateCampaign { campaign } => {
             write(FORGET, &[(&format!("{CANCELLED}{campaign}"), Type::TEXT)]).await
         }
         OwnCommand::Adopt(Adoption::Adopted) => write(ADOPT, &[(&now, Type::INT8)]).await,

@@ -24,9 +24,9 @@ const LOCK: i64 = 0x6372_4357;
 /// How long a step waits for a table that others hold. Whatever comes after it waits behind it, the
 /// workers of the version before included: less than their patience, and then a pause for them. And longer than
 /// `deadlock_timeout` (1 s), after which PostgreSQL ends an autovacuum that is in the way.
-const LET_OTHERS_WAIT: &str = "SET LOCAL lock_timeout = '3s'";
+const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '3s'";
 /// The pause, and as much again at most, so that replicas do not stand in line one after another.
-const LET_OTHERS_WORK: Duration = Duration::from_secs(5);
+const RETRY_PAUSE: Duration = Duration::from_secs(5);
 /// Longest time for all tries.
 const PATIENCE: Duration = Duration::from_secs(90);
 
@@ -43,7 +43,7 @@ pub(super) async fn migrate(client: &mut Client, secret: &[u8; 32]) -> Result<()
                 tracing::warn!(
                     "a long transaction holds the ledger's tables (a backup?), and this version adds columns to them; trying again"
                 );
-                tokio::time::sleep(LET_OTHERS_WORK + LET_OTHERS_WORK.mul_f64(random)).await;
+                tokio::time::sleep(RETRY_PAUSE + RETRY_PAUSE.mul_f64(random)).await;
             }
             applied => applied?,
         }
@@ -56,7 +56,7 @@ async fn apply(client: &mut Client, secret: &[u8; 32]) -> Result<(), Error> {
     let transaction = client.transaction().await?;
     // Freed with the transaction, so a pooler may sit in between.
     transaction.query_typed("SELECT pg_advisory_xact_lock($1)", &[(&LOCK, Type::INT8)]).await?;
-    transaction.batch_execute(LET_OTHERS_WAIT).await?;
+    transaction.batch_execute(LOCK_TIMEOUT).await?;
     // Even with IF NOT EXISTS it takes the right to make schemas, which whoever was given one lacks.
     let there: bool = transaction
         .query_typed_one("SELECT to_regnamespace('checkout_worker') IS NOT NULL", &[])
@@ -84,7 +84,7 @@ async fn apply(client: &mut Client, secret: &[u8; 32]) -> Result<(), Error> {
             .await?;
     }
     if done == 0 {
-        transaction.batch_execute(index::MAKE).await?;
+        transaction.batch_execute(&index::make_all()).await?;
     }
     transaction
         .query_typed(

@@ -5,7 +5,7 @@ use tokio_postgres::types::{ToSql, Type};
 
 use super::itself::about_itself;
 use crate::clock::Millis;
-use crate::ledger::retention::{Cuts, RETENTION, swept_name};
+use crate::ledger::retention::{Cutoffs, RETENTION, swept_name};
 use crate::ledger::{CANCELLED, OwnCommand, Retention, WAS_PAUSED};
 
 /// Rows per sweep: short enough that no job notices.
@@ -43,9 +43,9 @@ pub(super) async fn sweep(
         )
         .await?;
     let said = said.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
-    let cuts = Cuts::new(&said.collect::<Result<Vec<_>, tokio_postgres::Error>>()?, own, now);
+    let cutoffs = Cutoffs::new(&said.collect::<Result<Vec<_>, tokio_postgres::Error>>()?, own, now);
     let mut gone = 0;
-    for (mode, before) in cuts.of_modes() {
+    for (mode, before) in cutoffs.of_modes() {
         let old: [(&(dyn ToSql + Sync), Type); 4] = [
             (&before, Type::INT8),
             (&SWEPT_AT_ONCE, Type::INT8),
@@ -55,7 +55,7 @@ pub(super) async fn sweep(
         let of_mode: i64 = client.query_typed_one(SWEEP, &old).await?.try_get(0)?;
         gone += usize::try_from(of_mode).unwrap_or(0);
     }
-    let before = cuts.of_all();
+    let before = cutoffs.of_all();
     client
         .query_typed("DELETE FROM checkout_worker.pause WHERE ended < $1", &[(&before, Type::INT8)])
         .await?;
@@ -66,7 +66,7 @@ pub(super) async fn sweep(
             &[(&CANCELLED, Type::TEXT), (&WAS_PAUSED, Type::TEXT), (&before, Type::INT8)],
         )
         .await?;
-    for name in &cuts.over {
+    for name in &cutoffs.over {
         // One that was said again meanwhile stays.
         client
             .query_typed(

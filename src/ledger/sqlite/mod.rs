@@ -17,12 +17,12 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension as _, TransactionBehavio
 use crate::clock::{Millis, SharedClock};
 use crate::job::{Key, Mode};
 use crate::ledger::group::{Commit, Committed, Group, Store};
-use crate::ledger::retention::{Cuts, RETENTION, Retention, SWEPT_OF_ALL, swept_name};
+use crate::ledger::retention::{Cutoffs, RETENTION, Retention, SWEPT_OF_ALL, swept_name};
 use crate::ledger::row::{Columns, Row};
 use crate::ledger::transition::{self, Context, Effect, Forgotten, Swept};
 use crate::ledger::{
     Adoption, Answer, CANCELLED, Command, Identity, Ledger, LedgerError, Orders, OwnCommand,
-    PAUSED, SKEW, SKEW_AT, Standing, WAS_PAUSED, pause_name, was_paused_name,
+    PAUSED, SKEW, SKEW_AT, Standing, WAS_PAUSED, pause_name, was_paused_prefix,
 };
 pub use open::OpenError;
 use open::{begin, lock, prepare, recognise, refuse_network};
@@ -31,7 +31,12 @@ use open::{begin, lock, prepare, recognise, refuse_network};
 /// worker was down.
 const ALIVE_EVERY: Millis = 1_000;
 /// Rows per sweep: short enough that no job notices.
-const SWEEP: i64 = 500;
+const SWEPT_AT_ONCE: i64 = 500;
+const SWEEP: &str = "
+    DELETE FROM job WHERE mode = ?1 AND request_id IN (
+        SELECT request_id FROM job
+        WHERE mode = ?1 AND ended_at IS NOT NULL AND ended_at < ?2 AND state <> 'unresolved'
+        ORDER BY ended_at LIMIT ?3)";
 
 /// An open embedded ledger.
 #[derive(Debug)]
@@ -169,28 +174,22 @@ impl Store for SqliteStore {
 /// Removes old rows and says until when, in one transaction.
 fn sweep(connection: &mut Connection, own: Retention, now: Millis) -> rusqlite::Result<usize> {
     let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-    let cuts = Cuts::new(&meta_numbers(&transaction, &[RETENTION])?, own, now);
     set_meta_number(&transaction, &own.name(), now)?;
+    let cutoffs = Cutoffs::new(&meta_numbers(&transaction, &[RETENTION])?, own, now);
     let mut gone = 0;
-    for (mode, before) in cuts.of_modes() {
-        let of_mode = transaction.execute(
-            "DELETE FROM job WHERE mode = ?1 AND request_id IN (
-                 SELECT request_id FROM job
-                 WHERE mode = ?1 AND ended_at IS NOT NULL AND ended_at < ?2 AND state <> 'unresolved'
-                 ORDER BY ended_at LIMIT ?3)",
-            params![mode.as_str(), before, SWEEP],
-        )?;
+    for (mode, before) in cutoffs.of_modes() {
+        let of_mode = transaction.execute(SWEEP, params![mode.as_str(), before, SWEPT_AT_ONCE])?;
         if of_mode > 0 {
             let so_far = meta_number(&transaction, swept_name(mode))?.unwrap_or(before);
             set_meta_number(&transaction, swept_name(mode), so_far.max(before))?;
         }
         gone += of_mode;
     }
-    let before = cuts.of_all();
+    let before = cutoffs.of_all();
     transaction.execute("DELETE FROM pause WHERE ended < ?1", [before])?;
     let ended = meta_numbers(&transaction, &[CANCELLED, WAS_PAUSED])?;
     let ended = ended.into_iter().filter(|(_, number)| *number < before).map(|(name, _)| name);
-    for name in ended.chain(cuts.over) {
+    for name in ended.chain(cutoffs.over) {
         forget(&transaction, &name)?;
     }
     transaction.commit()?;
@@ -316,7 +315,7 @@ fn carry_out_own(
         OwnCommand::ResumeLane(lane) => {
             // First, so that a pause whose end is cut off is still one.
             if let Some(from) = meta_number(connection, pause_name(*lane))?.filter(|at| *at < now) {
-                set_meta_number(connection, &was_paused_name(*lane, from), now)?;
+                set_meta_number(connection, &format!("{}{from}", was_paused_prefix(*lane)), now)?;
             }
             forget(connection, pause_name(*lane))
         }
@@ -327,7 +326,7 @@ fn carry_out_own(
         OwnCommand::CancelCampaign { campaign, before } => {
             set_meta_number(connection, &format!("{CANCELLED}{campaign}"), *before)
         }
-        OwnCommand::WantCampaign { campaign } => {
+        OwnCommand::ReinstateCampaign { campaign } => {
             forget(connection, &format!("{CANCELLED}{campaign}"))
         }
     }

@@ -12,10 +12,13 @@ use crate::job::LedgerSecret;
 use crate::ledger::{Identity, Standing};
 
 /// Each step leads to the version of its number, from 1.
-const STEPS: [&str; 2] =
-    [include_str!("../schema/sqlite_1.sql"), include_str!("../schema/sqlite_2.sql")];
+const STEPS: [&str; 3] = [
+    include_str!("../schema/sqlite_1.sql"),
+    include_str!("../schema/sqlite_2.sql"),
+    include_str!("../schema/sqlite_3.sql"),
+];
 /// `user_version` of the schema above.
-pub(super) const VERSION: i64 = 2;
+pub(super) const VERSION: i64 = 3;
 /// `application_id`: "crCW", so that another program's database is not taken for a ledger.
 pub(super) const APPLICATION: i64 = 0x6372_4357;
 
@@ -294,6 +297,22 @@ pub(super) fn begin(connection: &mut Connection, now: Millis) -> rusqlite::Resul
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sweep_reads_no_rows_but_those_that_go() {
+        let connection = Connection::open_in_memory().unwrap();
+        take_steps(&connection, 0).unwrap();
+        let plan: Vec<String> = connection
+            .prepare(&format!("EXPLAIN QUERY PLAN {}", crate::ledger::sqlite::SWEEP))
+            .unwrap()
+            .query_map(params!["test", 1, 1], |row| row.get(3))
+            .unwrap()
+            .collect::<Result<_, _>>()
+            .unwrap();
+        let plan = plan.join("; ");
+        assert!(plan.contains("job_mode_ended (mode=? AND ended_at>? AND ended_at<?)"), "{plan}");
+        assert!(!plan.contains("SCAN") && !plan.contains("TEMP B-TREE"), "{plan}");
+    }
 
     #[test]
     fn a_file_that_this_user_may_not_write_is_a_ledger_all_the_same() {

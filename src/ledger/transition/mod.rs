@@ -149,6 +149,8 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
         Some(row) => row,
     };
     if let Some(ending) = last_word(&row, request) {
+        // What a call that is still under way brings back is an orphan.
+        row.fence += 1;
         return end(row, &who.key, ending, who.on_unknown, context, |stored| {
             Answer::Claim(Claim::Settled(stored))
         });

@@ -145,7 +145,8 @@ async fn a_ledger_of_the_version_before_is_brought_up_to_date_and_keeps_its_link
     std::fs::copy(bench.path().with_extension("db-wal"), path.with_extension("db-wal")).unwrap();
     let before = rusqlite::Connection::open(&path).unwrap();
     before
-        .execute_batch("DROP INDEX job_campaign; ALTER TABLE job DROP COLUMN campaign; PRAGMA user_version = 1")
+        .execute_batch("DROP INDEX job_mode_ended; CREATE INDEX job_ended ON job (ended_at) WHERE ended_at IS NOT NULL;
+            DROP INDEX job_campaign; ALTER TABLE job DROP COLUMN campaign; PRAGMA user_version = 1")
         .unwrap();
     drop(before);
     assert!(Inspector::open(&path).unwrap().campaigns(None).unwrap().is_empty());

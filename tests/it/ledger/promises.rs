@@ -216,11 +216,16 @@ pub(super) async fn unresolved_is_tried_afresh_with_the_same_body_only_and_with_
 
 pub(super) async fn with_park_a_call_that_was_cut_off_is_not_repeated(backend: &Backend) {
     let mut bench = Bench::new(backend, OnUnknown::Park).await;
-    bench.lease("a").await;
+    let lease = bench.lease("a").await;
     bench.die().await;
     assert!(
         matches!(bench.claim("a").await, Claim::Settled(stored) if stored.status == Status::Unresolved)
     );
+    // What it brought back after all is known by its id, and given to nobody.
+    let late = bench.settle("a", lease, Attempt::Counted, Next::End(link("ch_late"))).await;
+    assert_eq!(late, Settle::Zombie);
+    assert_eq!(bench.orphans("a").await[0].checkout_id, "ch_late");
+    assert_eq!(bench.row("a").await.checkout_id, None);
 }
 
 pub(super) async fn with_park_chosen_since_a_job_whose_call_may_have_made_a_session_is_not_tried_again(

@@ -134,20 +134,21 @@ async fn a_newer_schema_is_worked_on_only_if_it_allows_that() {
 const VERSION_BEFORE: &str = "
     ALTER TABLE checkout_worker.job DROP COLUMN campaign;
     ALTER TABLE checkout_worker.budget DROP COLUMN bulk_at, DROP COLUMN down_until;
+    DROP INDEX checkout_worker.job_mode_ended;
+    CREATE INDEX job_ended ON checkout_worker.job (ended_at) WHERE ended_at IS NOT NULL;
     DELETE FROM checkout_worker.schema_step WHERE version = 2";
 
-/// Waits until a campaign's jobs can be found by an index.
+/// Waits until the indexes are as they are in a new ledger.
 async fn indexed(client: &tokio_postgres::Client) {
-    let usable = "SELECT coalesce(bool_and(indisvalid), false) FROM pg_index
-        WHERE indexrelid = to_regclass('checkout_worker.job_campaign')";
+    let usable = "SELECT count(*) FILTER (WHERE indisvalid) = 2 AND to_regclass('checkout_worker.job_ended') IS NULL
+        FROM pg_index WHERE indexrelid IN (to_regclass('checkout_worker.job_campaign'),
+            to_regclass('checkout_worker.job_mode_ended'))";
     until(client, usable).await;
 }
 
 /// Waits until the database says yes.
 async fn until(client: &tokio_postgres::Client, question: &str) {
-    let asked =
-        async { while !client.query_one(question, &[]).await.unwrap().get::<_, bool>(0) {} };
-    tokio::time::timeout(Duration::from_secs(30), asked).await.expect(question);
+    eventually(question, || async { client.query_one(question, &[]).await.unwrap().get(0) }).await;
 }
 
 #[tokio::test]
@@ -188,6 +189,34 @@ async fn an_index_that_was_not_finished_is_made_anew_and_holds_up_no_writer() {
     let unfinished = "UPDATE pg_index SET indisvalid = false
         WHERE indexrelid = 'checkout_worker.job_campaign'::regclass";
     index_is_made_after(unfinished).await;
+}
+
+#[tokio::test]
+async fn the_index_of_retention_is_made_where_it_is_missing() {
+    index_is_made_after(
+        "DROP INDEX checkout_worker.job_mode_ended;
+         CREATE INDEX job_ended ON checkout_worker.job (ended_at) WHERE ended_at IS NOT NULL",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn a_sweep_reads_past_no_outcomes_that_are_kept_longer() {
+    let Some(bench) = bench("sweep_plan").await else { return };
+    let client = connect(bench.url()).await;
+    let sold = "INSERT INTO checkout_worker.job
+            (mode, request_id, state, version, updated_at, ended_at, ambiguous, body, sum, prior)
+        SELECT 'prod', n::text, 'succeeded', 1, 1, n, 0, 'b', 's', 's'
+        FROM generate_series(1, 20000) AS n";
+    for change in [sold, "ANALYZE checkout_worker.job"] {
+        client.batch_execute(change).await.unwrap();
+    }
+    let keep = OwnCommand::Keep(Retention { mode: Mode::Live, keep: START });
+    bench.ledger().tell(keep).await.unwrap();
+    assert_eq!(bench.sweep(START - 1_000).await, 0);
+    let used = "SELECT idx_tup_read < 100 AND idx_scan > 0 FROM pg_stat_user_indexes
+        WHERE indexrelname = 'job_mode_ended'";
+    until(&client, used).await;
 }
 
 /// Four workers start at once, while a transaction keeps whoever makes an index waiting.
