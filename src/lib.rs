@@ -33,7 +33,8 @@
 //! * The embedded ledger has one writer; the shared one has no locks: each write compares the version
 //!   of the row that was read, and whoever loses reads again. Both give the machine a row and a clock.
 //! * A claim and its intent are one durable write: the permit to call is taken first, so a lease
-//!   waits for a call's time for a few seconds at most, which it has to spare. A job costs two commits, shared with whatever is ready.
+//!   waits for its call for a few seconds at most, which it has to spare. A job costs two commits,
+//!   shared with whatever is ready.
 //! * The reply's bytes are made inside the transition that ends the job, so "the reply says what
 //!   the ledger says" is not something two places have to agree on.
 //! * There are four domain traits. [`ledger::Ledger`] and, for what only a shared one has,

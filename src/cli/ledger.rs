@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::anyhow;
 
 use super::look::{Look, shown};
-use super::{Failure, Outcome, block_on, resolved_without_key, say};
+use super::{Failure, Outcome, block_on, resolved_without_key, say, say_error};
 use crate::clock::{Clock as _, Millis, SharedClock, SystemClock};
 use crate::config::check;
 use crate::job::reply::rfc3339;
@@ -58,7 +58,14 @@ fn time(text: &str) -> Result<When, String> {
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let settings = resolved_without_key(file, None)?;
     let Action::RestoredTo { until } = arguments.action;
-    let until = block_on(tell(&settings.ledger, until))??;
+    let (until, before) = block_on(tell(&settings.ledger, until))??;
+    if let Some(before) = before.filter(|before| *before > until) {
+        say_error(&format!(
+            "an earlier time takes nothing back: it was told {} before, and that holds",
+            rfc3339(before)
+        ));
+    }
+    let until = before.map_or(until, |before| until.max(before));
     say(&format!(
         "{}: jobs published until {} that it does not know, or whose row is as old, end unresolved; `show REQUEST_ID` and the dead queue tell which",
         shown(&settings.ledger),
@@ -67,7 +74,8 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     Ok(())
 }
 
-async fn tell(ledger: &check::Ledger, until: When) -> Result<Millis, Failure> {
+/// Returns the time that was told, and the one that it was told before.
+async fn tell(ledger: &check::Ledger, until: When) -> Result<(Millis, Option<Millis>), Failure> {
     // Only one that is there: a mistyped name must not make a new one, and leave the right one untold.
     drop(Look::open(ledger).await?);
     let (ledger, clock): (Arc<dyn Ledger>, SharedClock) = match ledger {
@@ -89,5 +97,5 @@ async fn tell(ledger: &check::Ledger, until: When) -> Result<Millis, Failure> {
         When::At(until) => until,
     };
     ledger.tell(OwnCommand::Restored { until }).await?;
-    Ok(until)
+    Ok((until, ledger.identity().restored))
 }

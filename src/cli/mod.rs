@@ -188,7 +188,21 @@ fn count(number: usize, thing: &str) -> String {
 fn say_error(text: &str) {
     use std::io::Write as _;
     // Whoever closed standard error does not want to hear it.
-    drop(writeln!(std::io::stderr(), "checkout-worker: {text}"));
+    drop(writeln!(std::io::stderr(), "checkout-worker: {}", shown_safely(text)));
+}
+
+/// Nothing that is shown moves a cursor or turns a line round: names of files, columns and cells are strangers'.
+fn shown_safely(text: &str) -> String {
+    let mut safe = String::with_capacity(text.len());
+    for c in text.chars() {
+        let turns = matches!(c, '\u{200e}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        if turns || c.is_control() && !matches!(c, '\n' | '\t') {
+            safe.extend(c.escape_default());
+        } else {
+            safe.push(c);
+        }
+    }
+    safe
 }
 
 /// One line on standard output.
@@ -230,12 +244,7 @@ fn resolved(file: Option<&std::path::Path>) -> Result<Resolved, Failure> {
 
 /// The settings; a key that cannot be read is as good as none.
 fn settings_without_key(file: Option<&std::path::Path>) -> Result<config::Settings, Failure> {
-    let mut environment = environment()?;
-    let unreadable = |path: &String| std::fs::File::open(path).is_err();
-    if environment.get("CREEM_API_KEY_FILE").is_some_and(unreadable) {
-        environment.remove("CREEM_API_KEY_FILE");
-    }
-    config::load(file, &environment).map_err(Failure::Configuration)
+    config::load_without_key(file, &environment()?).map_err(Failure::Configuration)
 }
 
 /// Standing in for what a command does not need: `enqueue` and `show` work without a Creem key.
@@ -271,6 +280,12 @@ fn block_on<T>(work: impl Future<Output = T>) -> Result<T, Failure> {
 #[cfg(test)]
 mod tests {
     use clap::CommandFactory as _;
+
+    #[test]
+    fn what_is_shown_moves_no_cursor() {
+        let text = "a\u{1b}[2Jb\u{9b}c\u{202e}d\tä\n";
+        assert_eq!(super::shown_safely(text), "a\\u{1b}[2Jb\\u{9b}c\\u{202e}d\tä\n");
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -132,7 +132,13 @@ pub(super) fn read_value(key: &str, text: &str) -> Result<Value, &'static str> {
         Kind::Switch => text.trim().parse().map(Value::Boolean).map_err(|_| "give true or false"),
         Kind::List => {
             let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
-            Ok(Value::Array(items.map(|item| Value::String(item.to_owned())).collect()))
+            let items: Vec<Value> = items.map(|item| Value::String(item.to_owned())).collect();
+            // A variable that was meant to be filled must not lift a list of what is allowed.
+            if items.is_empty() {
+                Err("give names with commas between, or leave it out")
+            } else {
+                Ok(Value::Array(items))
+            }
         }
     }
 }

@@ -38,6 +38,32 @@ pub fn load(
     file: Option<&Path>,
     environment: &BTreeMap<String, String>,
 ) -> Result<Settings, Vec<Problem>> {
+    load_for(file, environment, Need::All)
+}
+
+/// The same for a command that needs no key of Creem's: one that cannot be read is as good as none.
+///
+/// # Errors
+/// See [`load`].
+pub fn load_without_key(
+    file: Option<&Path>,
+    environment: &BTreeMap<String, String>,
+) -> Result<Settings, Vec<Problem>> {
+    load_for(file, environment, Need::AllButTheKey)
+}
+
+/// Which secrets must be readable.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    All,
+    AllButTheKey,
+}
+
+fn load_for(
+    file: Option<&Path>,
+    environment: &BTreeMap<String, String>,
+    need: Need,
+) -> Result<Settings, Vec<Problem>> {
     let mut problems = Vec::new();
     let mut table: Table = DEFAULTS.parse().expect("the embedded defaults are TOML");
     if let Some(path) = file {
@@ -53,7 +79,7 @@ pub fn load(
         }
     }
     from_environment(&mut table, environment, &mut problems);
-    read_secrets(&mut table, &mut problems);
+    read_secrets(&mut table, need, &mut problems);
     if let Some(level) = environment.get("RUST_LOG").filter(|level| !level.is_empty()) {
         set(&mut table, "log.level", Value::String(level.clone()));
     }

@@ -6,10 +6,10 @@ use toml::{Table, Value};
 
 use super::keys::{KEYS, Kind};
 use super::table::{get, remove, set};
-use super::{DEFAULTS, Problem};
+use super::{DEFAULTS, Need, Problem};
 
 /// Replaces each `…_file` by the content of its file.
-pub(super) fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
+pub(super) fn read_secrets(table: &mut Table, need: Need, problems: &mut Vec<Problem>) {
     for (key, kind) in KEYS {
         let twin = format!("{key}_file");
         if kind != Kind::Secret {
@@ -42,6 +42,7 @@ pub(super) fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
                 let secret = secret.strip_suffix('\r').unwrap_or(secret);
                 set(table, key, Value::String(secret.to_owned()));
             }
+            Err(_) if need == Need::AllButTheKey && key == "creem.api_key" => {}
             Err(error) => {
                 problems.push(Problem::new(
                     format!("`{twin}`: {} cannot be read: {error}", shown(&path)),
@@ -59,7 +60,7 @@ pub(super) fn read_secrets(table: &mut Table, problems: &mut Vec<Problem>) {
 /// A path as it may be shown: somebody may have given the secret itself in its place.
 pub(super) fn shown(path: &str) -> String {
     let secret = |part: &str| path.contains(part);
-    if path.starts_with("creem_") || ["://", "-----", "\n"].into_iter().any(secret) {
+    if ["creem_", "://", "-----", "\n"].into_iter().any(secret) {
         "its value, which looks like the secret itself and not like a path,".to_owned()
     } else {
         crate::job::printable(path, 200)

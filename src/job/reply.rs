@@ -176,13 +176,13 @@ pub fn rfc3339(millis: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::job::RequestId;
 
     #[test]
     fn a_digest_is_the_same_in_every_version() {
         assert_eq!(digest(&[b"a", b"bc"]), "9a8acca1b6c6c0befd3fbc756aed625d");
         assert_ne!(digest(&[b"ab", b"c"]), digest(&[b"a", b"bc"]));
     }
-    use crate::job::RequestId;
 
     #[test]
     fn a_link_is_written_as_the_readme_shows_it() {

@@ -96,7 +96,8 @@ mod tests {
         let now = Instant::now();
         let mut budget = RetryBudget::new(now);
         let longest = (0..100_000).map(|_| budget.take(now)).max();
-        assert_eq!(longest, Some(LONGEST));
+        // The ledger's `LONGEST_WAIT`.
+        assert!(longest.is_some_and(|longest| longest < Duration::from_mins(40)), "{longest:?}");
     }
 
     #[test]

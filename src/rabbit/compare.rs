@@ -1,4 +1,5 @@
-//! What is on the broker, compared with what should be; nothing is made, taken or left behind.
+//! What is on the broker, compared with what should be; no job is touched, and what is made to try a right goes
+//! at once.
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -124,12 +125,7 @@ impl Topology {
     ) -> Result<(), LinkError> {
         let name = format!("{}.check.{:016x}", self.jobs(Lane::Interactive), random());
         let channel = connection.create_channel().await?;
-        let options = QueueDeclareOptions {
-            exclusive: true,
-            auto_delete: true,
-            ..QueueDeclareOptions::default()
-        };
-        match channel.queue_declare(short(&name)?, options, FieldTable::default()).await {
+        match channel.queue_declare(short(&name)?, exclusive(), FieldTable::default()).await {
             Ok(_) => {}
             Err(error) if refusal(&error).is_some() => found.wrong.push(format!(
                 "{} is not there, and this user may declare nothing under its name ({error}); give it configure, or import the definitions and set topology.declare = false",
@@ -185,8 +181,8 @@ async fn try_binding(
     Ok(())
 }
 
-/// Declares the queue by which a worker with an embedded ledger keeps others out, if nobody else has it; it is gone
-/// with the connection. Says what is wrong, if this user may not.
+/// Declares the queue by which a worker with an embedded ledger keeps others out, if nobody else has it, and
+/// deletes it again: a worker that starts in that moment waits. Says what is wrong, if this user may not.
 ///
 /// # Errors
 /// If the broker cannot be asked.

@@ -118,7 +118,7 @@ pub struct Session {
     /// Cancelled when the session is over.
     pub over: CancellationToken,
     /// Keeps workers with another ledger out until the session is over.
-    guard: Option<Kept>,
+    guard: Option<HeldGuard>,
 }
 
 impl std::fmt::Debug for Session {
@@ -250,7 +250,7 @@ async fn guard(
     connection: &Connection,
     topology: &Topology,
     guard: &Guard,
-) -> Result<Option<Kept>, OpenError> {
+) -> Result<Option<HeldGuard>, OpenError> {
     let name = topology.guard();
     let (options, arguments) = match guard {
         Guard::Nothing => {
@@ -298,11 +298,11 @@ async fn guard(
         })
     });
     let consumer = tokio::sync::Mutex::new(consumer.await?);
-    Ok(Some(Kept { _channel: channel, consumer }))
+    Ok(Some(HeldGuard { _channel: channel, consumer }))
 }
 
 /// What the guard hangs on, as long as the session lasts.
-struct Kept {
+struct HeldGuard {
     _channel: Channel,
     consumer: tokio::sync::Mutex<Consumer>,
 }
@@ -382,14 +382,11 @@ impl Deliveries {
     /// # Errors
     /// If the broker does not end the consumer: then only the session's end gives anything back.
     pub async fn cancel(
-        mut self,
+        self,
         waiting: impl IntoIterator<Item = Delivery>,
     ) -> Result<(), LinkError> {
-        self.stop().await?;
-        for delivery in waiting {
-            delivery.give_back().await;
-        }
-        while let Some(delivery) = self.rest().await {
+        let rest = self.end().await?;
+        for delivery in waiting.into_iter().chain(rest) {
             delivery.give_back().await;
         }
         Ok(())

@@ -80,8 +80,8 @@ pub enum LinkError {
     #[error("{0}")]
     Broken(String),
     /// The broker met an error of its own over what it was asked (541), and closed the connection.
-    #[error("the broker failed over it: {0}")]
-    BrokerFailed(String),
+    #[error("the broker met an internal error (541): {0}")]
+    InternalError(String),
     /// The broker sent what lapin cannot read, for instance a message whose properties are not
     /// UTF-8; it will be sent again.
     #[error(
@@ -100,7 +100,7 @@ pub(super) fn refusal(error: &lapin::Error) -> Option<AMQPSoftError> {
     }
 }
 
-fn broker_failed(error: &lapin::Error) -> bool {
+fn internal_error(error: &lapin::Error) -> bool {
     let lapin::ErrorKind::ProtocolError(error) = error.kind() else { return false };
     matches!(error.kind(), AMQPErrorKind::Hard(AMQPHardError::INTERNALERROR))
 }
@@ -111,8 +111,8 @@ impl From<lapin::Error> for LinkError {
             Self::Garbled(error.to_string())
         } else if refusal(&error).is_some() {
             Self::Denied(error.to_string())
-        } else if broker_failed(&error) {
-            Self::BrokerFailed(error.to_string())
+        } else if internal_error(&error) {
+            Self::InternalError(error.to_string())
         } else {
             Self::Broken(error.to_string())
         }

@@ -60,7 +60,11 @@ async fn declared(
     }
     let queue = channel.queue_declare(short(name.unwrap_or(""))?, declare, arguments).await?;
     let name = queue.name().as_str().to_owned();
+    let consume =
+        BasicConsumeOptions { no_local: false, no_ack: true, exclusive: true, nowait: false };
     if emptied {
+        // Whoever has it must not lose its replies, and is asked by way of a channel that a refusal ends.
+        keep_out_others(connection, &name).await?;
         channel.queue_purge(short(&name)?, QueuePurgeOptions { nowait: false }).await?;
     }
     if !exchange.is_empty() {
@@ -74,11 +78,19 @@ async fn declared(
             )
             .await?;
     }
-    let consume =
-        BasicConsumeOptions { no_local: false, no_ack: true, exclusive: true, nowait: false };
     let consumer =
         channel.basic_consume(short(&name)?, short("")?, consume, FieldTable::default()).await?;
     Ok((name, consumer))
+}
+
+/// Consumes a queue alone for a moment, and gives back what came: refused where somebody else consumes it.
+async fn keep_out_others(connection: &Connection, name: &str) -> Result<(), LinkError> {
+    let channel = connection.create_channel().await?;
+    let consume =
+        BasicConsumeOptions { no_local: false, no_ack: false, exclusive: true, nowait: false };
+    channel.basic_consume(short(name)?, short("")?, consume, FieldTable::default()).await?;
+    channel.close(200, "".into()).await?;
+    Ok(())
 }
 
 impl ReplyQueue {

@@ -109,7 +109,8 @@ impl Topology {
     }
 
     /// The queue that says who serves these queues: exclusive while a worker with an embedded ledger does,
-    /// durable and marked with their ledger while workers of a shared one do. One for all lanes: two workers with two ledgers could give one id a link in each lane.
+    /// durable and marked with their ledger while workers of a shared one do. One for all lanes: two workers with
+    /// two ledgers could give one id a link in each lane.
     #[must_use]
     pub fn guard(&self) -> String {
         format!("{}.run", self.prefix)

@@ -10,7 +10,9 @@ use super::budget::{self, SharedBudget};
 use super::gate::{Gate, Reason};
 use super::journey::Journey;
 use super::{Fatal, watch as watchers};
+use crate::clock::as_millis;
 use crate::job::Mode;
+use crate::ledger::{LedgerError, OwnCommand, Retention};
 use crate::observe::health::{Health, Rate};
 use crate::observe::metrics;
 
@@ -69,10 +71,25 @@ impl Engine {
         journey.orders.look(&*journey.ledger, &self.health).await;
     }
 
+    /// How long it keeps outcomes.
+    #[must_use]
+    pub fn retention(&self) -> Retention {
+        Retention { mode: self.mode, keep: as_millis(self.journey.rules.retention) }
+    }
+
+    /// Says so to the ledger.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub async fn tell_retention(&self) -> Result<(), LedgerError> {
+        self.journey.ledger.tell(OwnCommand::Keep(self.retention())).await
+    }
+
     /// Starts what looks after the things that can hold the gate.
     pub fn watch(self: &Arc<Self>, tasks: &mut JoinSet<()>) {
         tasks.spawn(watchers::ledger(self.clone()));
         tasks.spawn(watchers::key(self.clone()));
+        tasks.spawn(watchers::retention(self.clone()));
         let orders = self.clone();
         tasks.spawn(async move {
             orders.journey.orders.follow(&*orders.journey.ledger, &orders.health).await;
@@ -95,7 +112,7 @@ impl Engine {
     }
 
     /// Waits until the ledger can be written again, after it could not.
-    pub(super) async fn wait_for_the_ledger(&self, error: &crate::ledger::LedgerError) {
+    pub(super) async fn wait_for_the_ledger(&self, error: &LedgerError) {
         self.gate().close_for_the_ledger(error);
         self.gate().free_of(Reason::Ledger).await;
     }

@@ -19,11 +19,12 @@ use crate::rabbit::consumer::{Deliveries, OpenError};
 use crate::rabbit::{Delivery, LinkError, Session};
 use crate::retry::backoff;
 
-/// An idle lane that has heard nothing for so many heartbeats of its connection is consumed anew, and any lane
-/// after so many. The connection may be well and the consumer gone: a broker can lose one without a word,
-/// or believe that it holds deliveries which never arrived, when the leader of a quorum queue changes
+/// An idle lane that has heard nothing for so many heartbeats of its connection is subscribed to anew. The
+/// connection may be well and the consumer gone: a broker can lose one without a word, or believe that it holds
+/// deliveries which never arrived, when the leader of a quorum queue changes
 /// (<https://github.com/rabbitmq/rabbitmq-server/issues/15473>). Nothing is lost by it otherwise.
 const QUIET_HEARTBEATS: u32 = 5;
+/// After so many, any lane is, busy or not: of some of its deliveries the broker may believe so, too.
 const LONGEST_HEARTBEATS: u32 = 30;
 
 impl Shared {
@@ -234,7 +235,7 @@ enum Taken {
     /// The lane is paused, or the worker stops.
     Enough,
     /// The broker might have lost the consumer.
-    Anew,
+    Resubscribe,
     /// The session is over; why, if that began here.
     Over(Option<LinkError>),
 }
@@ -291,7 +292,8 @@ impl LaneLoop {
         let orders = &self.shared.worker.engine.journey.orders;
         let mut waiting = VecDeque::new();
         let mut renewed = None;
-        // What the first consumer is redelivered was taken by another worker; later, it may have been by this one.
+        // What the first consumer is redelivered was taken by another worker; later, it may have been by this one,
+        // even if it saw nothing: the broker may have counted deliveries to a consumer that it had lost.
         let mut fresh = self.fresh;
         loop {
             if orders.is_paused(self.lane) {
@@ -322,10 +324,10 @@ impl LaneLoop {
                     Err(_) if self.shared.stop.is_cancelled() => return None,
                     Err(error) => return Some(error),
                 },
-                Taken::Anew => match self.begin_anew(intake, fresh, &subscribed).await {
-                    Ok(Some((deliveries, came))) => {
+                Taken::Resubscribe => match self.resubscribe(intake, fresh, &subscribed).await {
+                    Ok(Some((deliveries, rest))) => {
                         renewed = Some(deliveries);
-                        waiting = came;
+                        waiting = rest;
                     }
                     Ok(None) => return None,
                     Err(error) => return Some(error),
@@ -339,9 +341,9 @@ impl LaneLoop {
         }
     }
 
-    /// Puts another consumer in the place of one, which is ended when the other is there: a lane that is served is
-    /// seen to be, by workers that ask. With it what came before that end; `None` ends the session.
-    async fn begin_anew(
+    /// Replaces a consumer. The new one is there before the old one ends, so that workers who ask see the lane
+    /// served. Returns it with what the old one still got; `None` ends the session.
+    async fn resubscribe(
         &self,
         before: Deliveries,
         fresh: bool,
@@ -361,14 +363,14 @@ impl LaneLoop {
         if subscribed.send((self.lane, Subscribed::Consumed)).await.is_err() {
             return Ok(None);
         }
-        let mut came = VecDeque::new();
+        let mut rest = VecDeque::new();
         for delivery in before.end().await? {
             if !self.shared.may_serve(&delivery, fresh).await {
                 return Ok(None);
             }
-            came.push_back(delivery);
+            rest.push_back(delivery);
         }
-        Ok(Some((deliveries, came)))
+        Ok(Some((deliveries, rest)))
     }
 
     /// Takes deliveries and has each brought to its end, as the lane's permits allow.
@@ -408,7 +410,7 @@ impl LaneLoop {
                     if idle && heard.elapsed() >= quiet
                         || waiting.is_empty() && began.elapsed() >= self.heartbeat * LONGEST_HEARTBEATS
                     {
-                        return Taken::Anew;
+                        return Taken::Resubscribe;
                     }
                     look = Instant::now() + quiet;
                 }

@@ -11,13 +11,15 @@ use super::engine::Engine;
 use super::gate::Reason;
 use crate::clock::as_millis;
 use crate::creem::KeyCheck;
-use crate::ledger::{LedgerError, OwnCommand, Retention};
+use crate::ledger::{LedgerError, OwnCommand};
 use crate::observe::metrics;
 use crate::rabbit::publisher::State;
 use crate::retry::{Backoff, backoff};
 
 /// How often old rows are looked for.
 const SWEEP_EVERY: Duration = Duration::from_mins(1);
+/// How often it is said how long outcomes are kept.
+const SAID_EVERY: Duration = Duration::from_mins(1);
 /// How long after its start a worker removes nothing.
 const FIRST_SWEEP: Duration = Duration::from_secs(3600);
 /// How far the wall clock may run ahead of the monotonic one.
@@ -123,21 +125,22 @@ async fn publishing(shared: Arc<Shared>) {
     }
 }
 
+/// Says again and again how long this process keeps outcomes, for whoever removes old ones meanwhile.
+pub(super) async fn retention(engine: Arc<Engine>) {
+    loop {
+        if let Err(error) = engine.tell_retention().await {
+            tracing::warn!(%error, "the ledger was not told how long outcomes are kept");
+        }
+        tokio::time::sleep(SAID_EVERY).await;
+    }
+}
+
 /// Removes outcomes that are older than retention, a small batch at a time.
 async fn sweep(shared: Arc<Shared>) {
     let (wall, monotonic) = (shared.worker.engine.journey.clock.now(), Instant::now());
-    let keep = as_millis(shared.worker.engine.journey.rules.retention);
-    let retention = Retention { mode: shared.worker.engine.mode, keep };
     // Jobs that waited while no worker ran come first: some may need rows that are old by now. And workers
     // of an earlier version do not look for what this one says was swept; an upgrade is over by then.
-    while monotonic.elapsed() < FIRST_SWEEP {
-        // Whoever sweeps meanwhile is to know how long this one keeps outcomes.
-        let told = shared.worker.engine.journey.ledger.tell(OwnCommand::Keep(retention)).await;
-        if let Err(error) = told {
-            tracing::warn!(%error, "the ledger was not told how long outcomes are kept");
-        }
-        tokio::time::sleep(SWEEP_EVERY).await;
-    }
+    tokio::time::sleep(FIRST_SWEEP).await;
     loop {
         let now = shared.worker.engine.journey.clock.now();
         if now - wall - as_millis(monotonic.elapsed()) > as_millis(CLOCK_JUMP) {
@@ -145,6 +148,7 @@ async fn sweep(shared: Arc<Shared>) {
             tracing::warn!("the clock has jumped forward; no outcomes are removed until a restart");
             return;
         }
+        let retention = shared.worker.engine.retention();
         match shared.worker.engine.journey.ledger.sweep(retention).await {
             Ok(0) => tokio::time::sleep(SWEEP_EVERY).await,
             Ok(swept) => {

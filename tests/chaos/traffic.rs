@@ -20,8 +20,9 @@ use super::oracle::{Books, Message};
 pub(crate) const PREFIX: &str = "chaos";
 /// How long a consumer hears nothing before it is made again.
 const QUIET: Duration = Duration::from_secs(10);
-/// Longest time without a new answer. A broker's dead-letter worker that has published to a queue whose leader died
-/// tries again when it has waited for the confirm (15 s, by deploy/rabbitmq/advanced.config), and looks for that as often.
+/// Longest time without a new answer. A broker's dead-letter worker that has published to a queue whose leader
+/// died tries again when it has waited for the confirm (15 s, by deploy/rabbitmq/advanced.config), and looks for
+/// that as often.
 const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What is published.

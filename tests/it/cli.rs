@@ -304,6 +304,10 @@ async fn after_a_restore_a_job_that_may_be_forgotten_is_unresolved_and_a_new_one
     assert!(output.contains("end unresolved"), "{output}");
     let (_, output, _) = command(&["check", "--ledger"], world.environment(), "").await;
     assert!(output.contains("restored to 20"), "{output}");
+    let earlier = ["ledger", "restored-to", "2026-01-01T00:00:00Z"];
+    let (code, output, error) = command(&earlier, world.environment(), "").await;
+    assert!(code == 0 && error.contains("takes nothing back"), "{error}");
+    assert!(!output.contains("2026-01-01"), "it says what holds: {output}");
 
     let mut worker = world.worker().await;
     let (mut replies, mut dead) = (world.replies().await, world.dead().await);

@@ -191,13 +191,13 @@ async fn the_time_in_which_its_lane_is_paused_counts_against_no_job() {
         journey.orders.look(&*journey.ledger, &health).await;
     };
     let ask = || Ask { published_at: Some(START), ..bench.ask() };
-    let failed = || async { matches!(journey.run(&ask()).await.0, Verdict::Delay { .. }) };
-    assert!(failed().await);
+    let delayed = || async { matches!(journey.run(&ask()).await.0, Verdict::Delay { .. }) };
+    assert!(delayed().await);
     order(OwnCommand::PauseLane(Lane::Interactive)).await;
     bench.clock.advance(hour * 2);
     order(OwnCommand::ResumeLane(Lane::Interactive)).await;
     let posts = simulator.log().posts().len();
-    assert!(failed().await, "two hours of a pause are no time");
+    assert!(delayed().await, "two hours of a pause are no time");
     assert!(simulator.log().posts().len() > posts, "it was tried");
     // The other lane's pauses are nothing to it.
     order(OwnCommand::PauseLane(Lane::Bulk)).await;

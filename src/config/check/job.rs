@@ -13,7 +13,7 @@ pub(super) fn check_job(settings: &Settings, mode: Mode, problems: &mut Vec<Prob
         }
         value.clamp(least, most)
     };
-    // The shortest useful job has less; below that every one would be refused.
+    // A job with an address and a short success_url has about as many; a smaller bound is a slip.
     let max_bytes = bounded("max_bytes", job.max_bytes, 256, 1024 * 1024);
     let max_units = bounded("max_units", job.max_units, 1, i64::from(u32::MAX));
     for field in job.extra_fields.iter().filter(|field| !is_extra_field(field)) {

@@ -67,9 +67,9 @@ pub(super) async fn publish_batch(channel: &Channel, batch: Vec<Order>) -> Resul
     let results = match outcome {
         Ok(results) => results,
         Err(error) => {
-            let broker_failed = matches!(error, LinkError::BrokerFailed(_));
+            let internal_error = matches!(error, LinkError::InternalError(_));
             for order in batch {
-                give(order, Err(Lost { reason: error.to_string(), broker_failed }));
+                give(order, Err(Lost { reason: error.to_string(), internal_error }));
             }
             return Err(error);
         }

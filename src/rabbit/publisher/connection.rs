@@ -68,11 +68,11 @@ impl Told {
         drop(tokio::time::timeout(CLOSE, under_way.wait_for(|batches| *batches == 0)).await);
     }
 
-    /// Whether a connection ended over a publish that was alone on it, and so certainly by it.
-    pub(super) fn was_failed_over_one(&self, ended: &LinkError, shape: Shape) -> bool {
+    /// Whether a connection that is over was ended by the only publish on it. Begins the counts of the next one.
+    pub(super) fn take_lone_loss(&self, ended: &LinkError, shape: Shape) -> bool {
         let any = self.lost.swap(0, Ordering::Relaxed) > 0;
         self.under_way.send_replace(0);
-        any && shape.is_single() && matches!(ended, LinkError::BrokerFailed(_))
+        any && shape.is_single() && matches!(ended, LinkError::InternalError(_))
     }
 
     pub(super) fn say(&self, state: State) {

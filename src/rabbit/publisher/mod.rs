@@ -28,9 +28,10 @@ use connection::{STABLE_AFTER, Told, serve_connection};
 /// How long the broker may take for the confirms of a batch.
 const CONFIRM: Duration = Duration::from_secs(30);
 
-/// After a connection that the broker closed over the one publish on it, which will not be tried again. The
-/// next one waits for nothing else.
-const AFTER_ONE: Duration = Duration::from_millis(20);
+/// Pause before the next connection where the only publish on the last one has ended it, which is not tried again:
+/// there is no broken broker to be spared, only others' publishes that wait. Long enough that a
+/// stranger who sends many such addresses is no flood of connections.
+const AFTER_LONE_LOSS: Duration = Duration::from_millis(20);
 
 /// What became of a publish.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,8 +50,8 @@ pub enum Published {
 pub struct Lost {
     /// What happened.
     pub reason: String,
-    /// Whether the broker failed over it (or over one of its batch) and closed the whole connection.
-    pub broker_failed: bool,
+    /// Whether the broker met an error of its own over it (or over one of its batch), and closed the whole connection.
+    pub internal_error: bool,
 }
 
 /// Which channels a publish goes through. Kept apart, because an error on a channel takes all of
@@ -135,8 +136,8 @@ impl Publisher {
                 blocked &= !matches!(*told.state.borrow(), State::Up);
                 failures = if began.elapsed() > STABLE_AFTER { 1 } else { failures + 1 };
                 let mut delay = backoff.reconnect(failures, backoff::chance());
-                if told.was_failed_over_one(&reason, shape) {
-                    (failures, delay) = (0, AFTER_ONE);
+                if told.take_lone_loss(&reason, shape) {
+                    (failures, delay) = (0, AFTER_LONE_LOSS);
                 }
                 tracing::warn!(connection = name, error = %reason, delay_ms = as_millis(delay), "the publishing connection is down");
                 told.say(State::Down(reason.to_string()));
@@ -160,7 +161,7 @@ impl Publisher {
             Class::Replies => &self.replies,
             Class::Internal => &self.internal,
         };
-        let ended = || Lost { reason: "the publisher has ended".to_owned(), broker_failed: false };
+        let ended = || Lost { reason: "the publisher has ended".to_owned(), internal_error: false };
         orders.send(Order { message, done }).await.map_err(|_| ended())?;
         answer.await.unwrap_or_else(|_| Err(ended()))
     }

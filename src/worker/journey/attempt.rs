@@ -39,13 +39,13 @@ impl Journey {
         if !in_time || self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN
         {
             let now = Next::Wait { until: self.clock.now() };
-            return self.settle(ask, lease, Attempt::GivenBack, (now, NOT_SENT)).await;
+            return self.settle(ask, lease, Attempt::GivenBack, now, NOT_SENT).await;
         }
         let cancelled = self.orders.cancels(ask).map(Ending::Cancelled);
         let too_late = || self.rules.too_late(ask, self.clock.now()).map(Ending::Expired);
         if let Some(ending) = cancelled.or_else(too_late) {
-            let end = (Next::End(ending), NOT_SENT);
-            return self.settle(ask, lease, Attempt::GivenBack, end).await;
+            let end = Next::End(ending);
+            return self.settle(ask, lease, Attempt::GivenBack, end, NOT_SENT).await;
         }
         let asked = Instant::now();
         let body = ask.request.wire.clone();
@@ -67,8 +67,8 @@ impl Journey {
             answer
         };
         let why = waits_for(&answer);
-        let (attempt, next) = self.judge(ask, lease, answer, asked).await;
-        self.settle(ask, lease, attempt, (next, why)).await
+        let (attempt, next) = self.judge(ask, lease, answer, asked, why).await;
+        self.settle(ask, lease, attempt, next, why).await
     }
 
     /// Waits for the time of the call. If the claim took so long that its place is lost, another one
@@ -112,15 +112,15 @@ impl Journey {
         fetched.unwrap_or(Answer::Linkless { checkout_id })
     }
 
-    /// Turns an answer into what is written down.
+    /// Turns an answer into what is written down; `why` says in a word what the job then waits for.
     async fn judge(
         &self,
         ask: &Ask,
         lease: Lease,
         answer: Answer,
         asked: Instant,
+        why: &'static str,
     ) -> (Attempt, Next) {
-        let why = waits_for(&answer);
         let unresolved =
             |code: &str, text: String| Next::End(Ending::Unresolved(Problem::new(code, text)));
         match answer {
@@ -257,7 +257,7 @@ impl Journey {
         let reason = "the worker met a bug while it handled the call".to_owned();
         let ending = Ending::Unresolved(Problem::new("worker_panicked", reason.clone()));
         let attempt = Attempt::Ambiguous { checkout_id: None, reason };
-        match self.settle(ask, lease, attempt, (Next::End(ending), NOT_SENT)).await {
+        match self.settle(ask, lease, attempt, Next::End(ending), NOT_SENT).await {
             Step::WaitUntil(..) => Step::Verdict(Verdict::Panicked),
             verdict @ Step::Verdict(_) => verdict,
         }
@@ -270,11 +270,12 @@ const fn waits_for(answer: &Answer) -> &'static str {
         Answer::NotMade { .. } => "creem_unreachable",
         Answer::Unknown { .. } => "outcome_unknown",
         Answer::Throttled { .. } => "throttled",
+        Answer::KeyRefused(_) => "key_refused",
+        // Such a job is at its end.
         Answer::Made(_)
         | Answer::Linkless { .. }
         | Answer::Refused(_)
         | Answer::Duplicate(_)
-        | Answer::KeyRefused(_)
-        | Answer::Mismatch { .. } => NOT_SENT,
+        | Answer::Mismatch { .. } => "nothing",
     }
 }

@@ -75,7 +75,7 @@ pub struct Journey {
     pub creem: Client,
     /// Gives each call its place in time.
     pub pacer: Pacer,
-    /// What keeps all calls back: the ledger, the key, the broker.
+    /// What keeps all calls back: see [`Reason`](super::gate::Reason).
     pub gate: Arc<Gate>,
     /// What operators have told all workers.
     pub orders: Orders,

@@ -62,14 +62,17 @@ impl Journey {
         }
     }
 
-    /// Makes the result durable, with what a job that is not at its end waits for, in a word; however long the ledger takes, past the session and past any hold:
-    /// giving up here would lose it.
+    /// Makes an attempt's result durable, however long the ledger takes, past the session and past any hold: to
+    /// give up here would lose it.
+    ///
+    /// `why` says in a word what the job waits for, if this is not its end.
     pub(super) async fn settle(
         &self,
         ask: &Ask,
         lease: Lease,
         attempt: Attempt,
-        (next, why): (Next, &'static str),
+        next: Next,
+        why: &'static str,
     ) -> Step {
         let counted = !matches!(attempt, Attempt::GivenBack);
         let request = SettleRequest {

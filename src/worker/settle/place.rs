@@ -114,14 +114,15 @@ impl Settler {
                     }
                     refused
                 }
-                Err(reason) => {
+                Err(error) => {
                     lost += 1;
-                    tracing::debug!(error = %reason, "publishing again");
-                    // It was alone on its connection.
-                    let certain = reason.broker_failed && most_lost < u32::MAX;
-                    if certain || lost >= most_lost {
+                    tracing::debug!(%error, "publishing again");
+                    // Only a publisher with one publish at a time has a bound: there a broken connection tells
+                    // which publish broke it.
+                    let alone = most_lost < u32::MAX;
+                    if error.internal_error && alone || lost >= most_lost {
                         return Sent::Nowhere(format!(
-                            "publishing to it broke the connection ({lost}x), so the address is taken to be the reason: {reason}"
+                            "publishing to it broke the connection ({lost}x), so the address is taken to be the reason: {error}"
                         ));
                     }
                     lost
