@@ -254,16 +254,21 @@ pub fn write_job(
 
 /// An object with further keys, as far as it has none of that name; anything else as it is, for the rules to
 /// refuse.
-pub(super) fn with_keys(object: &str, more: &[(String, String)]) -> String {
+fn with_keys(object: &str, more: &[(String, String)]) -> String {
     let Ok(Node::Object(mut keys)) = Node::parse(object) else { return object.to_owned() };
+    add_keys(&mut keys, more);
+    let mut text = Vec::new();
+    Node::Object(keys).write_to(&mut text);
+    String::from_utf8(text).unwrap_or_else(|_| object.to_owned())
+}
+
+/// Adds further keys, as far as there are none of that name.
+pub(super) fn add_keys(keys: &mut Vec<(String, Node)>, more: &[(String, String)]) {
     for (key, value) in more {
         if !keys.iter().any(|(known, _)| known == key) {
             keys.push((key.clone(), Node::String(value.clone())));
         }
     }
-    let mut text = Vec::new();
-    Node::Object(keys).write_to(&mut text);
-    String::from_utf8(text).unwrap_or_else(|_| object.to_owned())
 }
 
 /// The id that a row has of its own.

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use csv::ByteRecord;
 
-use super::columns::{self, Column, Defaults, HeaderError};
-use super::source::{Bounded, End, Format, LOOK_AT, Seen, recognise};
+use super::columns::{self, Column, Defaults, HeaderError, add_keys};
+use super::source::{Bounded, End, EndMet, Format, LOOK_AT, recognise};
 use crate::job::json::Node;
 use crate::job::{CheckoutRequest, Refusal, RequestId, Rules};
 
@@ -145,6 +145,10 @@ impl Input {
         };
         if format != Format::Ndjson {
             let header = input.record()?.ok_or(InputError::Empty)?;
+            // As UTF-16 has between any two letters, with a byte order mark or without.
+            if header.iter().any(|name| name.contains(&0)) {
+                return Err(InputError::Utf16);
+            }
             let names = header.iter().map(|name| String::from_utf8(name.to_vec()));
             input.names = names.collect::<Result<_, _>>().map_err(|_| InputError::NotUtf8)?;
             input.columns = columns::read_header(
@@ -231,12 +235,8 @@ impl Input {
         let bounded = self.reader.get_ref();
         let cut = self.reader.position().byte() == bounded.read && bounded.last != b'\n';
         // Of the two characters that end a line on Windows it has read one, and no line is over yet.
-        let over = u64::from(!self.is_crlf() && !cut);
+        let over = u64::from(!self.format.is_crlf() && !cut);
         self.reader.position().line().saturating_sub(over + breaks as u64)
-    }
-
-    fn is_crlf(&self) -> bool {
-        matches!(self.format, Format::Csv { crlf: true, .. })
     }
 
     /// As many cells as the header has: trailing empty ones may be left out.
@@ -254,9 +254,9 @@ impl Input {
         let mut record = ByteRecord::new();
         match self.reader.read_byte_record(&mut record) {
             Ok(true) => match self.end.seen(&record) {
-                Some(Seen::End) => Ok(None),
-                Some(Seen::InACell) => {
-                    Err(InputError::OpenQuote(at.line() + u64::from(self.is_crlf())))
+                Some(EndMet::End) => Ok(None),
+                Some(EndMet::InACell) => {
+                    Err(InputError::OpenQuote(at.line() + u64::from(self.format.is_crlf())))
                 }
                 None => Ok(Some(record)),
             },
@@ -266,7 +266,7 @@ impl Input {
                     return Err(InputError::Io(io::Error::other("it is no table")));
                 };
                 if error.kind() == io::ErrorKind::FileTooLarge {
-                    return Err(InputError::Endless(at.line() + u64::from(self.is_crlf())));
+                    return Err(InputError::Endless(at.line() + u64::from(self.format.is_crlf())));
                 }
                 Err(InputError::Io(error))
             }
@@ -313,6 +313,9 @@ impl Input {
 
     fn read_line(&self, record: &ByteRecord) -> Judged {
         let line = record.get(0).unwrap_or_default();
+        if record.len() > 1 {
+            return (None, Err(has_nul()));
+        }
         let Ok(text) = std::str::from_utf8(line) else { return (None, Err(not_utf8())) };
         match Node::parse(text.trim()) {
             Ok(Node::Object(members)) => self.judge(&self.with_defaults(members)),
@@ -348,11 +351,7 @@ impl Input {
             }
             for (name, value) in &mut members {
                 if let (true, Node::Object(keys)) = (name == "metadata", value) {
-                    for (key, value) in &defaults.metadata {
-                        if !keys.iter().any(|(known, _)| known == key) {
-                            keys.push((key.clone(), string(value)));
-                        }
-                    }
+                    add_keys(keys, &defaults.metadata);
                 }
             }
         }
@@ -380,6 +379,14 @@ pub(super) fn judge(body: &[u8], rules: &Rules) -> Judged {
 
 /// The id, as far as it is known, and the job.
 pub(super) type Judged = (Option<String>, Job);
+
+fn has_nul() -> Flaw {
+    Flaw {
+        column: None,
+        code: "not_json",
+        message: "the line has a NUL byte in it: put one JSON object on a line".to_owned(),
+    }
+}
 
 fn not_utf8() -> Flaw {
     Flaw {
@@ -490,6 +497,10 @@ mod tests {
     fn what_cannot_be_read_is_named() {
         assert!(matches!(open(b""), Err(InputError::Empty)));
         assert!(matches!(open(b"\xff\xfea\0"), Err(InputError::Utf16)));
+        assert!(matches!(open(b"p\0,\0n\0\n\0"), Err(InputError::Utf16)));
+        let mut lines = open(b"{\"request_id\":\"a\",\"product_id\":\"p\"}\0{}\n").unwrap();
+        let (_, job) = lines.next_row().unwrap().unwrap();
+        assert_eq!(job.unwrap_err().code, "not_json");
         let mut text = b"product_id,Notes\nprod_1,x\nprod_1,\"open\n".to_vec();
         text.extend(std::iter::repeat_n(b'x', 3 * 1024 * 1024));
         let mut input = open(&text).unwrap();

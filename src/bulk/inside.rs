@@ -7,7 +7,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::output::Outcome;
+use super::layout::Outcome;
 use crate::clock::Millis;
 use crate::job::reply::Reply;
 use crate::job::{CheckoutRequest, Fingerprint, Key, Lane, Status};

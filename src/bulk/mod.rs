@@ -1,14 +1,17 @@
 //! A file of jobs made into a file of links: for campaigns, with a broker or without one.
 //!
 //! Rows are read one at a time, brought to their ends side by side, and written in the order of the input,
-//! so memory hardly grows with the file (16 bytes or so a row, to notice ids that come twice). Whatever is interrupted goes on where it was: what was written is
-//! kept, and what was not is asked of the ledger, which knows each link that was ever made.
+//! so memory hardly grows with the file (16 bytes or so a row, to notice ids that come twice). Whatever is
+//! interrupted goes on where it was: what was written is kept, and what was not is asked of the ledger, which
+//! knows each link that was ever made.
 
 pub mod columns;
+pub mod given;
 pub mod input;
 pub mod inside;
+pub mod layout;
+pub mod look_up;
 pub mod output;
-pub mod shape;
 pub mod source;
 pub mod table;
 pub mod verify;
@@ -23,8 +26,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::job::{CheckoutRequest, Status};
-use input::{Flaw, Input, InputError, Row};
-use output::{Earlier, Known, Outcome, Output, OutputError};
+use input::{Flaw, Input, InputError, Job, Row};
+use layout::Outcome;
+use output::{Earlier, Output, OutputError};
 
 /// Rows that may be done while one before them is not: so many are remembered at once.
 const WINDOW: usize = 4_096;
@@ -85,12 +89,16 @@ pub struct Progress<'a> {
 /// left or `stop` is cancelled. What `make` then has not begun (`None`) is left for the next run. Whatever goes
 /// wrong, what was begun is brought to its end first.
 ///
+/// Where an interrupted run is gone on with, `prove` is given the first row for which it had a link, and that
+/// link, and says whether `make` would give the same: if not, nothing is made.
+///
 /// # Errors
 /// See [`BulkError`]. Whatever was written stays.
 pub async fn run<F>(
     mut input: Input,
     mut earlier: Earlier,
     at_once: usize,
+    prove: impl AsyncFnOnce(Given) -> bool,
     make: impl Fn(u64, CheckoutRequest) -> F,
     stop: &CancellationToken,
     mut tell: impl FnMut(Progress<'_>),
@@ -98,24 +106,14 @@ pub async fn run<F>(
 where
     F: Future<Output = Option<Outcome>>,
 {
-    let mut tally = Tally::default();
-    let mut ids = Ids::default();
-    let mut next = None;
-    while let Some((row, job)) = input.next_row()? {
-        tally.shared += u64::from(ids.had(&row));
-        match earlier.next(&row) {
-            Known::Written(status) => {
-                tally.count(status);
-                tally.kept += 1;
-            }
-            Known::Nothing => {
-                next = Some((row, job));
-                break;
-            }
-        }
-        tell(Progress { tally: &tally, position: input.position() });
-    }
+    let (mut tally, mut ids) = (Tally::default(), Ids::default());
+    let (mut next, given) = first_new(&mut input, &mut earlier, &mut ids, &mut tally, &mut tell)?;
     let mut window = Window::new(earlier.go_on()?, tally);
+    if let Some(given) = given
+        && !prove(given).await
+    {
+        return window.end(false);
+    }
     let mut going = FuturesUnordered::new();
     let (mut read_all, mut broken) = (false, None);
     loop {
@@ -168,6 +166,45 @@ where
             () = tokio::task::yield_now(), if going.is_empty() => {}
         }
     }
+}
+
+/// A row that was given a link by the interrupted run.
+#[derive(Debug)]
+pub struct Given {
+    /// Its number.
+    pub number: u64,
+    /// Its job.
+    pub request: CheckoutRequest,
+    /// Creem's id of the session.
+    pub checkout_id: String,
+}
+
+/// A row of the input.
+type Next = Option<(Row, Job)>;
+
+/// The first row that the interrupted run has not written, if there is one, and the first of those that it had
+/// a link for.
+fn first_new(
+    input: &mut Input,
+    earlier: &mut Earlier,
+    ids: &mut Ids,
+    tally: &mut Tally,
+    tell: &mut impl FnMut(Progress<'_>),
+) -> Result<(Next, Option<Given>), InputError> {
+    let mut given = None;
+    while let Some((row, job)) = input.next_row()? {
+        tally.shared += u64::from(ids.had(&row));
+        let Some(written) = earlier.next(&row) else { return Ok((Some((row, job)), given)) };
+        tally.count(written.status);
+        tally.kept += 1;
+        if given.is_none()
+            && let (Ok(request), Some(checkout_id)) = (job, written.checkout_id)
+        {
+            given = Some(Given { number: row.number, request: *request, checkout_id });
+        }
+        tell(Progress { tally, position: input.position() });
+    }
+    Ok((None, given))
 }
 
 /// The ids of all rows so far, as eight bytes each.

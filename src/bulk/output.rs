@@ -8,17 +8,15 @@ use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
 use super::input::Row;
-use super::shape::next_line;
-pub use super::shape::{Outcome, REQUEST_ID, Shape};
+use super::layout::{EarlierLink, Layout, Outcome, next_line};
 use super::source::Format;
 use super::table::BOM;
-use crate::job::Status;
 
 /// Why there is no output. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum OutputError {
     /// The file system says no.
-    #[error("{0} cannot be written: {1}")]
+    #[error("{0} cannot be read or written: {1}")]
     Io(PathBuf, io::Error),
     /// It is something else.
     #[error(
@@ -26,7 +24,7 @@ pub enum OutputError {
     )]
     Foreign(PathBuf),
     /// A device, a pipe or a directory.
-    #[error("{0} is no regular file: give the name of a file as --out")]
+    #[error("{0} is no regular file: remove it, or give the name of a file as --out")]
     NoFile(PathBuf),
     /// Somebody writes it.
     #[error("{0} is being written by another run: wait for it, or give another --out")]
@@ -41,7 +39,7 @@ pub enum OutputError {
 /// An output that is being written.
 #[derive(Debug)]
 pub struct Output {
-    shape: Shape,
+    layout: Layout,
     writer: csv::Writer<BufWriter<File>>,
     part: PathBuf,
     path: PathBuf,
@@ -50,31 +48,45 @@ pub struct Output {
 /// What earlier runs have left, row by row in the order of the input.
 #[derive(Debug)]
 pub struct Earlier {
-    shape: Shape,
+    layout: Layout,
     /// Of the run that was interrupted.
     part: Option<Part>,
     /// What the run is made with: see [`Earlier::look`].
     run: String,
     path: PathBuf,
-    link: Option<EarlierLink>,
+    /// Where the links are that rows were given before which are asked for again.
+    linked: Vec<PathBuf>,
 }
 
-/// A link in an output of a run that came to its end.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EarlierLink {
-    /// Its row's id.
-    pub request_id: String,
-    /// Creem's id of the session.
-    pub checkout_id: String,
+/// Links that rows were given before.
+#[derive(Debug)]
+pub struct Links {
+    layout: Layout,
+    files: std::vec::IntoIter<PathBuf>,
+    lines: Option<(PathBuf, csv::Reader<File>)>,
 }
 
-/// What is known of a row.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Known {
-    /// The interrupted run has written it: this came of it.
-    Written(Status),
-    /// Nothing.
-    Nothing,
+impl Links {
+    fn next_link(&mut self) -> Result<Option<EarlierLink>, OutputError> {
+        loop {
+            if let Some((path, lines)) = &mut self.lines {
+                let link = self.layout.next_link(lines);
+                if let Some(link) = link.map_err(|error| OutputError::Io(path.clone(), error))? {
+                    return Ok(Some(link));
+                }
+            }
+            let Some(path) = self.files.next() else { return Ok(None) };
+            self.lines = read(&self.layout, &path)?.map(|lines| (path, lines));
+        }
+    }
+}
+
+impl Iterator for Links {
+    type Item = Result<EarlierLink, OutputError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.next_link().transpose()
+    }
 }
 
 #[derive(Debug)]
@@ -97,13 +109,14 @@ impl Earlier {
     ///
     /// # Errors
     /// See [`OutputError`].
-    pub fn look(path: &Path, shape: Shape, run: String) -> Result<Self, OutputError> {
+    pub fn look(path: &Path, layout: Layout, run: String) -> Result<Self, OutputError> {
         let part_path = part_of(path);
         // Something else is not written over.
-        let link = read(&shape, path)?.and_then(|mut whole| shape.first_link(&mut whole));
-        let part = match read(&shape, &part_path) {
+        let mut linked: Vec<PathBuf> =
+            read(&layout, path)?.into_iter().map(|_| path.to_owned()).collect();
+        let part = match read(&layout, &part_path) {
             // One whose first line was cut off is as good as none.
-            Err(OutputError::Foreign(_)) if shape.begins_like(&part_path) => None,
+            Err(OutputError::Foreign(_)) if layout.begins_like(&part_path) => None,
             other => other?,
         };
         let part = match part {
@@ -112,22 +125,27 @@ impl Earlier {
                 return Err(OutputError::AnotherRun(part_path));
             }
             // Its lines do not show what their rows were: the ledger is asked for each again.
-            Some(_) if shape.format == Format::Ndjson => None,
+            Some(_) if layout.format == Format::Ndjson => {
+                linked.push(part_path);
+                None
+            }
             Some(reader) => {
                 let whole =
                     whole_lines(&part_path).map_err(|error| OutputError::Io(part_path, error))?;
-                let good = shape.end_of_line(&reader);
+                let good = layout.end_of_line(&reader);
                 // Its first line, too, counts only if it ends.
                 (good <= whole).then_some(Part { reader, good, whole, holds: true })
             }
         };
-        Ok(Self { shape, part, run, path: path.to_owned(), link })
+        Ok(Self { layout, part, run, path: path.to_owned(), linked })
     }
 
-    /// The first link that the run before has left: whoever makes the same links again knows it.
+    /// The links that rows were given before which are asked for again: whoever makes the same links again knows
+    /// each of them.
     #[must_use]
-    pub fn link(&self) -> Option<&EarlierLink> {
-        self.link.as_ref()
+    pub fn links(&self) -> Links {
+        let files = self.linked.clone().into_iter();
+        Links { layout: self.layout.clone(), files, lines: None }
     }
 
     /// Whether a run was interrupted.
@@ -136,24 +154,24 @@ impl Earlier {
         self.part.is_some()
     }
 
-    /// What is known of a row; asked for each, from the first on.
-    pub fn next(&mut self, row: &Row) -> Known {
+    /// What came of a row, if the interrupted run has written it; asked for each row, from the first on.
+    pub fn next(&mut self, row: &Row) -> Option<Outcome> {
         if let Some(part) = &mut self.part
             && part.holds
         {
             if let Some(line) = next_line(&mut part.reader)
-                && let Some(outcome) = self.shape.outcome_in(&line, row)
+                && let Some(outcome) = self.layout.outcome_in(&line, row)
             {
-                let end = self.shape.end_of_line(&part.reader);
+                let end = self.layout.end_of_line(&part.reader);
                 // However whole a line looks that does not end.
                 if end <= part.whole {
                     part.good = end;
-                    return Known::Written(outcome.status);
+                    return Some(outcome);
                 }
             }
             part.holds = false;
         }
-        Known::Nothing
+        None
     }
 
     /// Begins to write behind the rows that the interrupted run has written.
@@ -163,6 +181,10 @@ impl Earlier {
     pub fn go_on(&self) -> Result<Output, OutputError> {
         let part = part_of(&self.path);
         let io = |error| OutputError::Io(part.clone(), error);
+        let run = run_of(&self.path);
+        for ours in [&part, &run] {
+            nothing_else_is_there(ours)?;
+        }
         let mut options = OpenOptions::new();
         let mut file = options.write(true).create(true).truncate(false).open(&part).map_err(io)?;
         // Held as long as it is written.
@@ -172,24 +194,23 @@ impl Earlier {
             // Another run has brought it to its end since it was looked at.
             return Err(OutputError::InUse(part));
         }
-        let run = run_of(&self.path);
         std::fs::write(&run, &self.run).map_err(|error| OutputError::Io(run, error))?;
         file.set_len(good).map_err(io)?;
         file.seek(SeekFrom::End(0)).map_err(io)?;
-        if good == 0 && self.shape.bom_len() > 0 {
+        if good == 0 && self.layout.bom_len() > 0 {
             file.write_all(BOM).map_err(io)?;
         }
-        let mut writer = self.shape.writer(BufWriter::new(file));
+        let mut writer = self.layout.writer(BufWriter::new(file));
         if good == 0 {
-            let written = writer.write_byte_record(&self.shape.header);
+            let written = writer.write_byte_record(&self.layout.header);
             written.map_err(|error| io(io::Error::other(error)))?;
         }
-        Ok(Output { shape: self.shape.clone(), writer, part, path: self.path.clone() })
+        Ok(Output { layout: self.layout.clone(), writer, part, path: self.path.clone() })
     }
 }
 
 /// Begins to read an output, if it is there; an empty file is none.
-fn read(shape: &Shape, path: &Path) -> Result<Option<csv::Reader<File>>, OutputError> {
+fn read(layout: &Layout, path: &Path) -> Result<Option<csv::Reader<File>>, OutputError> {
     let io = |error| OutputError::Io(path.to_owned(), error);
     // Asked before it is opened: a pipe would wait for somebody at its other end.
     match std::fs::metadata(path) {
@@ -200,7 +221,7 @@ fn read(shape: &Shape, path: &Path) -> Result<Option<csv::Reader<File>>, OutputE
         Ok(_) => {}
     }
     let file = File::open(path).map_err(io)?;
-    let reader = shape.reader(file).map_err(io)?;
+    let reader = layout.reader(file).map_err(io)?;
     reader.map(Some).ok_or_else(|| OutputError::Foreign(path.to_owned()))
 }
 
@@ -219,7 +240,7 @@ impl Output {
     /// # Errors
     /// See [`OutputError`].
     pub fn write(&mut self, row: &Row, outcome: &Outcome) -> Result<(), OutputError> {
-        let written = self.writer.write_byte_record(&self.shape.line(row, outcome));
+        let written = self.writer.write_byte_record(&self.layout.line(row, outcome));
         written.map_err(|error| OutputError::Io(self.part.clone(), io::Error::other(error)))
     }
 
@@ -238,14 +259,23 @@ impl Output {
     pub fn finish(mut self) -> Result<(), OutputError> {
         self.flush()?;
         let io = |error| OutputError::Io(self.path.clone(), error);
-        self.writer.get_ref().get_ref().sync_all().map_err(io)?;
-        std::fs::rename(&self.part, &self.path).map_err(io)?;
+        put_in_place(self.writer.get_ref().get_ref(), &self.part, &self.path).map_err(io)?;
         // Without a part it says nothing.
         drop(std::fs::remove_file(run_of(&self.path)));
-        let directory = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let directory = directory.unwrap_or_else(|| Path::new("."));
-        File::open(directory).and_then(|directory| directory.sync_all()).map_err(io)
+        Ok(())
     }
+}
+
+/// Gives a file that is written its name, so that a crash leaves it or what had that name before, whole.
+///
+/// # Errors
+/// What the file system says.
+pub fn put_in_place(file: &File, part: &Path, path: &Path) -> io::Result<()> {
+    file.sync_all()?;
+    std::fs::rename(part, path)?;
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    File::open(directory.unwrap_or_else(|| Path::new(".")))
+        .and_then(|directory| directory.sync_all())
 }
 
 /// Begins an output anew, for whoever goes on with none: locked as long as it is written.
@@ -254,20 +284,28 @@ impl Output {
 /// See [`OutputError`]; a run that was interrupted is not written over.
 pub fn begin_anew(path: &Path) -> Result<File, OutputError> {
     let part = part_of(path);
-    if run_of(path).exists() {
+    // What tells of a part that is in its place by now tells nothing.
+    if run_of(path).exists() && part.exists() {
         return Err(OutputError::AnotherRun(part));
     }
-    for path in [path, &part] {
-        if std::fs::metadata(path).is_ok_and(|about| !about.is_file()) {
-            return Err(OutputError::NoFile(path.to_owned()));
-        }
+    if std::fs::metadata(path).is_ok_and(|about| !about.is_file()) {
+        return Err(OutputError::NoFile(path.to_owned()));
     }
+    nothing_else_is_there(&part)?;
     let io = |error| OutputError::Io(part.clone(), error);
     let mut options = OpenOptions::new();
     let file = options.write(true).create(true).truncate(false).open(&part).map_err(io)?;
     lock(&file, &part)?;
     file.set_len(0).map_err(io)?;
     Ok(file)
+}
+
+/// What is written beside an output follows no link and waits for no pipe.
+fn nothing_else_is_there(path: &Path) -> Result<(), OutputError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(about) if !about.is_file() => Err(OutputError::NoFile(path.to_owned())),
+        Ok(_) | Err(_) => Ok(()),
+    }
 }
 
 fn lock(file: &File, part: &Path) -> Result<(), OutputError> {
@@ -299,15 +337,16 @@ mod tests {
     use super::*;
     use crate::bulk::columns::Defaults;
     use crate::bulk::input::{Input, Wishes};
+    use crate::job::Status;
 
     const TABLE: &str = "product_id,Notes\nprod_1,=1+1\nprod_2,-5\nprod_3,plain\n";
 
-    fn rows(text: &str) -> (Shape, Vec<Row>) {
+    fn rows(text: &str) -> (Layout, Vec<Row>) {
         let defaults = Defaults { request_id_prefix: Some("c-".into()), ..Defaults::default() };
         let wishes = Wishes { defaults, ..Wishes::default() };
         let mut input = Input::open(io::Cursor::new(text.to_owned()), wishes).unwrap();
-        let shape = Shape::new(input.format(), input.names(), input.shows_ids());
-        (shape, std::iter::from_fn(|| input.next_row().unwrap()).map(|(row, _)| row).collect())
+        let layout = Layout::new(input.format(), input.names(), input.shows_ids());
+        (layout, std::iter::from_fn(|| input.next_row().unwrap()).map(|(row, _)| row).collect())
     }
 
     fn link(number: u64) -> Outcome {
@@ -330,13 +369,13 @@ mod tests {
         }
     }
 
-    fn look(path: &Path, shape: Shape) -> Result<Earlier, OutputError> {
-        Earlier::look(path, shape, "this run".to_owned())
+    fn look(path: &Path, layout: Layout) -> Result<Earlier, OutputError> {
+        Earlier::look(path, layout, "this run".to_owned())
     }
 
-    fn known(path: &Path, shape: &Shape, rows: &[Row]) -> (Earlier, Vec<Known>) {
-        let mut earlier = look(path, shape.clone()).unwrap();
-        let known = rows.iter().map(|row| earlier.next(row)).collect();
+    fn known(path: &Path, layout: &Layout, rows: &[Row]) -> (Earlier, Vec<Option<Status>>) {
+        let mut earlier = look(path, layout.clone()).unwrap();
+        let known = rows.iter().map(|row| earlier.next(row).map(|made| made.status)).collect();
         (earlier, known)
     }
 
@@ -348,8 +387,8 @@ mod tests {
             (TABLE.to_owned(), "", "\n"),
             (format!("\u{feff}{}", TABLE.replace('\n', "\r\n")), "\u{feff}", "\r\n"),
         ] {
-            let (shape, rows) = rows(&text);
-            let mut output = look(&path, shape).unwrap().go_on().unwrap();
+            let (layout, rows) = rows(&text);
+            let mut output = look(&path, layout).unwrap().go_on().unwrap();
             output.write(&rows[0], &link(1)).unwrap();
             output.write(&rows[1], &failure("=cmd, \"quoted\"")).unwrap();
             output.finish().unwrap();
@@ -371,8 +410,8 @@ mod tests {
         for text in [TABLE.to_owned(), format!("\u{feff}{}", TABLE.replace('\n', "\r\n"))] {
             let directory = tempfile::TempDir::new().unwrap();
             let path = directory.path().join("links.csv");
-            let (shape, rows) = rows(&text);
-            let mut output = look(&path, shape.clone()).unwrap().go_on().unwrap();
+            let (layout, rows) = rows(&text);
+            let mut output = look(&path, layout.clone()).unwrap().go_on().unwrap();
             let outcomes = [link(1), failure("no"), link(3)];
             for (row, outcome) in rows.iter().zip(&outcomes) {
                 output.write(row, outcome).unwrap();
@@ -382,9 +421,9 @@ mod tests {
             let whole = std::fs::read(part_of(&path)).unwrap();
             for cut in 0..=whole.len() {
                 std::fs::write(part_of(&path), &whole[..cut]).unwrap();
-                let (earlier, known) = known(&path, &shape, &rows);
+                let (earlier, known) = known(&path, &layout, &rows);
                 let lines = String::from_utf8_lossy(&whole[..cut]).matches('\n').count();
-                let written = known.iter().take_while(|known| **known != Known::Nothing).count();
+                let written = known.iter().take_while(|known| known.is_some()).count();
                 assert_eq!(written, lines.saturating_sub(1), "cut at {cut}");
                 let mut output = earlier.go_on().unwrap();
                 for (row, outcome) in rows.iter().zip(&outcomes).skip(written) {
@@ -397,49 +436,64 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_written_through_a_link() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let (path, victim) = (directory.path().join("links.csv"), directory.path().join("victim"));
+        std::fs::write(&victim, "precious").unwrap();
+        for beside in [part_of(&path), run_of(&path)] {
+            std::os::unix::fs::symlink(&victim, &beside).unwrap();
+            let (layout, _) = rows(TABLE);
+            let refused = look(&path, layout).and_then(|earlier| earlier.go_on().map(drop));
+            assert!(refused.is_err(), "{}", beside.display());
+            assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+            std::fs::remove_file(&beside).unwrap();
+        }
+    }
+
+    #[test]
     fn a_part_that_somebody_writes_is_left_alone() {
         let directory = tempfile::TempDir::new().unwrap();
         let path = directory.path().join("links.csv");
-        let (shape, _) = rows(TABLE);
-        let written = look(&path, shape.clone()).unwrap().go_on().unwrap();
-        let second = look(&path, shape.clone()).unwrap().go_on();
+        let (layout, _) = rows(TABLE);
+        let written = look(&path, layout.clone()).unwrap().go_on().unwrap();
+        let second = look(&path, layout.clone()).unwrap().go_on();
         assert!(matches!(second, Err(OutputError::InUse(_))), "{second:?}");
         drop(written);
-        assert!(look(&path, shape).unwrap().go_on().is_ok());
+        assert!(look(&path, layout).unwrap().go_on().is_ok());
     }
 
     #[test]
     fn an_input_that_has_changed_is_done_again_from_there_and_another_run_is_not_gone_on_with() {
         let directory = tempfile::TempDir::new().unwrap();
         let path = directory.path().join("links.csv");
-        let (shape, first) = rows(TABLE);
-        let mut output = look(&path, shape.clone()).unwrap().go_on().unwrap();
+        let (layout, first) = rows(TABLE);
+        let mut output = look(&path, layout.clone()).unwrap().go_on().unwrap();
         for (row, outcome) in first.iter().zip([link(1), failure("no"), link(3)]) {
             output.write(row, &outcome).unwrap();
         }
         output.flush().unwrap();
         let changed = rows(&TABLE.replace("-5", "6")).1;
-        let (_, of_part) = known(&path, &shape, &changed);
-        assert_eq!(of_part, [Known::Written(Status::Succeeded), Known::Nothing, Known::Nothing]);
-        let other = Earlier::look(&path, shape.clone(), "other flags".to_owned());
+        let (_, of_part) = known(&path, &layout, &changed);
+        assert_eq!(of_part, [Some(Status::Succeeded), None, None]);
+        let other = Earlier::look(&path, layout.clone(), "other flags".to_owned());
         assert!(matches!(other, Err(OutputError::AnotherRun(_))), "{other:?}");
         output.finish().unwrap();
-        let (_, of_whole) = known(&path, &shape, &changed);
-        assert_eq!(of_whole, [Known::Nothing, Known::Nothing, Known::Nothing], "the ledger knows");
+        let (_, of_whole) = known(&path, &layout, &changed);
+        assert_eq!(of_whole, [None, None, None], "the ledger knows");
     }
 
     #[test]
     fn what_is_no_output_for_the_input_is_left_alone() {
         let directory = tempfile::TempDir::new().unwrap();
         let path = directory.path().join("links.csv");
-        let (shape, _) = rows(TABLE);
+        let (layout, _) = rows(TABLE);
         for place in [path.clone(), part_of(&path)] {
             std::fs::write(&place, "product_id,Notes\nprod_1,mine\n").unwrap();
-            let refused = look(&path, shape.clone());
+            let refused = look(&path, layout.clone());
             assert!(matches!(refused, Err(OutputError::Foreign(_))), "{refused:?}");
             std::fs::remove_file(&place).unwrap();
         }
         std::fs::write(&path, "").unwrap();
-        assert!(look(&path, shape).is_ok(), "nothing is in it");
+        assert!(look(&path, layout).is_ok(), "nothing is in it");
     }
 }

@@ -27,6 +27,24 @@ pub enum Format {
     Ndjson,
 }
 
+impl Format {
+    /// Whether lines end as Windows has them.
+    pub(super) const fn is_crlf(self) -> bool {
+        matches!(self, Self::Csv { crlf: true, .. })
+    }
+
+    /// Writes such a table; of anything else, one with commas.
+    pub(super) fn writer<W: io::Write>(self, inner: W) -> csv::Writer<W> {
+        let delimiter = match self {
+            Self::Csv { delimiter, .. } => delimiter,
+            Self::Ndjson => b',',
+        };
+        let end = if self.is_crlf() { csv::Terminator::CRLF } else { csv::Terminator::Any(b'\n') };
+        let mut builder = csv::WriterBuilder::new();
+        builder.flexible(true).delimiter(delimiter).terminator(end).from_writer(inner)
+    }
+}
+
 /// Looks at the beginning, and passes over a byte order mark.
 pub(super) fn recognise(
     source: &mut BufReader<Box<dyn Read + Send>>,
@@ -90,7 +108,7 @@ pub(super) struct End {
 }
 
 /// Where the end was met.
-pub(super) enum Seen {
+pub(super) enum EndMet {
     /// Behind the last row.
     End,
     /// In its last cell.
@@ -108,8 +126,7 @@ impl End {
             }
             Format::Ndjson => Vec::new(),
         };
-        let crlf = matches!(format, Format::Csv { crlf: true, .. });
-        Self { line, line_break: if crlf { "\r\n" } else { "\n" } }
+        Self { line, line_break: if format.is_crlf() { "\r\n" } else { "\n" } }
     }
 
     /// What comes behind the last byte of the file.
@@ -121,13 +138,13 @@ impl End {
         io::Cursor::new([line_break, &self.line, line_break].concat())
     }
 
-    pub(super) fn seen(&self, record: &ByteRecord) -> Option<Seen> {
+    pub(super) fn seen(&self, record: &ByteRecord) -> Option<EndMet> {
         let last = record.iter().next_back().filter(|_| !self.line.is_empty())?;
         if record.len() == 1 && last == self.line {
-            return Some(Seen::End);
+            return Some(EndMet::End);
         }
         let cut = last.strip_suffix(self.line_break.as_bytes()).unwrap_or(last);
-        cut.ends_with(&self.line).then_some(Seen::InACell)
+        cut.ends_with(&self.line).then_some(EndMet::InACell)
     }
 }
 

@@ -44,13 +44,10 @@ impl<W: io::Write> Writer<W> {
     /// # Errors
     /// If it cannot be written.
     pub fn like(mut inner: W, format: Format) -> io::Result<Self> {
-        let Format::Csv { delimiter, crlf, bom } = format else { return Ok(Self::new(inner)) };
-        if bom {
+        if matches!(format, Format::Csv { bom: true, .. }) {
             inner.write_all(BOM)?;
         }
-        let end = if crlf { csv::Terminator::CRLF } else { csv::Terminator::Any(b'\n') };
-        let mut builder = csv::WriterBuilder::new();
-        Ok(Self(builder.flexible(true).delimiter(delimiter).terminator(end).from_writer(inner)))
+        Ok(Self(format.writer(inner)))
     }
 
     /// Writes a line of cells that are harmless.

@@ -7,7 +7,7 @@ use csv::ByteRecord;
 
 use super::columns::{self, Column, Defaults, RESULT};
 use super::input::{InputError, Job, Wishes, judge};
-use super::output::REQUEST_ID;
+use super::layout::REQUEST_ID;
 use super::source::{Format, recognise};
 use super::table::meant;
 use crate::creem::Seen;
@@ -278,7 +278,7 @@ impl Line {
 
     /// The line with another outcome, under another id.
     #[must_use]
-    pub fn renewed(&self, id: &str, outcome: &super::output::Outcome) -> Self {
+    pub fn renewed(&self, id: &str, outcome: &super::layout::Outcome) -> Self {
         let mut cells: Vec<Vec<u8>> = self.cells.iter().map(<[u8]>::to_vec).collect();
         let at = self.places.status;
         let texts = [
@@ -323,7 +323,7 @@ fn next_id(id: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bulk::output::Outcome;
+    use crate::bulk::layout::Outcome;
 
     #[test]
     fn ids_follow_from_one_another() {

@@ -21,7 +21,7 @@ fn allowed() -> BTreeMap<&'static str, &'static [&'static str]> {
             "config",
             &["job", "clock", "retry", "pace", "ledger", "creem", "rabbit", "observe", "worker"],
         ),
-        ("bulk", &["job", "clock", "ledger", "creem", "worker"]),
+        ("bulk", &["job", "clock", "retry", "ledger", "creem", "worker"]),
         ("simulator", &[]),
         (
             "cli",

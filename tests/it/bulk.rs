@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
@@ -319,10 +319,14 @@ async fn what_is_in_the_way_is_left_alone() {
     let (code, _, said) = command(&logged, desk.settings.clone(), "").await;
     assert!(code == 2 && said.contains("--sandbox-log"), "{said}");
     // Nor into something that is no file.
-    for no_file in ["/dev/full", "-", &desk.path("").display().to_string()] {
+    for (no_file, why) in [
+        ("/dev/full", "is no regular file"),
+        ("-", "takes the name of a file"),
+        (&*desk.path("").display().to_string(), "is no regular file"),
+    ] {
         let onto = ["bulk", &input, "--out", no_file];
         let (code, _, said) = command(&onto, desk.settings.clone(), "").await;
-        assert!(code != 0 && said.contains("file"), "{no_file}: {said}");
+        assert!(code != 0 && said.contains(why), "{no_file}: {said}");
     }
     assert_eq!(desk.simulator.log().posts().len(), 0);
 }
@@ -344,6 +348,65 @@ async fn links_that_this_ledger_has_not_made_are_not_made_again_over_them() {
     desk.settings.insert("LEDGER_URL".into(), own);
     assert_eq!(desk.bulk(&input, &[]).await.0, 0);
     assert_eq!((desk.read("links.csv"), desk.sessions()), (made, 3));
+}
+
+/// Makes a ledger forget a job, as one that was restored from a backup has.
+pub(crate) fn forget(ledger: &Path, id: &str) {
+    let connection = rusqlite::Connection::open(ledger).unwrap();
+    assert_eq!(connection.execute("DELETE FROM job WHERE request_id = ?1", [id]).unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_link_that_this_ledger_has_forgotten_is_not_made_again_over_it() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(3));
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let made = desk.read("links.csv");
+    forget(&desk.path("ledger.db"), "r-2");
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 1 && said.contains("has a link for r-2"), "{said}");
+    assert_eq!((desk.read("links.csv"), desk.sessions()), (made, 3));
+}
+
+#[tokio::test]
+async fn a_ledger_is_told_how_long_a_run_keeps_its_links() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(1));
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let connection = rusqlite::Connection::open(desk.path("ledger.db")).unwrap();
+    let said = "SELECT count(*) FROM meta WHERE name = 'retention.test.604800000'";
+    assert_eq!(connection.query_row(said, [], |row| row.get::<_, i64>(0)).unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_look_at_links_loses_none_in_the_file_that_it_is_written_over() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(2));
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let links = desk.path("links.csv").display().to_string();
+    let other = desk.read("links.csv").replace("r-0,", "x-0,").replace("ch_", "ch_precious_");
+    let onto = desk.write("other.csv", &other);
+    let verify = ["bulk", &links, "--out", &onto, "--verify"];
+    let (code, _, said) = command(&verify, desk.settings.clone(), "").await;
+    assert!(code == 1 && said.contains("it would be lost"), "{said}");
+    assert_eq!(desk.read("other.csv"), other);
+    // Its own earlier look it may be written over.
+    let own = desk.path("checked.csv").display().to_string();
+    for _ in 0..2 {
+        let verify = ["bulk", &links, "--out", &own, "--verify"];
+        let (code, _, said) = command(&verify, desk.settings.clone(), "").await;
+        assert_eq!(code, 0, "{said}");
+    }
+    // Nor is a new link made that the file has already, of a ledger that has forgotten it.
+    let session = cells(&desk.read("links.csv"))[0][4].clone();
+    assert!(desk.simulator.log().set_status(&session, "expired"));
+    let refresh = ["bulk", &links, "--out", &own, "--verify", "--refresh"];
+    assert_eq!(command(&refresh, desk.settings.clone(), "").await.0, 0);
+    forget(&desk.path("ledger.db"), "r-0.r1");
+    let before = desk.read("checked.csv");
+    let (code, _, said) = command(&refresh, desk.settings.clone(), "").await;
+    assert!(code == 1 && said.contains("r-0.r1: no new link"), "{said}");
+    assert_eq!((desk.read("checked.csv"), desk.sessions()), (before, 3));
 }
 
 #[tokio::test]

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use lapin::options::QueueDeclareOptions;
 use lapin::types::FieldTable;
 
+use crate::bulk::forget;
 use crate::cli::command;
 use crate::support::postgres::{database, shared};
 use crate::support::{Process, World, body, eventually, header, next, soon};
@@ -172,9 +173,40 @@ async fn a_file_goes_through_the_queue_and_comes_back_as_links_in_its_order() {
     // Workers with another ledger know none of these links, and are not asked to make them all again.
     std::fs::remove_file(world.ledger()).unwrap();
     let worker = world.worker_unready(&["--accept-empty-ledger"]);
+    let (code, _, said) = command(&bulk, settings.clone(), "").await;
+    assert!(code == 1 && said.contains("would be made a second time"), "{said}");
+    assert_eq!(world.posts(), 300, "none is made");
+    assert_eq!(std::fs::read_to_string(&out).unwrap(), text);
+
+    // Nor do they go on with what workers with the other ledger have begun.
+    let part = format!("{out}.part");
+    let begun: Vec<&str> = text.lines().take(200).collect();
+    std::fs::rename(&out, path("kept.csv")).unwrap();
+    std::fs::write(&part, begun.join("\n") + "\n").unwrap();
     let (code, _, said) = command(&bulk, settings, "").await;
     assert!(code == 1 && said.contains("would be made a second time"), "{said}");
-    assert_eq!(world.posts(), 301, "one row tells");
+    assert_eq!(world.posts(), 300, "none is made");
+    worker.kill().await;
+}
+
+#[tokio::test]
+async fn a_link_that_the_workers_have_forgotten_is_not_made_again_by_way_of_the_queue() {
+    let Some(world) = World::new("via_queue_forgotten").await else { return };
+    let worker = world.worker().await;
+    let path = |name: &str| world.directory.path().join(name).display().to_string();
+    std::fs::write(path("in.csv"), "request_id,product_id\na,p\nb,p\nc,p\n").unwrap();
+    let (input, out) = (path("in.csv"), path("links.csv"));
+    let bulk = ["bulk", &input, "--out", &out, "--via-queue"];
+    assert_eq!(command(&bulk, world.environment(), "").await.0, 0);
+    let text = std::fs::read_to_string(&out).unwrap();
+    // Again is the same, though each row was given a link.
+    assert_eq!(command(&bulk, world.environment(), "").await.0, 0);
     assert_eq!(std::fs::read_to_string(&out).unwrap(), text);
+    worker.kill().await;
+    forget(&world.ledger(), "c");
+    let worker = world.worker().await;
+    let (code, _, said) = command(&bulk, world.environment(), "").await;
+    assert!(code == 1 && said.contains("has a link for c that"), "{said}");
+    assert_eq!((world.posts(), std::fs::read_to_string(&out).unwrap()), (3, text));
     worker.kill().await;
 }

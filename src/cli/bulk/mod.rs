@@ -1,43 +1,39 @@
 //! `bulk`: a file of jobs into a file of links, in this process or by way of the workers.
 
+mod begin;
 mod dry_run;
 mod places;
 mod progress;
 mod queue;
+mod sandbox;
 mod verify;
+mod written_over;
 
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
-use tokio::task::JoinSet;
-use tokio_util::task::AbortOnDropHandle;
+use futures::{StreamExt as _, TryStreamExt as _};
 
-use super::engine;
 use super::look::shown;
 use super::{Failure, Outcome, block_on, count, resolved, resolved_without_key, say_error};
 use crate::bulk::columns::Defaults;
 use crate::bulk::input::{Input, Wishes};
 use crate::bulk::inside::Inside;
-use crate::bulk::output::{Earlier, EarlierLink, Shape, part_of};
+use crate::bulk::layout::{EarlierLink, Layout};
+use crate::bulk::output::{Earlier, OutputError, part_of};
 use crate::bulk::{self, Tally};
-use crate::config::Problem;
 use crate::config::check::{Ledger, Resolved};
 use crate::job::reply::digest;
-use crate::job::{Key, Lane, Mode, RequestId, printable};
-use crate::ledger::Standing;
-use crate::ledger::sqlite::inspect::Inspector;
-use crate::lifecycle::Stages;
-use crate::observe::health::Health;
+use crate::job::{Key, Lane, RequestId, printable};
 use crate::observe::logging;
-use crate::simulator::{Options, Simulator};
-use crate::worker::Fatal;
+use begin::{Begun, begin};
 use progress::Shown;
+use sandbox::Sandbox;
 
-/// How many sessions a sandbox remembers.
-const SANDBOX_KEEPS: usize = 1_024;
+/// Links of an earlier output that the ledger is asked about at once.
+const LINKS_AT_ONCE: usize = 256;
 
 /// Make a file of jobs into a file of links.
 ///
@@ -168,19 +164,17 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     if arguments.via_queue {
         let settings = resolved_without_key(file, None)?;
         places::check(arguments, out, None)?;
-        logging::install(settings.log.0, &settings.log.1)
-            .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
+        log(&settings)?;
         return block_on(queue::run(&settings, arguments, out))?;
     }
     block_on(async {
-        let sandbox = if arguments.sandbox { Some(Sandbox::start(arguments).await?) } else { None };
-        let settings = match &sandbox {
-            Some(sandbox) => sandbox.settings(file, out)?,
-            None => resolved(file).map_err(with_sandbox)?,
+        let double = if arguments.sandbox { Some(Sandbox::start(arguments).await?) } else { None };
+        let settings = match &double {
+            Some(double) => double.settings(file, out)?,
+            None => resolved(file).map_err(sandbox::offer)?,
         };
         places::check(arguments, out, Some(&settings.ledger))?;
-        logging::install(settings.log.0, &settings.log.1)
-            .map_err(|why| Failure::Usage(format!("the log: {why}")))?;
+        log(&settings)?;
         if arguments.verify {
             return verify::run(&settings, arguments, out).await;
         }
@@ -188,16 +182,9 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     })?
 }
 
-/// Whoever only wants to see it needs no key.
-fn with_sandbox(failure: Failure) -> Failure {
-    match failure {
-        Failure::Configuration(mut problems) => {
-            let text = "a run without a key and without Creem is";
-            problems.push(Problem::new(text.to_owned(), "checkout-worker bulk --sandbox"));
-            Failure::Configuration(problems)
-        }
-        other @ (Failure::Failed(_) | Failure::Usage(_)) => other,
-    }
+fn log(settings: &Resolved) -> Outcome {
+    logging::install(settings.log.0, &settings.log.1)
+        .map_err(|why| Failure::Usage(format!("the log: {why}")))
 }
 
 /// The bytes of a file, and how many they are, if that is known.
@@ -226,21 +213,37 @@ fn input(settings: &Resolved, arguments: &Arguments) -> Result<(Input, Option<u6
     Ok((input, bytes))
 }
 
-async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
+/// Begins to read the input, and what an interrupted run has left of its output.
+fn opened(
+    settings: &Resolved,
+    arguments: &Arguments,
+    out: &Path,
+) -> Result<(Input, Option<u64>, Earlier), Failure> {
     let (input, bytes) = input(settings, arguments)?;
-    let shape = Shape::new(input.format(), input.names(), input.shows_ids());
-    let earlier = Earlier::look(out, shape, arguments.run(settings))?;
+    let layout = Layout::new(input.format(), input.names(), input.shows_ids());
+    let earlier = Earlier::look(out, layout, arguments.run(settings))?;
     if earlier.was_interrupted() {
         say_error(&format!("going on with {}", part_of(out).display()));
     }
+    Ok((input, bytes, earlier))
+}
+
+async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
+    let (input, bytes, earlier) = opened(settings, arguments, out)?;
     let Some(Begun { inside, stages, mut tasks, at_once }) = begin(settings, arguments).await?
     else {
         return Err(interrupted(0, out));
     };
-    if let Some(link) = earlier.link() {
-        // A sandbox's lead nowhere.
-        if arguments.sandbox || !is_of_a_sandbox(link, out) {
-            made_here(&inside, link, &settings.ledger, out).await?;
+    let mut links = earlier.links().peekable();
+    // A sandbox's lead nowhere.
+    let of_a_sandbox = |link: &Result<EarlierLink, _>| {
+        !arguments.sandbox && link.as_ref().is_ok_and(|link| sandbox::has_made(link, out))
+    };
+    if links.peek().is_some_and(|link| !of_a_sandbox(link)) {
+        let checked = all_made_here(&inside, links, &settings.ledger, out);
+        tokio::select! {
+            checked = checked => checked?,
+            () = stages.soft.cancelled() => return Err(interrupted(0, out)),
         }
     }
     let mut shown = Shown::new(bytes);
@@ -248,6 +251,8 @@ async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcom
         input,
         earlier,
         at_once,
+        // It is this ledger: its name is part of what the part is made with.
+        async |_| true,
         |_, request| inside.make(request),
         &stages.soft,
         |progress| shown.tell(progress),
@@ -264,21 +269,20 @@ async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcom
     summary(&made?, arguments, out)
 }
 
-/// Whether the sandbox that writes that output has made the link.
-fn is_of_a_sandbox(link: &EarlierLink, out: &Path) -> bool {
-    let Ok(request_id) = RequestId::parse(&link.request_id) else { return false };
-    let key = Key { mode: Mode::Test, request_id };
-    let row = Inspector::open(&sandbox_ledger(out)).ok().and_then(|ledger| ledger.row(&key).ok());
-    row.flatten().is_some_and(|row| row.checkout_id.as_ref() == Some(&link.checkout_id))
+/// Refuses to write over links that this ledger has not made: it would make them a second time.
+async fn all_made_here(
+    inside: &Inside,
+    links: impl Iterator<Item = Result<EarlierLink, OutputError>>,
+    ledger: &Ledger,
+    out: &Path,
+) -> Outcome {
+    let links = futures::stream::iter(links).map(|link| link.map_err(anyhow::Error::from));
+    let checked = links
+        .map_err(Failure::Failed)
+        .map_ok(async |link| made_here(inside, &link, ledger, out).await);
+    checked.try_buffered(LINKS_AT_ONCE).try_collect().await
 }
 
-fn sandbox_ledger(out: &Path) -> PathBuf {
-    let mut ledger = out.as_os_str().to_owned();
-    ledger.push(".sandbox-ledger.db");
-    ledger.into()
-}
-
-/// Refuses to write over links that this ledger has not made: it would make each a second time.
 async fn made_here(
     inside: &Inside,
     link: &EarlierLink,
@@ -294,13 +298,26 @@ async fn made_here(
             return Ok(());
         }
     }
-    Err(Failure::Failed(anyhow!(
-        "{} has a link for {} ({}) that the ledger {} has not made: its links are of another ledger, key or mode, of a sandbox, or older than ledger.retention, and would be made a second time. Give that ledger (LEDGER_URL) or another --out, or remove the file if nobody was given its links",
+    let advice = "Give that ledger (LEDGER_URL) or another --out";
+    let ledger = format!("the ledger {}", place(ledger));
+    let refused = made_elsewhere(request_id, Some(checkout_id), out, &ledger, advice);
+    Err(Failure::Failed(refused))
+}
+
+/// Why links are not written over that another ledger has made.
+fn made_elsewhere(
+    request_id: &str,
+    checkout_id: Option<&str>,
+    out: &Path,
+    ledger: &str,
+    advice: &str,
+) -> anyhow::Error {
+    let session = checkout_id.map_or(String::new(), |id| format!(" ({})", printable(id, 128)));
+    anyhow!(
+        "{} has a link for {}{session} that {ledger} has not made: its links are of another ledger, key or mode, of a sandbox, or older than ledger.retention, and would be made a second time. {advice}, or remove the file if nobody was given its links",
         out.display(),
         printable(request_id, 128),
-        printable(checkout_id, 128),
-        place(ledger)
-    )))
+    )
 }
 
 /// Where a ledger is, wherever one stands.
@@ -310,56 +327,6 @@ fn place(ledger: &Ledger) -> String {
             std::path::absolute(path).unwrap_or_else(|_| path.clone()).display().to_string()
         }
         Ledger::Database(_) => shown(ledger),
-    }
-}
-
-/// What makes links, and what it needs beside it.
-struct Begun {
-    inside: Inside,
-    stages: Stages,
-    tasks: JoinSet<()>,
-    /// How many rows at once.
-    at_once: usize,
-}
-
-/// Opens the ledger and puts together what makes links; `None` if the program is stopped before.
-async fn begin(settings: &Resolved, arguments: &Arguments) -> Result<Option<Begun>, Failure> {
-    let stages = Stages::default();
-    let mut tasks = JoinSet::new();
-    tasks.spawn(stages.follow_signals(settings.grace).context("signals cannot be listened for")?);
-    let health = Health::default();
-    let new = matches!(&settings.ledger, Ledger::File(path) if !path.exists());
-    let opened = engine::open(&settings.ledger, &health, &stages).await;
-    let opened = opened.map_err(|failure| at_the_ledger(failure, &settings.ledger))?;
-    let Some(opened) = opened else { return Ok(None) };
-    if opened.ledger.identity().standing == Standing::Refused {
-        return Err(Failure::Failed(Fatal::EmptyLedger.into()));
-    }
-    if new {
-        say_error(&format!(
-            "a new ledger, which knows of no links yet: {}",
-            place(&settings.ledger)
-        ));
-    }
-    let began_at = opened.clock.now();
-    let engine = Arc::new(engine::engine(settings, opened, health, stages.soft.clone())?);
-    engine.look().await;
-    engine.watch(&mut tasks);
-    let (broken, soft) = (engine.clone(), stages.soft.clone());
-    tasks.spawn(async move {
-        broken.broken().await;
-        soft.cancel();
-    });
-    let size = settings.lanes.iter().find(|size| size.lane == Lane::Bulk);
-    let at_once = size.map_or(1, |size| usize::from(size.concurrency));
-    let inside = Inside { engine, campaign: arguments.campaign.clone(), began_at };
-    Ok(Some(Begun { inside, stages, tasks, at_once }))
-}
-
-fn at_the_ledger(failure: Failure, ledger: &Ledger) -> Failure {
-    match failure {
-        Failure::Failed(error) => Failure::Failed(error.context(shown(ledger))),
-        other @ (Failure::Usage(_) | Failure::Configuration(_)) => other,
     }
 }
 
@@ -401,38 +368,4 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
         );
     }
     Err(Failure::Failed(anyhow!(text)))
-}
-
-/// A double of Creem in this process.
-struct Sandbox {
-    url: String,
-    _serving: AbortOnDropHandle<()>,
-}
-
-impl Sandbox {
-    async fn start(arguments: &Arguments) -> Result<Self, Failure> {
-        let options = Options {
-            keep: Some(SANDBOX_KEEPS),
-            sessions_file: arguments.sandbox_log.clone(),
-            ..Options::default()
-        };
-        let anywhere = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
-        let started = Simulator::start(anywhere, options).await;
-        let (simulator, serve) = started.context("the sandbox cannot be started")?;
-        #[expect(clippy::disallowed_methods, reason = "it ends with its handle")]
-        let serving = AbortOnDropHandle::new(tokio::spawn(serve));
-        Ok(Self { url: simulator.url(), _serving: serving })
-    }
-
-    /// The settings, but for whatever leads to a real Creem or a real ledger.
-    fn settings(&self, file: Option<&Path>, out: &Path) -> Result<Resolved, Failure> {
-        let mut settings = super::settings_without_key(file)?;
-        settings.creem.api_key = Some("creem_test_sandbox".to_owned().into());
-        settings.creem.base_url = Some(self.url.clone());
-        settings.creem.proxy = None;
-        settings.creem.ca_file = None;
-        settings.creem.checkout_hosts.clear();
-        settings.ledger.url = format!("sqlite:{}", sandbox_ledger(out).display()).into();
-        crate::config::resolve(&settings).map_err(Failure::Configuration)
-    }
 }

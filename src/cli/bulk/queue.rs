@@ -3,7 +3,7 @@
 //! The queue is named after the output, so that a run that goes on finds what was answered meanwhile. What was
 //! sent twice is answered alike: the workers' ledger sees to that.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -14,17 +14,19 @@ use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
 use super::progress::Shown;
-use super::{Arguments, input, interrupted, summary};
+use super::{Arguments, interrupted, made_elsewhere, opened, summary};
 use crate::bulk;
+use crate::bulk::given::GivenLinks;
 use crate::bulk::inside::read_reply;
-use crate::bulk::output::{Earlier, EarlierLink, Outcome as Made, Shape, part_of};
+use crate::bulk::layout::Outcome as Made;
+use crate::bulk::output::part_of;
 use crate::cli::enqueue::publish;
 use crate::cli::{Failure, Outcome, say_error};
-use crate::clock::{Clock as _, SystemClock};
+use crate::clock::{Clock as _, Millis, SystemClock};
 use crate::config::check::Resolved;
 use crate::job::json::Node;
-use crate::job::reply::digest;
-use crate::job::{CheckoutRequest, Lane, Status, printable};
+use crate::job::reply::{digest, rfc3339};
+use crate::job::{CheckoutRequest, Lane, Status};
 use crate::lifecycle::Stages;
 use crate::rabbit::publisher;
 use crate::rabbit::replies::ReplyQueue;
@@ -36,20 +38,19 @@ const AT_ONCE: usize = 2_048;
 /// How long no reply comes before that is said.
 const SILENCE: Duration = Duration::from_secs(60);
 
+/// A deadline that is over, in milliseconds before now.
+const LONG_AGO: Millis = 24 * 3_600_000;
+
 /// Who waits for which reply.
 type Waiting = Arc<Mutex<HashMap<String, oneshot::Sender<Made>>>>;
 
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
-    let (input, bytes) = input(settings, arguments)?;
-    let shape = Shape::new(input.format(), input.names(), input.shows_ids());
-    let earlier = Earlier::look(out, shape, arguments.run(settings))?;
-    if earlier.was_interrupted() {
-        say_error(&format!("going on with {}", part_of(out).display()));
-    }
+    let (input, bytes, earlier) = opened(settings, arguments, out)?;
     let name = queue_name(settings, out);
     // Replies to a run that is not gone on with may be of other workers, with another key.
     let replies = open(settings, &name, out, !earlier.was_interrupted()).await?;
-    let before = Before::new(earlier.link().cloned());
+    let links = GivenLinks::read(earlier.links()).with_context(|| out.display().to_string())?;
+    let precheck = Precheck::new(links, out);
     let stages = Stages::default();
     let mut tasks = JoinSet::new();
     tasks.spawn(stages.follow_signals(settings.grace).context("signals cannot be listened for")?);
@@ -79,11 +80,11 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         run: &run,
     };
     let send = |number: u64, request: CheckoutRequest| {
-        let turn = before.turn(&request);
-        let (sender, before, stages, fail) = (&sender, &before, &stages, &fail);
+        let turn = precheck.turn(request.request_id.as_str());
+        let (sender, precheck, stages, fail) = (&sender, &precheck, &stages, &fail);
         async move {
             tokio::select! {
-                made = sender.send_in_turn(before, turn, number, request) => match made {
+                made = sender.send_in_turn(precheck, turn, number, request) => match made {
                     Ok(made) => made,
                     Err(error) => {
                         fail(error.context(format!("row {number}")));
@@ -95,7 +96,12 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         }
     };
     let mut shown = Shown::new(bytes);
-    let running = bulk::run(input, earlier, AT_ONCE, send, &stages.soft, |progress| {
+    // The part may be of other workers, whatever the queues are called.
+    let prove = async |given: bulk::Given| {
+        precheck.note(given.request.request_id.as_str(), &given.checkout_id);
+        send(given.number, given.request).await.is_some()
+    };
+    let running = bulk::run(input, earlier, AT_ONCE, prove, send, &stages.soft, |progress| {
         shown.tell(progress);
     });
     let ran = tokio::select! {
@@ -191,48 +197,68 @@ async fn collect(
     }
 }
 
-/// A link that an earlier run has left: whoever does not know it would make all of them a second time. So rows behind
-/// the one that it is of wait until the workers have given that one the same again.
-struct Before {
-    link: Option<EarlierLink>,
+/// Sees to it that no row is given a second link by workers that do not know its first: they may have another
+/// ledger, or one that has forgotten it. A row with a link is sent with a deadline that is over, so
+/// that it gets what the ledger has, or nothing. Rows without one wait, from the first with one on, until the
+/// workers have shown that they know one.
+struct Precheck<'a> {
+    links: RefCell<GivenLinks>,
+    out: &'a Path,
     met: Cell<bool>,
     known: watch::Sender<bool>,
 }
 
-/// When a row may be sent.
+/// How a row may be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Turn {
-    Now,
-    /// And its reply decides about those behind it.
-    First,
-    Behind,
+    /// At once.
+    Free,
+    /// At once, and only to learn what the ledger has.
+    Probe,
+    /// When a probe has shown that the workers know a link.
+    Held,
 }
 
-impl Before {
-    fn new(link: Option<EarlierLink>) -> Self {
-        Self { link, met: Cell::new(false), known: watch::Sender::new(false) }
+impl<'a> Precheck<'a> {
+    fn new(links: GivenLinks, out: &'a Path) -> Self {
+        let (links, known) = (RefCell::new(links), watch::Sender::new(false));
+        Self { links, out, met: Cell::new(false), known }
+    }
+
+    /// A row has that link as well.
+    fn note(&self, request_id: &str, checkout_id: &str) {
+        self.links.borrow_mut().note(request_id, checkout_id);
     }
 
     /// Asked for each row, in their order.
-    fn turn(&self, request: &CheckoutRequest) -> Turn {
-        let Some(link) = &self.link else { return Turn::Now };
-        if self.met.get() {
-            return Turn::Behind;
+    fn turn(&self, request_id: &str) -> Turn {
+        if self.links.borrow().has(request_id) {
+            self.met.set(true);
+            Turn::Probe
+        } else if self.met.get() {
+            Turn::Held
+        } else {
+            Turn::Free
         }
-        let first = link.request_id == request.request_id.as_str();
-        self.met.set(first);
-        if first { Turn::First } else { Turn::Now }
     }
 
-    fn judge(&self, made: &Made) -> anyhow::Result<()> {
-        let Some(link) = &self.link else { return Ok(()) };
-        if made.status == Status::Succeeded && made.checkout_id.as_ref() != Some(&link.checkout_id)
-        {
-            return Err(anyhow!(
-                "the output has a link for {} ({}) that the workers' ledger has not made: its links are of another ledger, key or mode, or older than ledger.retention, and would be made a second time. Give another --out, or remove the file if nobody was given its links",
-                printable(&link.request_id, 128),
-                printable(&link.checkout_id, 128)
-            ));
+    /// A ledger that has the link answers the same job with it, and another one with a conflict.
+    fn judge(&self, request_id: &str, made: &Made) -> anyhow::Result<()> {
+        let same = |id: &String| self.links.borrow().is_of(request_id, id);
+        let known = match made.status {
+            Status::Succeeded => made.checkout_id.as_ref().is_some_and(same),
+            Status::Conflict => true,
+            Status::Failed
+            | Status::Rejected
+            | Status::Invalid
+            | Status::Expired
+            | Status::Unresolved
+            | Status::Cancelled => false,
+        };
+        if !known {
+            let status = made.status;
+            let ledger = format!("the workers' ledger (it says {status})");
+            return Err(made_elsewhere(request_id, None, self.out, &ledger, "Give another --out"));
         }
         self.known.send_replace(true);
         Ok(())
@@ -252,23 +278,29 @@ struct Sender<'a> {
 impl Sender<'_> {
     async fn send_in_turn(
         &self,
-        before: &Before,
+        precheck: &Precheck<'_>,
         turn: Turn,
         number: u64,
         request: CheckoutRequest,
     ) -> anyhow::Result<Option<Made>> {
-        if turn == Turn::Behind {
-            before.known.subscribe().wait_for(|known| *known).await?;
+        if turn == Turn::Held {
+            precheck.known.subscribe().wait_for(|known| *known).await?;
         }
-        let made = self.send(number, request).await?;
-        if let (Turn::First, Some(made)) = (turn, &made) {
-            before.judge(made)?;
+        let id = request.request_id.clone();
+        let made = self.send(number, request, turn == Turn::Probe).await?;
+        if let (Turn::Probe, Some(made)) = (turn, &made) {
+            precheck.judge(id.as_str(), made)?;
         }
         Ok(made)
     }
 
-    /// Publishes a row's job and waits for its reply.
-    async fn send(&self, number: u64, request: CheckoutRequest) -> anyhow::Result<Option<Made>> {
+    /// Publishes a row's job and waits for its reply; `only_known`, it gets none but what the ledger has.
+    async fn send(
+        &self,
+        number: u64,
+        request: CheckoutRequest,
+        only_known: bool,
+    ) -> anyhow::Result<Option<Made>> {
         let mut body = Vec::new();
         Node::Object(request.members).write_to(&mut body);
         // A reply from before the input was changed must not be taken for this row's.
@@ -285,6 +317,12 @@ impl Sender<'_> {
         let message = match &self.arguments.campaign {
             Some(campaign) => message.with_header(headers::CAMPAIGN, campaign),
             None => message,
+        };
+        let message = if only_known {
+            // Longer ago than clocks differ.
+            message.with_header(headers::DEADLINE, &rfc3339(SystemClock.now() - LONG_AGO))
+        } else {
+            message
         };
         let (waits, made) = oneshot::channel();
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner).insert(row, waits);

@@ -2,30 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use futures::StreamExt as _;
 
-use super::{Arguments, Begun, begin, interrupted, source};
+use super::begin::{Begun, begin};
+use super::written_over::WrittenOver;
+use super::{Arguments, interrupted, source};
 use crate::bulk::inside::{Inside, problem};
-use crate::bulk::output::{begin_anew, part_of};
+use crate::bulk::look_up::{GoneTally, ask_for, known_before, same_job};
+use crate::bulk::output::{begin_anew, part_of, put_in_place};
 use crate::bulk::table::Writer;
 use crate::bulk::verify::{Line, Link, Links, Renewal};
 use crate::cli::{Failure, Outcome, count, say_error};
 use crate::config::check::Resolved;
-use crate::creem::Seen;
-use crate::job::key::Comparison;
+use crate::job::Status;
 use crate::job::reply::rfc3339;
-use crate::job::{CheckoutRequest, Fingerprint, Key, Lane, RequestId, Status};
-use crate::ledger::Known;
-use crate::retry::{Backoff, backoff};
 
-/// How often one link is asked for.
-const TRIES: u32 = 6;
-const FIRST: Duration = Duration::from_millis(500);
-const LONGEST: Duration = Duration::from_secs(20);
 /// How many renewals of one link are looked through at once.
 const MOST_RENEWALS: u32 = 100;
 
@@ -38,8 +31,7 @@ struct Looked {
 
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
     let part = part_of(out);
-    is_ours(out, arguments, settings)?;
-    let file = begin_anew(out)?;
+    let over = WrittenOver::read(out, arguments, settings)?;
     let (source, _) = source(&arguments.file)?;
     let shown = || arguments.file.display().to_string();
     let mut links = Links::open(source, arguments.wishes(settings)).with_context(shown)?;
@@ -47,6 +39,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         let text = "no column names the product of new links: give the flags of the first run as well (--product …)";
         return Err(Failure::Usage(text.to_owned()));
     }
+    let file = begin_anew(out)?;
     let Some(Begun { inside, stages, mut tasks, at_once }) = begin(settings, arguments).await?
     else {
         return Err(interrupted(0, out));
@@ -55,7 +48,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     let mut table =
         Writer::like(std::io::BufWriter::new(file), links.format()).with_context(written)?;
     table.record(&links.header()).with_context(written)?;
-    let (mut tally, mut broken) = (Tally::default(), None);
+    let (mut tally, mut broken) = (LinkTally::default(), None);
     let rows = std::iter::from_fn(|| match links.next_line() {
         Ok(line) => line.map(|line| {
             let new = arguments.refresh.then(|| links.renewal(&line));
@@ -67,8 +60,9 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         }
     });
     let rows = rows.take_while(|_| !stages.soft.is_cancelled());
-    let seen = Seen404::default();
-    let looked = futures::stream::iter(rows).map(|(line, new)| look(&inside, &seen, line, new));
+    let seen = GoneTally::default();
+    let looked =
+        futures::stream::iter(rows).map(|(line, new)| look(&inside, &seen, &over, line, new));
     // In the order of the file.
     let mut looked = looked.buffered(at_once);
     loop {
@@ -79,6 +73,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         let Some(looked) = next else { break };
         let now = rfc3339(inside.engine.journey.clock.now());
         table.record(&looked.line.with(looked.link.as_ref(), &now)).with_context(written)?;
+        over.wrote(&looked.line);
         tally.count(&looked);
     }
     drop(looked);
@@ -93,30 +88,11 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         return Err(stopped(&part));
     }
     table.finish().with_context(written)?;
-    std::fs::rename(&part, out).with_context(|| format!("{} cannot be written", out.display()))?;
+    over.check(&inside, &part).await?;
+    let file = std::fs::File::open(&part).with_context(written)?;
+    put_in_place(&file, &part, out)
+        .with_context(|| format!("{} cannot be written", out.display()))?;
     tally.summary(out, arguments.refresh)
-}
-
-/// What is there must be a file of links as well.
-fn is_ours(out: &Path, arguments: &Arguments, settings: &Resolved) -> Result<(), Failure> {
-    let shown = || out.display().to_string();
-    // Asked before it is opened: a pipe would wait for somebody at its other end.
-    match std::fs::metadata(out) {
-        Ok(about) if about.is_file() && about.len() > 0 => {}
-        // What is no file at all is refused where the output is begun.
-        Ok(_) => return Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Failure::Failed(anyhow!(error).context(shown()))),
-    }
-    let file = std::fs::File::open(out).with_context(shown)?;
-    if Links::open(file, arguments.wishes(settings)).is_err() {
-        let text = format!(
-            "{} is there and is no file of links: give another --out, or remove it",
-            out.display()
-        );
-        return Err(Failure::Failed(anyhow!(text)));
-    }
-    Ok(())
 }
 
 fn stopped(part: &Path) -> Failure {
@@ -128,7 +104,7 @@ fn stopped(part: &Path) -> Failure {
 
 /// How many lines came to what.
 #[derive(Debug, Default)]
-struct Tally {
+struct LinkTally {
     rows: u64,
     words: BTreeMap<&'static str, u64>,
     /// Lines whose link can be paid or was.
@@ -138,7 +114,7 @@ struct Tally {
     unknown: Option<String>,
 }
 
-impl Tally {
+impl LinkTally {
     fn count(&mut self, looked: &Looked) {
         self.rows += 1;
         let word = looked.link.as_ref().map_or("without a link", Link::as_str);
@@ -174,7 +150,13 @@ impl Tally {
 }
 
 /// Asks what has become of a line's link, and where it is dead and may be renewed, has a new one made.
-async fn look(inside: &Inside, seen: &Seen404, line: Line, new: Option<Renewal>) -> Looked {
+async fn look(
+    inside: &Inside,
+    seen: &GoneTally,
+    over: &WrittenOver<'_>,
+    line: Line,
+    new: Option<Renewal>,
+) -> Looked {
     let Some(checkout_id) = line.checkout_id() else {
         return Looked { line, link: None, renewed: None };
     };
@@ -187,72 +169,42 @@ async fn look(inside: &Inside, seen: &Seen404, line: Line, new: Option<Renewal>)
         say_error(&format!("{id}: no new link: {why}"));
         return Looked { line, link: Some(state), renewed: Some(Status::Conflict) };
     }
-    renew(inside, line, state, renewal).await
-}
-
-/// Creem's word that there is no such session, for link after link, says more about the key or the API than
-/// about the links.
-#[derive(Debug, Default)]
-struct Seen404 {
-    gone: AtomicU32,
-    found: AtomicU32,
-}
-
-/// How many links may be gone before the first one is found.
-const MOST_GONE: u32 = 20;
-
-impl Seen404 {
-    fn judge(&self, state: Link) -> Link {
-        if state != Link::Gone {
-            self.found.fetch_add(u32::from(!matches!(state, Link::Unknown(_))), Ordering::Relaxed);
-            return state;
-        }
-        let gone = self.gone.fetch_add(1, Ordering::Relaxed);
-        if gone >= MOST_GONE && self.found.load(Ordering::Relaxed) == 0 {
-            return Link::Unknown(format!(
-                "Creem knows none of the first {MOST_GONE} links: is that so, or is something wrong there?"
-            ));
-        }
-        state
-    }
-}
-
-/// Whether a line and the flags make the job that its link was made for: what they leave out (a discount, the buyer's
-/// address) the new link would not have.
-async fn same_job(inside: &Inside, id: &str, renewal: &Renewal) -> Result<(), String> {
-    let job = renewal.own_job().map_err(|flaw| flaw.message)?;
-    let key = Key { mode: inside.engine.mode, request_id: job.request_id.clone() };
-    let ledger = &inside.engine.journey.ledger;
-    let known = ledger.known(key).await.map_err(|error| error.to_string())?;
-    let Some(known) = known else {
-        return Err(format!(
-            "this ledger does not know {id} (any more), so nobody can tell whether line and flags make the same job again: make a new file of jobs"
-        ));
-    };
-    let again = Fingerprint::of(&job.members, &ledger.identity().secret);
-    match known.fingerprint.compare(&again) {
-        Comparison::Same => Ok(()),
-        Comparison::Differs(fields) => Err(format!(
-            "the line and the flags do not make the job that its link was made for: give the flags of the first run; they differ in {}",
-            fields.join(", ")
-        )),
-        Comparison::Unknown => Err("its row was written by a newer version".to_owned()),
-    }
+    renew(inside, over, line, state, renewal).await
 }
 
 /// Has a new link made under the next id that has no dead one: an earlier look may have renewed it before.
-async fn renew(inside: &Inside, line: Line, mut state: Link, mut renewal: Renewal) -> Looked {
+async fn renew(
+    inside: &Inside,
+    over: &WrittenOver<'_>,
+    line: Line,
+    mut state: Link,
+    mut renewal: Renewal,
+) -> Looked {
     for _ in 0..MOST_RENEWALS {
         let (id, job) = renewal.next_job();
         let before = match &job {
             Ok(request) => known_before(inside, request).await,
-            Err(_) => false,
+            Err(_) => Ok(false),
         };
+        let before = match before {
+            Ok(before) => before,
+            Err(error) => {
+                say_error(&format!("{id}: no new link: {error}"));
+                return Looked { line, link: Some(state), renewed: Some(Status::Failed) };
+            }
+        };
+        if !before && over.has(&id) {
+            say_error(&format!(
+                "{id}: no new link: the output has one for it that this ledger has not made"
+            ));
+            return Looked { line, link: Some(state), renewed: Some(Status::Conflict) };
+        }
         let made = match job {
             Ok(request) => inside.make(*request).await,
             Err(flaw) => Some(problem(Status::Invalid, flaw.code, &flaw.message)),
         };
-        let Some(made) = made else { break };
+        // It is stopped.
+        let Some(made) = made else { return Looked { line, link: Some(state), renewed: None } };
         let Some(checkout_id) =
             made.checkout_id.clone().filter(|_| made.status == Status::Succeeded)
         else {
@@ -268,78 +220,9 @@ async fn renew(inside: &Inside, line: Line, mut state: Link, mut renewal: Renewa
             return Looked { line, link: Some(state), renewed: Some(made.status) };
         }
     }
+    let id = line.request_id();
+    say_error(&format!(
+        "{id}: {MOST_RENEWALS} new links are dead as well; the same command looks on"
+    ));
     Looked { line, link: Some(state), renewed: None }
-}
-
-/// Whether an earlier look has had that job made; where the ledger cannot be asked, none has.
-async fn known_before(inside: &Inside, request: &CheckoutRequest) -> bool {
-    let key = Key { mode: inside.engine.mode, request_id: request.request_id.clone() };
-    matches!(inside.engine.journey.ledger.known(key).await, Ok(Some(_)))
-}
-
-/// What has become of a row's session. That Creem knows no such session tells something only if it was made
-/// with this key: another key's sessions are unknown to it as well, and so is an id that a spreadsheet has bent.
-async fn ask_for(inside: &Inside, request_id: &str, checkout_id: &str) -> Link {
-    let state = ask(inside, checkout_id).await;
-    if state != Link::Gone {
-        return state;
-    }
-    let doubt = |text: &str| Link::Unknown(format!("Creem knows no {checkout_id}, {text}"));
-    let Ok(request_id) = RequestId::parse(request_id) else {
-        return doubt("and the row's request_id is none");
-    };
-    let key = Key { mode: inside.engine.mode, request_id };
-    match inside.engine.journey.ledger.known(key).await {
-        Ok(Some(Known { checkout_id: Some(known), .. })) if known == checkout_id => Link::Gone,
-        Ok(_) => doubt(
-            "and this ledger has not made it: is it of another key, mode or ledger, or forgotten after ledger.retention?",
-        ),
-        Err(error) => doubt(&format!("and the ledger cannot be asked: {error}")),
-    }
-}
-
-/// Asks Creem about a session, at the pace of all calls.
-async fn ask(inside: &Inside, checkout_id: &str) -> Link {
-    let journey = &inside.engine.journey;
-    let delays = Backoff::try_new(FIRST, LONGEST).expect("half a second is less than twenty");
-    let mut tries = 0;
-    loop {
-        let admitted = async { journey.pacer.pass(journey.pacer.admit(Lane::Bulk).await).await };
-        tokio::select! {
-            () = admitted => {}
-            () = journey.stop.cancelled() => return Link::Unknown("interrupted".to_owned()),
-        }
-        let asked = tokio::time::Instant::now();
-        let seen = journey.creem.look_up(checkout_id).await;
-        tries += 1;
-        let (Seen::Later { throttled, .. }, true) = (&seen, tries < TRIES) else {
-            journey.pacer.taken(asked);
-            return seen.into();
-        };
-        let retry_after = throttled.flatten();
-        if throttled.is_some() {
-            journey.pacer.slow_down(asked);
-        }
-        if let Some(delay) = retry_after.filter(|_| throttled.is_some()) {
-            journey.pacer.quiet(backoff::clamp_retry_after(delay));
-        }
-        tokio::time::sleep(delays.delay(tries, retry_after, backoff::chance())).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn that_creem_knows_none_of_the_first_links_says_nothing_of_the_next_one() {
-        let seen = Seen404::default();
-        for _ in 0..MOST_GONE {
-            assert_eq!(seen.judge(Link::Gone), Link::Gone);
-        }
-        assert!(matches!(seen.judge(Link::Gone), Link::Unknown(_)));
-        // Once one was found, others may be gone.
-        assert_eq!(seen.judge(Link::Open), Link::Open);
-        assert_eq!(seen.judge(Link::Gone), Link::Gone);
-    }
 }

@@ -8,7 +8,6 @@ use csv::ByteRecord;
 
 use super::columns::RESULT;
 use super::input::Row;
-use super::output::EarlierLink;
 use super::source::Format;
 use super::table::{BOM, harmless, meant};
 use crate::job::Status;
@@ -31,9 +30,18 @@ pub struct Outcome {
     pub error_message: Option<String>,
 }
 
+/// A link in an output of a run that came to its end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EarlierLink {
+    /// Its row's id.
+    pub request_id: String,
+    /// Creem's id of the session.
+    pub checkout_id: String,
+}
+
 /// What the lines of an output look like.
 #[derive(Debug, Clone)]
-pub struct Shape {
+pub struct Layout {
     pub(super) format: Format,
     pub(super) header: ByteRecord,
     /// How many cells of a line are the input's.
@@ -41,7 +49,7 @@ pub struct Shape {
     shows_ids: bool,
 }
 
-impl Shape {
+impl Layout {
     /// The output of an input with that header.
     #[must_use]
     pub fn new(format: Format, names: &[String], shows_ids: bool) -> Self {
@@ -105,22 +113,30 @@ impl Shape {
         })
     }
 
-    pub(super) fn first_link(&self, lines: &mut csv::Reader<File>) -> Option<EarlierLink> {
-        let id_at = self.header.iter().rposition(|name| name == REQUEST_ID.as_bytes())?;
+    /// The next link in the lines of an output; `None` behind the last one, and where its lines do not show their
+    /// rows' ids.
+    pub(super) fn next_link(
+        &self,
+        lines: &mut csv::Reader<File>,
+    ) -> io::Result<Option<EarlierLink>> {
+        let Some(id_at) = self.header.iter().rposition(|name| name == REQUEST_ID.as_bytes()) else {
+            return Ok(None);
+        };
         let text = |line: &ByteRecord, at: usize| {
             let cell = std::str::from_utf8(line.get(at)?).ok()?;
             Some(meant(cell).to_owned()).filter(|text| !text.is_empty())
         };
-        while let Some(line) = next_line(lines) {
+        let mut line = ByteRecord::new();
+        while lines.read_byte_record(&mut line).map_err(io::Error::from)? {
             let status = text(&line, self.own).as_deref().and_then(Status::parse);
             if status == Some(Status::Succeeded)
                 && let (Some(request_id), Some(checkout_id)) =
                     (text(&line, id_at), text(&line, self.own + 1))
             {
-                return Some(EarlierLink { request_id, checkout_id });
+                return Ok(Some(EarlierLink { request_id, checkout_id }));
             }
         }
-        None
+        Ok(None)
     }
 
     /// Whether a file holds no more than the beginning of what every output begins with.
@@ -135,7 +151,7 @@ impl Shape {
     /// Where the line ends that was read last.
     pub(super) fn end_of_line(&self, reader: &csv::Reader<File>) -> u64 {
         // A reader is satisfied with the first of two characters that end a line.
-        let second = u64::from(matches!(self.format, Format::Csv { crlf: true, .. }));
+        let second = u64::from(self.format.is_crlf());
         self.bom_len() + reader.position().byte() + second
     }
 
@@ -148,10 +164,7 @@ impl Shape {
     }
 
     pub(super) fn writer<W: io::Write>(&self, inner: W) -> csv::Writer<W> {
-        let crlf = matches!(self.format, Format::Csv { crlf: true, .. });
-        let end = if crlf { csv::Terminator::CRLF } else { csv::Terminator::Any(b'\n') };
-        let mut builder = csv::WriterBuilder::new();
-        builder.flexible(true).delimiter(self.delimiter()).terminator(end).from_writer(inner)
+        self.format.writer(inner)
     }
 
     pub(super) fn reader(&self, mut file: File) -> io::Result<Option<csv::Reader<File>>> {

@@ -1,0 +1,78 @@
+//! `bulk --sandbox`: a double of Creem in this process, and a ledger of its own beside the output.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::Arguments;
+use crate::bulk::layout::EarlierLink;
+use crate::cli::{Failure, settings_without_key};
+use crate::config::check::Resolved;
+use crate::config::{self, Problem};
+use crate::job::{Key, Mode, RequestId};
+use crate::ledger::sqlite::inspect::Inspector;
+use crate::simulator::{Options, Simulator};
+
+/// How many sessions it remembers.
+const KEEPS: usize = 1_024;
+
+/// A double of Creem in this process.
+pub(super) struct Sandbox {
+    url: String,
+    _serving: AbortOnDropHandle<()>,
+}
+
+impl Sandbox {
+    pub(super) async fn start(arguments: &Arguments) -> Result<Self, Failure> {
+        let options = Options {
+            keep: Some(KEEPS),
+            sessions_file: arguments.sandbox_log.clone(),
+            ..Options::default()
+        };
+        let anywhere = std::net::SocketAddr::from(([127, 0, 0, 1], 0));
+        let started = Simulator::start(anywhere, options).await;
+        let (simulator, serve) = started.context("the sandbox cannot be started")?;
+        #[expect(clippy::disallowed_methods, reason = "it ends with its handle")]
+        let serving = AbortOnDropHandle::new(tokio::spawn(serve));
+        Ok(Self { url: simulator.url(), _serving: serving })
+    }
+
+    /// The settings, but for whatever leads to a real Creem or a real ledger.
+    pub(super) fn settings(&self, file: Option<&Path>, out: &Path) -> Result<Resolved, Failure> {
+        let mut settings = settings_without_key(file)?;
+        settings.creem.api_key = Some("creem_test_sandbox".to_owned().into());
+        settings.creem.base_url = Some(self.url.clone());
+        settings.creem.proxy = None;
+        settings.creem.ca_file = None;
+        settings.creem.checkout_hosts.clear();
+        settings.ledger.url = format!("sqlite:{}", ledger_beside(out).display()).into();
+        config::resolve(&settings).map_err(Failure::Configuration)
+    }
+}
+
+/// Whoever only wants to see it needs no key.
+pub(super) fn offer(failure: Failure) -> Failure {
+    match failure {
+        Failure::Configuration(mut problems) => {
+            let text = "a run without a key and without Creem is";
+            problems.push(Problem::new(text.to_owned(), "checkout-worker bulk --sandbox"));
+            Failure::Configuration(problems)
+        }
+        other @ (Failure::Failed(_) | Failure::Usage(_)) => other,
+    }
+}
+
+/// Whether the sandbox that writes that output has made the link.
+pub(super) fn has_made(link: &EarlierLink, out: &Path) -> bool {
+    let Ok(request_id) = RequestId::parse(&link.request_id) else { return false };
+    let key = Key { mode: Mode::Test, request_id };
+    let row = Inspector::open(&ledger_beside(out)).ok().and_then(|ledger| ledger.row(&key).ok());
+    row.flatten().is_some_and(|row| row.checkout_id.as_ref() == Some(&link.checkout_id))
+}
+
+fn ledger_beside(out: &Path) -> PathBuf {
+    let mut ledger = out.as_os_str().to_owned();
+    ledger.push(".sandbox-ledger.db");
+    ledger.into()
+}
