@@ -494,6 +494,15 @@ mod tests {
     }
 
     #[test]
+    fn the_line_that_tells_excel_the_delimiter_is_no_header() {
+        let mut input = open(b"sep=|\r\nproduct_id|Name\r\nprod_1|a,b\r\n").unwrap();
+        assert_eq!(input.names(), ["product_id", "Name"]);
+        let (row, job) = input.next_row().unwrap().unwrap();
+        assert!(job.is_ok() && row.line == 2, "{}", row.line);
+        assert!(input.next_row().unwrap().is_none());
+    }
+
+    #[test]
     fn what_cannot_be_read_is_named() {
         assert!(matches!(open(b""), Err(InputError::Empty)));
         assert!(matches!(open(b"\xff\xfea\0"), Err(InputError::Utf16)));

@@ -113,6 +113,15 @@ impl Layout {
         })
     }
 
+    /// The id of a line that is of the same row, if it has another one.
+    pub(super) fn other_id(&self, line: &ByteRecord, row: &Row) -> Option<String> {
+        let same = !self.shows_ids
+            && line.len() == self.header.len()
+            && line.iter().take(self.own).eq(self.own_cells(row).iter());
+        let was = std::str::from_utf8(line.iter().next_back()?).ok().filter(|_| same)?;
+        (Some(meant(was)) != row.request_id.as_deref()).then(|| meant(was).to_owned())
+    }
+
     /// The next link in the lines of an output; `None` behind the last one, and where its lines do not show their
     /// rows' ids.
     pub(super) fn next_link(

@@ -12,16 +12,17 @@ pub mod inside;
 pub mod layout;
 pub mod look_up;
 pub mod output;
+mod reading;
 pub mod source;
 pub mod table;
 pub mod verify;
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
-use std::hash::{BuildHasher as _, RandomState};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use futures::StreamExt as _;
+use futures::future::LocalBoxFuture;
 use futures::stream::FuturesUnordered;
+use futures::{FutureExt as _, StreamExt as _};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -29,6 +30,7 @@ use crate::job::{CheckoutRequest, Status};
 use input::{Flaw, Input, InputError, Job, Row};
 use layout::Outcome;
 use output::{Earlier, Output, OutputError};
+use reading::Reading;
 
 /// Rows that may be done while one before them is not: so many are remembered at once.
 const WINDOW: usize = 4_096;
@@ -81,7 +83,7 @@ impl Tally {
 pub struct Progress<'a> {
     /// So far.
     pub tally: &'a Tally,
-    /// Bytes of the input that have been read.
+    /// Bytes of the input up to the last row that is written.
     pub position: u64,
 }
 
@@ -95,7 +97,7 @@ pub struct Progress<'a> {
 /// # Errors
 /// See [`BulkError`]. Whatever was written stays.
 pub async fn run<F>(
-    mut input: Input,
+    input: Input,
     mut earlier: Earlier,
     at_once: usize,
     prove: impl AsyncFnOnce(Given) -> bool,
@@ -106,65 +108,76 @@ pub async fn run<F>(
 where
     F: Future<Output = Option<Outcome>>,
 {
-    let (mut tally, mut ids) = (Tally::default(), Ids::default());
-    let (mut next, given) = first_new(&mut input, &mut earlier, &mut ids, &mut tally, &mut tell)?;
-    let mut window = Window::new(earlier.go_on()?, tally);
+    let mut rows = Reading::begin(input).map_err(InputError::Io)?;
+    let mut tally = Tally::default();
+    let skipped = tokio::select! {
+        skipped = first_new(&mut rows, &mut earlier, &mut tally, &mut tell) => Some(skipped?),
+        () = stop.cancelled() => None,
+    };
+    // What was not looked through is not cut off either.
+    let Some((first, given)) = skipped else { return Ok(tally) };
+    let mut window = Window::new(earlier.go_on()?, tally, at_once);
+    window.position = rows.position();
     if let Some(given) = given
         && !prove(given).await
     {
         return window.end(false);
     }
     let mut going = FuturesUnordered::new();
-    let (mut read_all, mut broken) = (false, None);
-    loop {
-        while !read_all && window.has_room() && going.len() < at_once && !stop.is_cancelled() {
-            if next.is_none() {
-                next = match input.next_row() {
-                    Ok(next) => next,
-                    Err(error) => {
-                        broken = Some(BulkError::from(error));
-                        break;
-                    }
-                };
-                if let Some((row, _)) = &next {
-                    window.tally.shared += u64::from(ids.had(row));
-                }
-            }
-            let Some((row, job)) = next.take() else {
-                read_all = true;
-                break;
-            };
-            let number = row.number;
-            match job {
-                Err(flaw) => window.push(row, Slot::Done(flaw.into())),
-                Ok(request) => {
-                    window.push(row, Slot::Going);
-                    let outcome = make(number, *request);
-                    going.push(async move { (number, outcome.await) });
-                }
-            }
-        }
-        if let Err(error) = window.write() {
-            broken = Some(error.into());
-        }
-        if let Some(error) = broken {
+    let ran = go_through(first, &mut rows, &mut window, &mut going, make, stop, tell).await;
+    match ran {
+        Ok(read_all) => window.end(read_all),
+        Err(error) => {
             // The ledger learns what comes of the calls; the same command finds it there.
             while let Some((number, outcome)) = going.next().await {
                 window.done(number, outcome);
             }
             drop(window.write());
-            return Err(error);
+            Err(error)
         }
-        tell(Progress { tally: &window.tally, position: input.position() });
-        if going.is_empty() && (read_all || stop.is_cancelled()) {
-            return window.end(read_all);
+    }
+}
+
+/// Begins rows as there is room for them, and writes what came of them; says whether that were all.
+async fn go_through<'a, F: Future<Output = Option<Outcome>> + 'a>(
+    first: Next,
+    rows: &mut Reading,
+    window: &mut Window,
+    going: &mut FuturesUnordered<LocalBoxFuture<'a, (u64, Option<Outcome>)>>,
+    make: impl Fn(u64, CheckoutRequest) -> F,
+    stop: &CancellationToken,
+    mut tell: impl FnMut(Progress<'_>),
+) -> Result<bool, BulkError> {
+    let mut read_all = first.is_none();
+    let mut next = first;
+    loop {
+        if let Some((row, job)) = next.take() {
+            let number = row.number;
+            match job {
+                Err(flaw) => window.push(row, rows.position(), Slot::Done(flaw.into())),
+                Ok(request) => {
+                    window.push(row, rows.position(), Slot::Going);
+                    let outcome = make(number, *request);
+                    going.push(async move { (number, outcome.await) }.boxed_local());
+                }
+            }
+        }
+        window.write()?;
+        tell(Progress { tally: &window.tally, position: window.position });
+        let stopped = stop.is_cancelled();
+        if going.is_empty() && (read_all || stopped) {
+            return Ok(read_all);
         }
         tokio::select! {
             Some((number, outcome)) = going.next() => window.done(number, outcome),
-            () = stop.cancelled(), if going.is_empty() => {}
-            // Rows that need nobody may follow one another for long.
-            () = tokio::task::yield_now(), if going.is_empty() => {}
+            read = rows.next(), if !read_all && !stopped && window.has_room(going.len()) => {
+                next = read?;
+                read_all = next.is_none();
+            }
+            () = stop.cancelled(), if !stopped => {}
+            () = tokio::time::sleep_until(window.flush_due()), if window.unflushed > 0 => {}
         }
+        window.tally.shared = rows.shared();
     }
 }
 
@@ -184,16 +197,18 @@ type Next = Option<(Row, Job)>;
 
 /// The first row that the interrupted run has not written, if there is one, and the first of those that it had
 /// a link for.
-fn first_new(
-    input: &mut Input,
+async fn first_new(
+    rows: &mut Reading,
     earlier: &mut Earlier,
-    ids: &mut Ids,
     tally: &mut Tally,
     tell: &mut impl FnMut(Progress<'_>),
-) -> Result<(Next, Option<Given>), InputError> {
-    let mut given = None;
-    while let Some((row, job)) = input.next_row()? {
-        tally.shared += u64::from(ids.had(&row));
+) -> Result<(Next, Option<Given>), BulkError> {
+    let (mut given, mut first) = (None, true);
+    while let Some((row, job)) = rows.next().await? {
+        if std::mem::take(&mut first) {
+            earlier.same_ids(&row)?;
+        }
+        tally.shared = rows.shared();
         let Some(written) = earlier.next(&row) else { return Ok((Some((row, job)), given)) };
         tally.count(written.status);
         tally.kept += 1;
@@ -202,24 +217,9 @@ fn first_new(
         {
             given = Some(Given { number: row.number, request: *request, checkout_id });
         }
-        tell(Progress { tally, position: input.position() });
+        tell(Progress { tally, position: rows.position() });
     }
     Ok((None, given))
-}
-
-/// The ids of all rows so far, as eight bytes each.
-#[derive(Debug, Default)]
-struct Ids {
-    hasher: RandomState,
-    seen: HashSet<u64>,
-}
-
-impl Ids {
-    /// Whether an earlier row has this one's id.
-    fn had(&mut self, row: &Row) -> bool {
-        let id = row.request_id.as_ref();
-        id.is_some_and(|id| !self.seen.insert(self.hasher.hash_one(id)))
-    }
 }
 
 /// What is known of a row that is read and not written yet.
@@ -233,42 +233,53 @@ enum Slot {
 /// Rows in the order of the input, from the first that is not written.
 struct Window {
     output: Output,
-    slots: VecDeque<(Row, Slot)>,
+    /// Rows, and how many bytes were read up to each one's end.
+    slots: VecDeque<(Row, u64, Slot)>,
+    position: u64,
     unflushed: usize,
     flushed_at: Instant,
     tally: Tally,
+    at_once: usize,
 }
 
 impl Window {
-    fn new(output: Output, tally: Tally) -> Self {
+    fn new(output: Output, tally: Tally, at_once: usize) -> Self {
         let flushed_at = Instant::now();
-        Self { output, slots: VecDeque::new(), unflushed: 0, flushed_at, tally }
+        let (slots, position) = (VecDeque::new(), 0);
+        Self { output, slots, position, unflushed: 0, flushed_at, tally, at_once }
     }
 
-    fn has_room(&self) -> bool {
-        self.slots.len() < WINDOW
+    /// Whether another row may be read, with so many under way.
+    fn has_room(&self, going: usize) -> bool {
+        self.slots.len() < WINDOW && going < self.at_once
     }
 
-    fn push(&mut self, row: Row, slot: Slot) {
-        self.slots.push_back((row, slot));
+    /// When what is written is to be handed on.
+    fn flush_due(&self) -> Instant {
+        self.flushed_at + FLUSH_AFTER
+    }
+
+    fn push(&mut self, row: Row, end: u64, slot: Slot) {
+        self.slots.push_back((row, end, slot));
     }
 
     fn done(&mut self, number: u64, outcome: Option<Outcome>) {
-        let first = self.slots.front().map_or(number, |(row, _)| row.number);
+        let first = self.slots.front().map_or(number, |(row, ..)| row.number);
         let at = usize::try_from(number.saturating_sub(first)).unwrap_or(usize::MAX);
-        if let Some((_, slot)) = self.slots.get_mut(at) {
+        if let Some((.., slot)) = self.slots.get_mut(at) {
             *slot = outcome.map_or(Slot::Left, Slot::Done);
         }
     }
 
     fn write(&mut self) -> Result<(), OutputError> {
-        while let Some((row, Slot::Done(outcome))) = self.slots.front() {
+        while let Some((row, end, Slot::Done(outcome))) = self.slots.front() {
             self.output.write(row, outcome)?;
+            self.position = *end;
             self.tally.count(outcome.status);
             self.unflushed += 1;
             self.slots.pop_front();
         }
-        let due = self.flushed_at.elapsed() >= FLUSH_AFTER && self.unflushed > 0;
+        let due = Instant::now() >= self.flush_due() && self.unflushed > 0;
         if due || self.unflushed >= FLUSH_EVERY {
             self.unflushed = 0;
             self.flushed_at = Instant::now();

@@ -11,6 +11,7 @@ use super::input::Row;
 use super::layout::{EarlierLink, Layout, Outcome, next_line};
 use super::source::Format;
 use super::table::BOM;
+use crate::job::printable;
 
 /// Why there is no output. Each says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +35,11 @@ pub enum OutputError {
         "{0} was begun by another command (another key, ledger, or other flags): finish that one, or remove the file and its .run"
     )]
     AnotherRun(PathBuf),
+    /// The same rows under other ids: each would get a second link.
+    #[error(
+        "{0} has links under other ids: its first row is {1}, and would be {2} now. Give the same --request-id-prefix, or another --out"
+    )]
+    OtherIds(PathBuf, String, String),
 }
 
 /// An output that is being written.
@@ -172,6 +178,25 @@ impl Earlier {
             part.holds = false;
         }
         None
+    }
+
+    /// Refuses an input whose first row is that of the output, under another id.
+    ///
+    /// # Errors
+    /// See [`OutputError`].
+    pub fn same_ids(&self, first: &Row) -> Result<(), OutputError> {
+        let other =
+            match read(&self.layout, &self.path)?.and_then(|mut lines| next_line(&mut lines)) {
+                Some(line) => self.layout.other_id(&line, first),
+                None => None,
+            };
+        match other {
+            Some(was) if self.links().next().is_some() => {
+                let now = first.request_id.clone().unwrap_or_default();
+                Err(OutputError::OtherIds(self.path.clone(), printable(&was, 128), now))
+            }
+            Some(_) | None => Ok(()),
+        }
     }
 
     /// Begins to write behind the rows that the interrupted run has written.

@@ -57,17 +57,30 @@ pub(super) fn recognise(
         return Err(InputError::Utf16);
     }
     let bom = look.starts_with(b"\xef\xbb\xbf");
-    let text = &look[if bom { 3 } else { 0 }..];
+    let mut passed = if bom { 3 } else { 0 };
+    let text = &look[passed..];
     let format = if text.trim_ascii_start().starts_with(b"{") {
         Format::Ndjson
     } else {
         let (line, ended) = first_line(text);
-        Format::Csv { delimiter: delimiter(line), crlf: ended && line.last() == Some(&b'\r'), bom }
+        let crlf = ended && line.last() == Some(&b'\r');
+        let told = told_delimiter(line);
+        if told.is_some() {
+            passed += line.len() + usize::from(ended);
+        }
+        Format::Csv { delimiter: told.unwrap_or_else(|| delimiter(line)), crlf, bom }
     };
-    if bom {
-        source.consume(3);
-    }
+    source.consume(passed);
     Ok(format)
+}
+
+/// What Excel is told by a line before the header, `sep=;`.
+fn told_delimiter(line: &[u8]) -> Option<u8> {
+    let line = line.strip_suffix(b"\r").unwrap_or(line);
+    match line.strip_prefix(b"sep=")? {
+        [told @ (b',' | b';' | b'\t' | b'|')] => Some(*told),
+        _ => None,
+    }
 }
 
 /// The first line outside of quotes, and whether it ends within what is looked at.

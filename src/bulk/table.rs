@@ -8,15 +8,21 @@ use super::source::Format;
 pub const BOM: &[u8] = b"\xef\xbb\xbf";
 
 /// A cell as a spreadsheet may have it: none that begins like a formula is left so (OWASP, "CSV
-/// injection"), as cells and Creem's words are other people's. Plain numbers stay.
+/// injection"), as cells and Creem's words are other people's. Plain numbers stay. One that looks as if this
+/// had been done to it gets another quote, so that [`meant`] gives every cell back.
 #[must_use]
 pub fn harmless(cell: &[u8]) -> Vec<u8> {
+    let quotes = cell.iter().take_while(|byte| **byte == b'\'').count();
+    if is_formula(&cell[quotes..]) { [b"'", cell].concat() } else { cell.to_vec() }
+}
+
+fn is_formula(cell: &[u8]) -> bool {
     let first = cell.iter().find(|byte| !matches!(byte, b' ' | b'\n'));
     let begins = matches!(first, Some(b'=' | b'+' | b'-' | b'@' | b'\t' | b'\r'));
     let digits = cell.strip_prefix(b"-").or_else(|| cell.strip_prefix(b"+")).unwrap_or(cell);
     let number = digits.iter().all(|byte| byte.is_ascii_digit() || b".,".contains(byte))
         && digits.iter().any(u8::is_ascii_digit);
-    if begins && !number { [b"'", cell].concat() } else { cell.to_vec() }
+    begins && !number
 }
 
 /// What a cell meant before it was made harmless.
@@ -97,6 +103,10 @@ mod tests {
             ("-5", "-5"),
             ("+49,50", "+49,50"),
             ("-1.234,5", "-1.234,5"),
+            ("'=1+1", "''=1+1"),
+            ("''=1+1", "'''=1+1"),
+            ("'-5", "'-5"),
+            ("'", "'"),
             ("plain", "plain"),
             ("", ""),
         ] {

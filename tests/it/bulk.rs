@@ -1,6 +1,7 @@
 //! A file of jobs into a file of links, with nothing but the program and a Creem.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -407,6 +408,37 @@ async fn a_look_at_links_loses_none_in_the_file_that_it_is_written_over() {
     let (code, _, said) = command(&refresh, desk.settings.clone(), "").await;
     assert!(code == 1 && said.contains("r-0.r1: no new link"), "{said}");
     assert_eq!((desk.read("checked.csv"), desk.sessions()), (before, 3));
+}
+
+#[tokio::test]
+async fn rows_of_a_pipe_that_falls_silent_are_made_and_a_stop_is_heard() {
+    let desk = Desk::new().await;
+    let (reading, mut writing) = std::io::pipe().unwrap();
+    let arguments = desk.arguments("-", &[]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut process = Process::start_reading(&arguments, &desk.settings, reading.into());
+    writing.write_all(table(3).as_bytes()).unwrap();
+    soon("what came is made", desk.simulator.posts_arrived(3)).await;
+    eventually("and written", || async { cells(&desk.read("links.csv.part")).len() == 3 }).await;
+    process.signal("INT");
+    assert_eq!(process.ended().await, 1);
+    assert!(process.log().iter().any(|line| line.contains("interrupted after 3 rows")));
+}
+
+#[tokio::test]
+async fn the_same_rows_under_other_ids_are_not_made_a_second_time() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", "product_id,Name\nprod_1,Ada\nprod_1,Bob\n");
+    assert_eq!(desk.bulk(&input, &["--request-id-prefix", "autumn-"]).await.0, 0);
+    let made = desk.read("links.csv");
+    let (code, said) = desk.bulk(&input, &["--request-id-prefix", "autum-"]).await;
+    assert!(code == 1 && said.contains("its first row is autumn-1"), "{said}");
+    assert_eq!((desk.read("links.csv"), desk.sessions()), (made, 2));
+    // With another product, they are other jobs.
+    let flags = ["--request-id-prefix", "autumn-", "--metadata", "a=b"];
+    let (code, said) = desk.bulk(&input, &flags).await;
+    assert!(code == 1 && said.contains("A conflict:"), "{said}");
+    assert_eq!(desk.sessions(), 2);
 }
 
 #[tokio::test]

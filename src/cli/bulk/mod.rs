@@ -26,7 +26,7 @@ use crate::bulk::output::{Earlier, OutputError, part_of};
 use crate::bulk::{self, Tally};
 use crate::config::check::{Ledger, Resolved};
 use crate::job::reply::digest;
-use crate::job::{Key, Lane, RequestId, printable};
+use crate::job::{Key, Lane, RequestId, Status, printable};
 use crate::observe::logging;
 use begin::{Begun, begin};
 use progress::Shown;
@@ -210,6 +210,11 @@ fn input(settings: &Resolved, arguments: &Arguments) -> Result<(Input, Option<u6
     if !carried.is_empty() {
         say_error(&format!("carried through, and no part of the jobs: {}", carried.join(", ")));
     }
+    if !carried.is_empty() && carried.len() == input.names().len() {
+        say_error(
+            "no column is called like a field of a job, so that all rows are of one job but for their ids: is line 1 the header?",
+        );
+    }
     Ok((input, bytes))
 }
 
@@ -355,6 +360,11 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
     if tally.linked() == tally.rows && tally.shared == 0 {
         say_error(&text);
         return Ok(());
+    }
+    if tally.statuses.contains_key(Status::Conflict.as_str()) {
+        text.push_str(
+            ". A conflict: that request_id has a link for another job, which the flags and cells of its run bring back",
+        );
     }
     if tally.linked() < tally.rows {
         text.push_str(

@@ -36,7 +36,7 @@ use crate::retry::Backoff;
 /// Rows that are in the queue or on their way back at once.
 const AT_ONCE: usize = 2_048;
 /// How long no reply comes before that is said.
-const SILENCE: Duration = Duration::from_secs(60);
+const SILENCE: Duration = Duration::from_secs(15);
 
 /// A deadline that is over, in milliseconds before now.
 const LONG_AGO: Millis = 24 * 3_600_000;
@@ -176,7 +176,7 @@ async fn collect(
         let reply = match tokio::time::timeout(SILENCE, replies.next()).await {
             Err(_) => {
                 say_error(
-                    "no reply for a minute: is a worker running for these queues, is the bulk lane paused, is its rate limit low? What was parked is not answered: look into the dead queue. Ctrl-C and the same command ask again",
+                    "no reply for 15 s: is a worker running for these queues, is the bulk lane paused, is its rate limit low? What was parked is not answered: look into the dead queue. Ctrl-C and the same command ask again",
                 );
                 continue;
             }

@@ -8,7 +8,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::Arguments;
 use crate::bulk::layout::EarlierLink;
 use crate::cli::{Failure, settings_without_key};
-use crate::config::check::Resolved;
+use crate::config::check::{Ledger, Resolved};
 use crate::config::{self, Problem};
 use crate::job::{Key, Mode, RequestId};
 use crate::ledger::sqlite::inspect::Inspector;
@@ -46,8 +46,11 @@ impl Sandbox {
         settings.creem.proxy = None;
         settings.creem.ca_file = None;
         settings.creem.checkout_hosts.clear();
-        settings.ledger.url = format!("sqlite:{}", ledger_beside(out).display()).into();
-        config::resolve(&settings).map_err(Failure::Configuration)
+        settings.ledger.url = "sqlite:sandbox".to_owned().into();
+        let mut resolved = config::resolve(&settings).map_err(Failure::Configuration)?;
+        // Not by way of a text, which some names are no part of.
+        resolved.ledger = Ledger::File(ledger_beside(out));
+        Ok(resolved)
     }
 }
 

@@ -20,11 +20,19 @@ pub(crate) struct Process {
 
 impl Process {
     pub(crate) fn start(arguments: &[&str], environment: &BTreeMap<String, String>) -> Self {
+        Self::start_reading(arguments, environment, Stdio::null())
+    }
+
+    pub(crate) fn start_reading(
+        arguments: &[&str],
+        environment: &BTreeMap<String, String>,
+        stdin: Stdio,
+    ) -> Self {
         let mut child = Command::new(env!("CARGO_BIN_EXE_checkout-worker"))
             .args(arguments)
             .env_clear()
             .envs(environment)
-            .stdin(Stdio::null())
+            .stdin(stdin)
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
