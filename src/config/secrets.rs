@@ -60,7 +60,8 @@ pub(super) fn read_secrets(table: &mut Table, need: Need, problems: &mut Vec<Pro
 /// A path as it may be shown: somebody may have given the secret itself in its place.
 pub(super) fn shown(path: &str) -> String {
     let secret = |part: &str| path.contains(part);
-    if ["creem_", "://", "-----", "\n"].into_iter().any(secret) {
+    let key = secret("creem_") && !secret("/");
+    if key || ["://", "-----", "\n"].into_iter().any(secret) {
         "its value, which looks like the secret itself and not like a path,".to_owned()
     } else {
         crate::job::printable(path, 200)

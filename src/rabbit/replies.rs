@@ -56,6 +56,8 @@ async fn declared(
     };
     let mut arguments = FieldTable::default();
     if stays {
+        // Whatever the virtual host's default is: it is one run's, and may be lost with its node.
+        arguments.insert("x-queue-type".into(), AMQPValue::LongString("classic".into()));
         arguments.insert("x-expires".into(), AMQPValue::LongLongInt(KEPT));
     }
     let queue = channel.queue_declare(short(name.unwrap_or(""))?, declare, arguments).await?;

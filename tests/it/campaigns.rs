@@ -2,9 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use lapin::options::QueueDeclareOptions;
-use lapin::types::FieldTable;
-
 use crate::bulk::forget;
 use crate::cli::command;
 use crate::support::postgres::{database, shared};
@@ -17,14 +14,6 @@ async fn told(world: &World, arguments: &[&str]) -> String {
     let (code, output, error) = command(arguments, world.environment(), "").await;
     assert_eq!(code, 0, "{output}{error}");
     output
-}
-
-async fn consumers(world: &World) -> u32 {
-    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
-    let queue = world.queue("jobs.bulk");
-    let declared =
-        world.channel.queue_declare(queue.as_str().into(), passive, FieldTable::default());
-    declared.await.unwrap().consumer_count()
 }
 
 async fn publish(world: &World, id: &str, campaign: &str, at: i64) {
@@ -166,7 +155,7 @@ async fn a_file_goes_through_the_queue_and_comes_back_as_links_in_its_order() {
         let purge = lapin::options::QueuePurgeOptions::default();
         let queue = world.queue("jobs.bulk");
         world.channel.queue_purge(queue.as_str().into(), purge).await.unwrap();
-        consumers(&world).await == 0 && world.depth("jobs.bulk").await == 0
+        world.consumers("jobs.bulk").await == 0 && world.depth("jobs.bulk").await == 0
     })
     .await;
 

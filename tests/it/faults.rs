@@ -262,6 +262,8 @@ async fn a_reply_exchange_that_is_gone_pauses_intake_and_fails_no_job() {
 async fn a_lost_ledger_is_noticed_by_a_job_that_comes_from_its_delay_queue() {
     let Some(world) = World::new("lost_hop").await else { return };
     world.worker().await.kill().await;
+    // What still goes to its consumer would come again, to a worker with a new ledger.
+    eventually("the broker has noticed", || async { world.consumers("jobs").await == 0 }).await;
     std::fs::remove_file(world.ledger()).unwrap();
     // As another ledger's worker would have signed it.
     let mark = "1;1795370400000;0;00112233445566778899aabbccddeeff";

@@ -1,20 +1,9 @@
 //! Lanes that an operator pauses: their jobs wait in RabbitMQ, the others go on.
 
-use lapin::options::QueueDeclareOptions;
-use lapin::types::FieldTable;
-
 use crate::cli::command;
 use crate::support::postgres::{database, shared};
 use crate::support::{World, body, eventually, next, persistent, soon};
 use crate::worker::now;
-
-async fn consumers(world: &World, queue: &str) -> u32 {
-    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
-    let name = world.queue(queue);
-    let declared =
-        world.channel.queue_declare(name.as_str().into(), options, FieldTable::default());
-    declared.await.unwrap().consumer_count()
-}
 
 async fn told(world: &World, arguments: &[&str]) -> String {
     let (code, output, error) = command(arguments, world.environment(), "").await;
@@ -29,7 +18,7 @@ async fn a_paused_lane_waits_and_the_other_goes_on() {
     let mut replies = world.replies().await;
     let said = told(&world, &["pause", "--lane", "bulk"]).await;
     assert!(said.contains("resume --lane bulk"), "{said}");
-    eventually("bulk is left", || async { consumers(&world, "jobs.bulk").await == 0 }).await;
+    eventually("bulk is left", || async { world.consumers("jobs.bulk").await == 0 }).await;
     let bulk = world.queue("jobs.bulk");
     world.publish_to(&bulk, body("campaign"), persistent()).await;
     world.job("buyer").await;
@@ -46,7 +35,7 @@ async fn a_paused_lane_waits_and_the_other_goes_on() {
     // It outlives the worker: the next one does not take the lane's jobs first.
     worker.kill().await;
     let worker = world.worker().await;
-    assert_eq!(consumers(&world, "jobs.bulk").await, 0);
+    assert_eq!(world.consumers("jobs.bulk").await, 0);
     assert_eq!(worker.get("/readyz").await.0, 200);
     told(&world, &["resume", "--lane", "bulk"]).await;
     assert_eq!(next(&mut replies).await.text("/request_id"), "campaign");
@@ -76,12 +65,12 @@ async fn a_pause_holds_for_all_workers_of_a_ledger() {
     let Some(mut world) = World::new("paused_fleet").await else { return };
     world.settings.insert("LEDGER_URL".into(), url);
     let _workers = [world.worker().await, world.worker().await];
-    assert_eq!(consumers(&world, "jobs").await, 2);
+    assert_eq!(world.consumers("jobs").await, 2);
     told(&world, &["pause", "--lane", "interactive"]).await;
-    eventually("all have left", || async { consumers(&world, "jobs").await == 0 }).await;
-    assert_eq!(consumers(&world, "jobs.bulk").await, 2);
+    eventually("all have left", || async { world.consumers("jobs").await == 0 }).await;
+    assert_eq!(world.consumers("jobs.bulk").await, 2);
     told(&world, &["resume", "--lane", "interactive"]).await;
-    eventually("all are back", || async { consumers(&world, "jobs").await == 2 }).await;
+    eventually("all are back", || async { world.consumers("jobs").await == 2 }).await;
 }
 
 #[tokio::test]

@@ -95,83 +95,96 @@ pub(super) fn make_all() -> String {
     statements.collect()
 }
 
-/// Sees to it that the indexes are there; ends when they are.
+/// Sees to it that the indexes are there; ends when they are. One that cannot be made now holds up no other.
 pub(super) async fn keep(pool: Pool) {
-    for index in &INDEXES {
-        index.keep(&pool).await;
+    let mut left: Vec<&Index> = INDEXES.iter().collect();
+    let mut pause = PAUSE;
+    loop {
+        let (mut again, mut failed) = (Vec::new(), false);
+        for index in left {
+            match index.make(&pool).await {
+                Ok(Tried::Made) => {}
+                Ok(Tried::Elsewhere) => again.push(index),
+                Ok(Tried::Partitioned) => tracing::warn!(
+                    "the ledger's table is partitioned and has no index like {}: {}. docs/scaling.md says how to make one",
+                    index.name,
+                    index.without
+                ),
+                Err(error) if error.is_passing() => {
+                    index.tell_failure(&error, pause);
+                    failed = true;
+                    again.push(index);
+                }
+                Err(error) => index.tell_refusal(&error),
+            }
+        }
+        if again.is_empty() {
+            return;
+        }
+        left = again;
+        tokio::time::sleep(pause).await;
+        pause = if failed { (pause * 2).min(LONGEST_PAUSE) } else { PAUSE };
     }
 }
 
 impl Index {
-    async fn keep(&self, pool: &Pool) {
-        let Self { name, without, .. } = self;
-        let mut pause = PAUSE;
-        loop {
-            match self.make(pool).await {
-                Ok(Tried::Made) => return,
-                Ok(Tried::Elsewhere) => {}
-                Ok(Tried::Partitioned) => {
-                    tracing::warn!(
-                        "the ledger's table is partitioned and has no index like {name}: {without}. docs/scaling.md says how to make one"
-                    );
-                    return;
-                }
-                Err(error) if !error.is_passing() => {
-                    tracing::warn!(
-                        %error,
-                        statement = self.make_beside(),
-                        "the ledger's index {name} cannot be made: until it is there, {without}. As the table's owner, run the statement"
-                    );
-                    return;
-                }
-                Err(error) => {
-                    tracing::warn!(
-                        %error,
-                        again_in = %humantime::format_duration(pause),
-                        "the ledger's index {name} cannot be made now: until it is there, {without}"
-                    );
-                    pause = (pause * 2).min(LONGEST_PAUSE);
-                }
-            }
-            tokio::time::sleep(pause).await;
-        }
+    fn tell_failure(&self, error: &OpenError, pause: Duration) {
+        tracing::warn!(
+            %error,
+            again_in = %humantime::format_duration(pause),
+            "the ledger's index {} cannot be made now: until it is there, {}",
+            self.name,
+            self.without
+        );
+    }
+
+    fn tell_refusal(&self, error: &OpenError) {
+        let drop_old = self.replaces.map_or(String::new(), |old| format!("; {}", drop_beside(old)));
+        tracing::warn!(
+            %error,
+            statement = format!("{}{drop_old}", self.make_beside()),
+            "the ledger's index {} cannot be made: until it is there, {}. As the table's owner, run the statement, and if there are two, one after the other",
+            self.name,
+            self.without
+        );
+    }
+
+    /// Whether the table is partitioned, and an index is usable, invalid, or being made.
+    async fn found(&self, client: &Client) -> Result<[bool; 4], tokio_postgres::Error> {
+        let row = client.query_typed_one(FOUND, &[(&self.columns, Type::TEXT_ARRAY)]).await?;
+        Ok([row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?])
     }
 
     async fn make(&self, pool: &Pool) -> Result<Tried, OpenError> {
         let client = pool.get().await.map_err(pool_error)?;
-        let found = client.query_typed_one(FOUND, &[(&self.columns, Type::TEXT_ARRAY)]).await?;
-        let (partitioned, usable): (bool, bool) = (found.try_get(0)?, found.try_get(1)?);
-        let (invalid, under_way): (bool, bool) = (found.try_get(2)?, found.try_get(3)?);
-        if usable {
-            return Ok(Tried::Made);
+        let [partitioned, usable, invalid, under_way] = self.found(&client).await?;
+        if !usable {
+            if partitioned {
+                return Ok(Tried::Partitioned);
+            }
+            if under_way || client.query_typed(TAKE, &[]).await?.is_empty() {
+                return Ok(Tried::Elsewhere);
+            }
+            // Each statement by itself: none may be part of a transaction.
+            if invalid {
+                // One that was not finished is kept up by every write and used by nothing.
+                client.batch_execute(&drop_beside(self.name)).await?;
+            }
+            client.batch_execute(&self.make_beside()).await?;
+            client.batch_execute(GIVE).await?;
+            if !matches!(self.found(&client).await?, [_, true, ..]) {
+                return Ok(Tried::Elsewhere);
+            }
+            tracing::info!("the ledger's index {} is made", self.name);
         }
-        if partitioned {
-            return Ok(Tried::Partitioned);
-        }
-        if under_way || client.query_typed(TAKE, &[]).await?.is_empty() {
-            return Ok(Tried::Elsewhere);
-        }
-        self.put_in_place(&client, invalid).await?;
-        client.batch_execute(GIVE).await?;
-        tracing::info!("the ledger's index {} is made", self.name);
-        Ok(Tried::Made)
-    }
-
-    /// Each statement by itself: none may be part of a transaction.
-    async fn put_in_place(
-        &self,
-        client: &Client,
-        invalid: bool,
-    ) -> Result<(), tokio_postgres::Error> {
-        if invalid {
-            // One that was not finished is kept up by every write and used by nothing.
-            client.batch_execute(&drop_beside(self.name)).await?;
-        }
-        client.batch_execute(&self.make_beside()).await?;
         if let Some(old) = self.replaces {
-            client.batch_execute(&drop_beside(old)).await?;
+            let there = "SELECT to_regclass('checkout_worker.' || $1) IS NOT NULL";
+            let there = client.query_typed_one(there, &[(&old, Type::TEXT)]).await?;
+            if !partitioned && there.try_get(0)? {
+                client.batch_execute(&drop_beside(old)).await?;
+            }
         }
-        Ok(())
+        Ok(Tried::Made)
     }
 
     /// What makes it beside writers. PostgreSQL does it in transactions of its own, which wait for older ones.

@@ -258,13 +258,19 @@ impl World {
 
     /// How many messages wait in a queue.
     pub(crate) async fn depth(&self, name: &str) -> u32 {
+        self.look_at(name).await.message_count()
+    }
+
+    /// How many consumers a queue has.
+    pub(crate) async fn consumers(&self, name: &str) -> u32 {
+        self.look_at(name).await.consumer_count()
+    }
+
+    async fn look_at(&self, name: &str) -> lapin::Queue {
         let channel = self.connection.create_channel().await.unwrap();
         let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::durable() };
-        let queue = channel
-            .queue_declare(self.queue(name).as_str().into(), options, FieldTable::default())
-            .await
-            .unwrap();
-        queue.message_count()
+        let name = self.queue(name);
+        channel.queue_declare(name.as_str().into(), options, FieldTable::default()).await.unwrap()
     }
 
     pub(crate) fn sessions(&self) -> usize {
