@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 
-use super::layout::EarlierLink;
+use super::layout::{EarlierLink, Outcome};
+use crate::job::Status;
 
 /// See the module's text.
 #[derive(Debug, Default)]
@@ -43,6 +44,24 @@ impl GivenLinks {
     pub fn is_of(&self, request_id: &str, checkout_id: &str) -> bool {
         let session = self.hasher.hash_one(checkout_id);
         self.sessions.get(&self.hasher.hash_one(request_id)) == Some(&session)
+    }
+
+    /// Whether that is the answer of a ledger that has the id's link: the same link, or a conflict, if the job is
+    /// another one now.
+    #[must_use]
+    pub fn fits(&self, request_id: &str, outcome: &Outcome) -> bool {
+        match outcome.status {
+            Status::Succeeded => {
+                outcome.checkout_id.as_ref().is_some_and(|id| self.is_of(request_id, id))
+            }
+            Status::Conflict => true,
+            Status::Failed
+            | Status::Rejected
+            | Status::Invalid
+            | Status::Expired
+            | Status::Unresolved
+            | Status::Cancelled => false,
+        }
     }
 
     /// Forgets one, if that session is the id's.

@@ -33,8 +33,9 @@ pub struct Inside {
 }
 
 impl Inside {
-    /// Brings a row's job to its end; `None` if it was not begun, because everything ends.
-    pub async fn make(&self, request: CheckoutRequest) -> Option<Outcome> {
+    /// Brings a row's job to its end; `None` if it was not begun, because everything ends. `only_known`, it gets
+    /// none but what the ledger has.
+    pub async fn make(&self, request: CheckoutRequest, only_known: bool) -> Option<Outcome> {
         let journey = &self.engine.journey;
         let secret = &journey.ledger.identity().secret;
         let mut ask = Ask {
@@ -43,7 +44,7 @@ impl Inside {
             request,
             lane: Lane::Bulk,
             campaign: self.campaign.clone(),
-            deadline: None,
+            deadline: only_known.then_some(0),
             published_at: Some(self.began_at),
             // A row's time to be tried begins when its turn comes.
             picked_up_at: journey.clock.now(),

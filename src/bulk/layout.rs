@@ -47,6 +47,8 @@ pub struct Layout {
     /// How many cells of a line are the input's.
     own: usize,
     shows_ids: bool,
+    /// Which cell has the row's id.
+    id_at: usize,
 }
 
 impl Layout {
@@ -68,7 +70,14 @@ impl Layout {
         if !shows_ids {
             header.push_field(REQUEST_ID.as_bytes());
         }
-        Self { format, header, own, shows_ids }
+        // As it was read: whatever is around the name, and the last one, where an input has two.
+        let shown = names.iter().rposition(|name| name.trim() == REQUEST_ID);
+        let id_at = match shown.filter(|_| shows_ids) {
+            Some(at) => at,
+            None if format == Format::Ndjson => 0,
+            None => header.len() - 1,
+        };
+        Self { format, header, own, shows_ids, id_at }
     }
 
     pub(super) fn own_cells(&self, row: &Row) -> ByteRecord {
@@ -122,25 +131,21 @@ impl Layout {
         (Some(meant(was)) != row.request_id.as_deref()).then(|| meant(was).to_owned())
     }
 
-    /// The next link in the lines of an output; `None` behind the last one, and where its lines do not show their
-    /// rows' ids.
+    /// The next link in the lines of an output; `None` behind the last one.
     pub(super) fn next_link(
         &self,
         lines: &mut csv::Reader<File>,
     ) -> io::Result<Option<EarlierLink>> {
-        let Some(id_at) = self.header.iter().rposition(|name| name == REQUEST_ID.as_bytes()) else {
-            return Ok(None);
-        };
         let text = |line: &ByteRecord, at: usize| {
             let cell = std::str::from_utf8(line.get(at)?).ok()?;
-            Some(meant(cell).to_owned()).filter(|text| !text.is_empty())
+            Some(meant(cell).trim().to_owned()).filter(|text| !text.is_empty())
         };
         let mut line = ByteRecord::new();
         while lines.read_byte_record(&mut line).map_err(io::Error::from)? {
             let status = text(&line, self.own).as_deref().and_then(Status::parse);
             if status == Some(Status::Succeeded)
                 && let (Some(request_id), Some(checkout_id)) =
-                    (text(&line, id_at), text(&line, self.own + 1))
+                    (text(&line, self.id_at), text(&line, self.own + 1))
             {
                 return Ok(Some(EarlierLink { request_id, checkout_id }));
             }

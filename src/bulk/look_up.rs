@@ -69,13 +69,16 @@ pub async fn same_job(inside: &Inside, id: &str, renewal: &Renewal) -> Result<()
     }
 }
 
-/// Whether an earlier look has had that job made.
+/// What the ledger knows of that job, if an earlier look has had it made.
 ///
 /// # Errors
 /// If the ledger cannot be asked.
-pub async fn known_before(inside: &Inside, request: &CheckoutRequest) -> Result<bool, LedgerError> {
+pub async fn known_before(
+    inside: &Inside,
+    request: &CheckoutRequest,
+) -> Result<Option<Known>, LedgerError> {
     let key = Key { mode: inside.engine.mode, request_id: request.request_id.clone() };
-    inside.engine.journey.ledger.knows(key).await
+    inside.engine.journey.ledger.known(key).await
 }
 
 /// What has become of a row's session. That Creem knows no such session tells something only if it was made

@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::job::{CheckoutRequest, Status};
 use input::{Flaw, Input, InputError, Job, Row};
 use layout::Outcome;
-use output::{Earlier, Output, OutputError};
+use output::{Earlier, Links, Output, OutputError};
 use reading::Reading;
 
 /// Rows that may be done while one before them is not: so many are remembered at once.
@@ -91,8 +91,8 @@ pub struct Progress<'a> {
 /// left or `stop` is cancelled. What `make` then has not begun (`None`) is left for the next run. Whatever goes
 /// wrong, what was begun is brought to its end first.
 ///
-/// Where an interrupted run is gone on with, `prove` is given the first row for which it had a link, and that
-/// link, and says whether `make` would give the same: if not, nothing is made.
+/// Where an interrupted run is gone on with, `prove` is told which links it had, and says whether `make` would give
+/// the same: if not, nothing is made and its lines stay.
 ///
 /// # Errors
 /// See [`BulkError`]. Whatever was written stays.
@@ -100,7 +100,7 @@ pub async fn run<F>(
     input: Input,
     mut earlier: Earlier,
     at_once: usize,
-    prove: impl AsyncFnOnce(Given) -> bool,
+    prove: impl AsyncFnOnce(Proof) -> bool,
     make: impl Fn(u64, CheckoutRequest) -> F,
     stop: &CancellationToken,
     mut tell: impl FnMut(Progress<'_>),
@@ -116,13 +116,12 @@ where
     };
     // What was not looked through is not cut off either.
     let Some((first, given)) = skipped else { return Ok(tally) };
+    let proof = Proof { given, cut_off: earlier.cut_off() };
+    if earlier.was_interrupted() && !prove(proof).await {
+        return Ok(tally);
+    }
     let mut window = Window::new(earlier.go_on()?, tally, at_once);
     window.position = rows.position();
-    if let Some(given) = given
-        && !prove(given).await
-    {
-        return window.end(false);
-    }
     let mut going = FuturesUnordered::new();
     let ran = go_through(first, &mut rows, &mut window, &mut going, make, stop, tell).await;
     match ran {
@@ -181,6 +180,15 @@ async fn go_through<'a, F: Future<Output = Option<Outcome>> + 'a>(
     }
 }
 
+/// What shows whether an interrupted run had the same links.
+#[derive(Debug)]
+pub struct Proof {
+    /// The last of the rows that are kept for which it had one.
+    pub given: Option<Given>,
+    /// The links of lines that are not kept, because the input has changed.
+    pub cut_off: Links,
+}
+
 /// A row that was given a link by the interrupted run.
 #[derive(Debug)]
 pub struct Given {
@@ -195,8 +203,8 @@ pub struct Given {
 /// A row of the input.
 type Next = Option<(Row, Job)>;
 
-/// The first row that the interrupted run has not written, if there is one, and the first of those that it had
-/// a link for.
+/// The first row that the interrupted run has not written, if there is one, and the last of those that it had a
+/// link for.
 async fn first_new(
     rows: &mut Reading,
     earlier: &mut Earlier,
@@ -212,9 +220,7 @@ async fn first_new(
         let Some(written) = earlier.next(&row) else { return Ok((Some((row, job)), given)) };
         tally.count(written.status);
         tally.kept += 1;
-        if given.is_none()
-            && let (Ok(request), Some(checkout_id)) = (job, written.checkout_id)
-        {
+        if let (Ok(request), Some(checkout_id)) = (job, written.checkout_id) {
             given = Some(Given { number: row.number, request: *request, checkout_id });
         }
         tell(Progress { tally, position: rows.position() });

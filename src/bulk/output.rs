@@ -70,6 +70,8 @@ pub struct Links {
     layout: Layout,
     files: std::vec::IntoIter<PathBuf>,
     lines: Option<(PathBuf, csv::Reader<File>)>,
+    /// Lines of the first file that are passed over.
+    passed: u64,
 }
 
 impl Links {
@@ -83,6 +85,9 @@ impl Links {
             }
             let Some(path) = self.files.next() else { return Ok(None) };
             self.lines = read(&self.layout, &path)?.map(|lines| (path, lines));
+            for _ in 0..std::mem::take(&mut self.passed) {
+                self.lines.as_mut().and_then(|(_, lines)| next_line(lines));
+            }
         }
     }
 }
@@ -100,6 +105,8 @@ struct Part {
     reader: csv::Reader<File>,
     /// Where its lines end that are whole and of rows of the input.
     good: u64,
+    /// How many such lines there are.
+    lines: u64,
     /// How many of its bytes are whole lines' at most.
     whole: u64,
     /// Whether each line so far was such a line.
@@ -140,7 +147,7 @@ impl Earlier {
                     whole_lines(&part_path).map_err(|error| OutputError::Io(part_path, error))?;
                 let good = layout.end_of_line(&reader);
                 // Its first line, too, counts only if it ends.
-                (good <= whole).then_some(Part { reader, good, whole, holds: true })
+                (good <= whole).then_some(Part { reader, good, lines: 0, whole, holds: true })
             }
         };
         Ok(Self { layout, part, run, path: path.to_owned(), linked })
@@ -151,7 +158,15 @@ impl Earlier {
     #[must_use]
     pub fn links(&self) -> Links {
         let files = self.linked.clone().into_iter();
-        Links { layout: self.layout.clone(), files, lines: None }
+        Links { layout: self.layout.clone(), files, lines: None, passed: 0 }
+    }
+
+    /// The links in an interrupted run's lines that are not gone on behind: their rows, too, are asked for again.
+    #[must_use]
+    pub fn cut_off(&self) -> Links {
+        let files: Vec<PathBuf> = self.part.iter().map(|_| part_of(&self.path)).collect();
+        let passed = self.part.as_ref().map_or(0, |part| part.lines);
+        Links { layout: self.layout.clone(), files: files.into_iter(), lines: None, passed }
     }
 
     /// Whether a run was interrupted.
@@ -172,6 +187,7 @@ impl Earlier {
                 // However whole a line looks that does not end.
                 if end <= part.whole {
                     part.good = end;
+                    part.lines += 1;
                     return Some(outcome);
                 }
             }

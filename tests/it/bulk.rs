@@ -370,6 +370,49 @@ async fn a_link_that_this_ledger_has_forgotten_is_not_made_again_over_it() {
 }
 
 #[tokio::test]
+async fn links_in_lines_that_a_changed_input_cuts_off_are_not_made_again() {
+    let desk = Desk::new().await;
+    let (reading, mut writing) = std::io::pipe().unwrap();
+    let arguments = desk.arguments("-", &[]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let process = Process::start_reading(&arguments, &desk.settings, reading.into());
+    writing.write_all(table(3).as_bytes()).unwrap();
+    let written = || async {
+        desk.path("links.csv.part").exists() && desk.read("links.csv.part").lines().count() == 4
+    };
+    eventually("all are written", written).await;
+    process.kill().await;
+    let part = desk.read("links.csv.part");
+    let input = desk.write("in.csv", &table(3).replace("somebody 0", "somebody else"));
+    let rename = |from: &str, to: &str| {
+        let ledger = rusqlite::Connection::open(desk.path("ledger.db")).unwrap();
+        let rename = "UPDATE job SET request_id = ?2 WHERE request_id = ?1";
+        assert_eq!(ledger.execute(rename, [from, to]).unwrap(), 1);
+    };
+    rename("r-1", "hidden");
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 1 && said.contains("links.csv.part has a link for r-1"), "{said}");
+    assert_eq!((desk.read("links.csv.part"), desk.sessions()), (part, 3));
+    rename("hidden", "r-1");
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert_eq!((code, desk.sessions()), (0, 3), "{said}");
+}
+
+#[tokio::test]
+async fn ids_with_spaces_around_them_are_guarded_as_well() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", "product_id, request_id \nprod_1, a\nprod_1,b \n");
+    for _ in 0..2 {
+        let (code, said) = desk.bulk(&input, &[]).await;
+        assert_eq!((code, desk.sessions()), (0, 2), "{said}");
+    }
+    forget(&desk.path("ledger.db"), "b");
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 1 && said.contains("has a link for b "), "{said}");
+    assert_eq!(desk.sessions(), 2);
+}
+
+#[tokio::test]
 async fn a_ledger_is_told_how_long_a_run_keeps_its_links() {
     let desk = Desk::new().await;
     let input = desk.write("in.csv", &table(1));

@@ -9,16 +9,18 @@ mod sandbox;
 mod verify;
 mod written_over;
 
+use std::cell::RefCell;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
-use futures::{StreamExt as _, TryStreamExt as _};
+use futures::TryStreamExt as _;
 
 use super::look::shown;
 use super::{Failure, Outcome, block_on, count, resolved, resolved_without_key, say_error};
 use crate::bulk::columns::Defaults;
+use crate::bulk::given::GivenLinks;
 use crate::bulk::input::{Input, Wishes};
 use crate::bulk::inside::Inside;
 use crate::bulk::layout::{EarlierLink, Layout};
@@ -26,7 +28,7 @@ use crate::bulk::output::{Earlier, OutputError, part_of};
 use crate::bulk::{self, Tally};
 use crate::config::check::{Ledger, Resolved};
 use crate::job::reply::digest;
-use crate::job::{Key, Lane, RequestId, Status, printable};
+use crate::job::{CheckoutRequest, Key, Lane, RequestId, Status, printable};
 use crate::observe::logging;
 use begin::{Begun, begin};
 use progress::Shown;
@@ -244,26 +246,48 @@ async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcom
     let of_a_sandbox = |link: &Result<EarlierLink, _>| {
         !arguments.sandbox && link.as_ref().is_ok_and(|link| sandbox::has_made(link, out))
     };
+    let mut given = GivenLinks::default();
     if links.peek().is_some_and(|link| !of_a_sandbox(link)) {
-        let checked = all_made_here(&inside, links, &settings.ledger, out);
         tokio::select! {
-            checked = checked => checked?,
+            checked = all_made_here(&inside, links, &settings.ledger, out) => checked?,
             () = stages.soft.cancelled() => return Err(interrupted(0, out)),
         }
+        given = GivenLinks::read(earlier.links())?;
     }
+    let (given, broken) = (RefCell::new(given), RefCell::new(None));
+    let fail = |error: anyhow::Error| {
+        broken.borrow_mut().get_or_insert(error);
+        stages.soft.cancel();
+    };
+    let prove = async |proof: bulk::Proof| {
+        let cut_off = proof.cut_off.inspect(|link| {
+            if let Ok(EarlierLink { request_id, checkout_id }) = link {
+                given.borrow_mut().note(request_id, checkout_id);
+            }
+        });
+        let checked = all_made_here(&inside, cut_off, &settings.ledger, out).await;
+        checked.map_err(&fail).is_ok()
+    };
+    let make = |_, request: CheckoutRequest| {
+        let (inside, given, fail) = (&inside, &given, &fail);
+        async move {
+            let id = request.request_id.clone();
+            // The ledger may have forgotten it since all were looked for.
+            let only_known = given.borrow().has(id.as_str());
+            let made = inside.make(request, only_known).await?;
+            if only_known && !given.borrow().fits(id.as_str(), &made) {
+                fail(not_made_here(id.as_str(), None, &settings.ledger, out));
+                return None;
+            }
+            Some(made)
+        }
+    };
     let mut shown = Shown::new(bytes);
-    let made = bulk::run(
-        input,
-        earlier,
-        at_once,
-        // It is this ledger: its name is part of what the part is made with.
-        async |_| true,
-        |_, request| inside.make(request),
-        &stages.soft,
-        |progress| shown.tell(progress),
-    );
-    let made = tokio::select! {
-        made = made => made,
+    let ran = bulk::run(input, earlier, at_once, prove, make, &stages.soft, |progress| {
+        shown.tell(progress);
+    });
+    let ran = tokio::select! {
+        ran = ran => ran,
         () = stages.hard.cancelled() => return Err(interrupted(0, out)),
     };
     shown.finish();
@@ -271,7 +295,8 @@ async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcom
     if let Some(fatal) = inside.engine.fatal() {
         return Err(Failure::Failed(fatal.into()));
     }
-    summary(&made?, arguments, out)
+    let broken = broken.take();
+    queue::ended(&ran?, broken, arguments, out)
 }
 
 /// Refuses to write over links that this ledger has not made: it would make them a second time.
@@ -280,11 +305,9 @@ async fn all_made_here(
     links: impl Iterator<Item = Result<EarlierLink, OutputError>>,
     ledger: &Ledger,
     out: &Path,
-) -> Outcome {
-    let links = futures::stream::iter(links).map(|link| link.map_err(anyhow::Error::from));
-    let checked = links
-        .map_err(Failure::Failed)
-        .map_ok(async |link| made_here(inside, &link, ledger, out).await);
+) -> anyhow::Result<()> {
+    let links = futures::stream::iter(links).map_err(anyhow::Error::from);
+    let checked = links.map_ok(async |link| made_here(inside, &link, ledger, out).await);
     checked.try_buffered(LINKS_AT_ONCE).try_collect().await
 }
 
@@ -293,7 +316,7 @@ async fn made_here(
     link: &EarlierLink,
     ledger: &Ledger,
     out: &Path,
-) -> Result<(), Failure> {
+) -> anyhow::Result<()> {
     let EarlierLink { request_id, checkout_id } = link;
     if let Ok(request_id) = RequestId::parse(request_id) {
         let key = Key { mode: inside.engine.mode, request_id };
@@ -303,10 +326,17 @@ async fn made_here(
             return Ok(());
         }
     }
-    let advice = "Give that ledger (LEDGER_URL) or another --out";
-    let ledger = format!("the ledger {}", place(ledger));
-    let refused = made_elsewhere(request_id, Some(checkout_id), out, &ledger, advice);
-    Err(Failure::Failed(refused))
+    Err(not_made_here(request_id, Some(checkout_id), ledger, out))
+}
+
+fn not_made_here(
+    request_id: &str,
+    checkout_id: Option<&str>,
+    ledger: &Ledger,
+    out: &Path,
+) -> anyhow::Error {
+    let advice = "Give the ledger that made them (LEDGER_URL)";
+    made_elsewhere(request_id, checkout_id, out, &format!("the ledger {}", place(ledger)), advice)
 }
 
 /// Why links are not written over that another ledger has made.
@@ -318,9 +348,10 @@ fn made_elsewhere(
     advice: &str,
 ) -> anyhow::Error {
     let session = checkout_id.map_or(String::new(), |id| format!(" ({})", printable(id, 128)));
+    let file = if out.exists() { out.to_owned() } else { part_of(out) };
     anyhow!(
-        "{} has a link for {}{session} that {ledger} has not made: its links are of another ledger, key or mode, of a sandbox, or older than ledger.retention, and would be made a second time. {advice}, or remove the file if nobody was given its links",
-        out.display(),
+        "{} has a link for {}{session} that {ledger} has not made: its links are of another ledger, key or mode, of a sandbox, or older than ledger.retention, and would be made a second time. {advice}; take rows with older links out of the input, as another --out knows nothing of them; or remove the file if nobody was given its links",
+        file.display(),
         printable(request_id, 128),
     )
 }

@@ -18,8 +18,8 @@ use super::{Arguments, interrupted, made_elsewhere, opened, summary};
 use crate::bulk;
 use crate::bulk::given::GivenLinks;
 use crate::bulk::inside::read_reply;
-use crate::bulk::layout::Outcome as Made;
-use crate::bulk::output::part_of;
+use crate::bulk::layout::{EarlierLink, Outcome as Made};
+use crate::bulk::output::{OutputError, part_of};
 use crate::cli::enqueue::publish;
 use crate::cli::{Failure, Outcome, say_error};
 use crate::clock::{Clock as _, Millis, SystemClock};
@@ -97,9 +97,10 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     };
     let mut shown = Shown::new(bytes);
     // The part may be of other workers, whatever the queues are called.
-    let prove = async |given: bulk::Given| {
-        precheck.note(given.request.request_id.as_str(), &given.checkout_id);
-        send(given.number, given.request).await.is_some()
+    let noted = |proof| precheck.note_all(proof).map_err(|error| fail(error.into()));
+    let prove = async |proof: bulk::Proof| match noted(proof) {
+        Ok(Some(given)) => send(given.number, given.request).await.is_some(),
+        noted => noted.is_ok(),
     };
     let running = bulk::run(input, earlier, AT_ONCE, prove, send, &stages.soft, |progress| {
         shown.tell(progress);
@@ -114,7 +115,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     ended(&ran?, broken, arguments, out)
 }
 
-fn ended(
+pub(super) fn ended(
     tally: &bulk::Tally,
     broken: Option<anyhow::Error>,
     arguments: &Arguments,
@@ -225,9 +226,17 @@ impl<'a> Precheck<'a> {
         Self { links, out, met: Cell::new(false), known }
     }
 
-    /// A row has that link as well.
-    fn note(&self, request_id: &str, checkout_id: &str) {
-        self.links.borrow_mut().note(request_id, checkout_id);
+    /// Takes note of an interrupted run's links; returns the row that is to show whether the workers know them.
+    fn note_all(&self, proof: bulk::Proof) -> Result<Option<bulk::Given>, OutputError> {
+        let mut links = self.links.borrow_mut();
+        for link in proof.cut_off {
+            let EarlierLink { request_id, checkout_id } = link?;
+            links.note(&request_id, &checkout_id);
+        }
+        if let Some(given) = &proof.given {
+            links.note(given.request.request_id.as_str(), &given.checkout_id);
+        }
+        Ok(proof.given)
     }
 
     /// Asked for each row, in their order.
@@ -244,21 +253,11 @@ impl<'a> Precheck<'a> {
 
     /// A ledger that has the link answers the same job with it, and another one with a conflict.
     fn judge(&self, request_id: &str, made: &Made) -> anyhow::Result<()> {
-        let same = |id: &String| self.links.borrow().is_of(request_id, id);
-        let known = match made.status {
-            Status::Succeeded => made.checkout_id.as_ref().is_some_and(same),
-            Status::Conflict => true,
-            Status::Failed
-            | Status::Rejected
-            | Status::Invalid
-            | Status::Expired
-            | Status::Unresolved
-            | Status::Cancelled => false,
-        };
-        if !known {
+        if !self.links.borrow().fits(request_id, made) {
             let status = made.status;
             let ledger = format!("the workers' ledger (it says {status})");
-            return Err(made_elsewhere(request_id, None, self.out, &ledger, "Give another --out"));
+            let advice = "Use the workers that made them";
+            return Err(made_elsewhere(request_id, None, self.out, &ledger, advice));
         }
         self.known.send_replace(true);
         Ok(())

@@ -184,7 +184,7 @@ async fn renew(
         let (id, job) = renewal.next_job();
         let before = match &job {
             Ok(request) => known_before(inside, request).await,
-            Err(_) => Ok(false),
+            Err(_) => Ok(None),
         };
         let before = match before {
             Ok(before) => before,
@@ -193,14 +193,15 @@ async fn renew(
                 return Looked { line, link: Some(state), renewed: Some(Status::Failed) };
             }
         };
-        if !before && over.has(&id) {
+        let known = before.as_ref().and_then(|before| before.checkout_id.as_deref());
+        if over.has(&id) && !known.is_some_and(|known| over.is_of(&id, known)) {
             say_error(&format!(
                 "{id}: no new link: the output has one for it that this ledger has not made"
             ));
             return Looked { line, link: Some(state), renewed: Some(Status::Conflict) };
         }
         let made = match job {
-            Ok(request) => inside.make(*request).await,
+            Ok(request) => inside.make(*request, false).await,
             Err(flaw) => Some(problem(Status::Invalid, flaw.code, &flaw.message)),
         };
         // It is stopped.
@@ -214,7 +215,8 @@ async fn renew(
             return Looked { line, link: Some(state), renewed: Some(made.status) };
         };
         // One that was made now is not asked for: that Creem does not show it yet would say nothing.
-        state = if before { ask_for(inside, &id, &checkout_id).await } else { Link::Open };
+        state =
+            if before.is_some() { ask_for(inside, &id, &checkout_id).await } else { Link::Open };
         if !state.is_dead() {
             let line = line.renewed(&id, &made);
             return Looked { line, link: Some(state), renewed: Some(made.status) };

@@ -74,6 +74,11 @@ impl<'a> WrittenOver<'a> {
         self.left.borrow().has(request_id)
     }
 
+    /// Whether that is its link for that id.
+    pub(super) fn is_of(&self, request_id: &str, checkout_id: &str) -> bool {
+        self.left.borrow().is_of(request_id, checkout_id)
+    }
+
     /// Refuses to lose a link that was not written again and that the ledger has not made.
     pub(super) async fn check(&self, inside: &Inside, part: &Path) -> Result<(), Failure> {
         if self.left.borrow().is_empty() {
