@@ -12,6 +12,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::{Failure, Outcome, block_on, count, resolved_without_key, say, say_error};
+use crate::bulk::table::BOM;
 use crate::clock::{Clock as _, SystemClock};
 use crate::config::check::Resolved;
 use crate::config::sections::LONGEST;
@@ -367,6 +368,9 @@ fn lines(mut reader: impl BufRead + Send + 'static, most: usize) -> Jobs {
             }
             if line.last() == Some(&b'\n') {
                 line.pop();
+            }
+            if number == 1 && line.starts_with(BOM) {
+                line.drain(..BOM.len());
             }
             if line.len() > most {
                 let text = format!("line {number} is larger than {most} bytes (job.max_bytes)");

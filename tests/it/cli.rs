@@ -170,7 +170,7 @@ async fn check_names_all_that_is_wrong_around_it_and_works_beside_a_worker() {
     }
 
     let mut wrong = world.environment();
-    wrong.insert("AMQP_URL".into(), "amqp://guest:canary@127.0.0.1:1/".into());
+    wrong.insert("AMQP_URL".into(), "amqp://guest:canary@127.0.0.1:1/%2f".into());
     world.simulator.accept_only("creem_test_other");
     let (code, output, error) = command(&["check"], wrong, "").await;
     assert_eq!(code, 1);

@@ -173,6 +173,7 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         let double = if arguments.sandbox { Some(Sandbox::start(arguments).await?) } else { None };
         let settings = match &double {
             Some(double) => double.settings(file, out)?,
+            None if arguments.verify => resolved(file)?,
             None => resolved(file).map_err(sandbox::offer)?,
         };
         places::check(arguments, out, Some(&settings.ledger))?;

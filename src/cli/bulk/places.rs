@@ -13,6 +13,11 @@ pub(super) fn check(
     out: &Path,
     ledger: Option<&Ledger>,
 ) -> Result<(), Failure> {
+    let directory = out.parent().filter(|directory| !directory.as_os_str().is_empty());
+    if let Some(directory) = directory.filter(|directory| !directory.is_dir()) {
+        let text = format!("--out: there is no directory {}: make it first", directory.display());
+        return Err(Failure::Usage(text));
+    }
     let mut places = vec![
         ("--out", out.to_owned()),
         ("the output while it grows", part_of(out)),

@@ -27,6 +27,12 @@ pub(super) fn check_amqp(settings: &Settings, problems: &mut Vec<Problem>) -> ra
             for uri in uris {
                 let loopback = is_loopback_name(&uri.authority.host);
                 let user = &uri.authority.userinfo;
+                if uri.vhost.is_empty() {
+                    problems.push(Problem::new(
+                        "`amqp.url` names a virtual host without a name".to_owned(),
+                        "end it with /%2f for the default one, which is called /",
+                    ));
+                }
                 if !loopback && user.username == "guest" && user.password == "guest" {
                     problems.push(Problem::new(
                         format!("`amqp.url` uses guest:guest for {}", uri.authority.host),

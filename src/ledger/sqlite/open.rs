@@ -27,7 +27,7 @@ pub(super) const APPLICATION: i64 = 0x6372_4357;
 pub enum OpenError {
     /// Another process has it.
     #[error(
-        "{0} is in use by another worker (its lock file is held): an embedded ledger serves one `run` at a time; stop the other one first, or share a postgres:// ledger"
+        "{0} is in use by another worker (its lock file is held): an embedded ledger serves one process at a time; stop the other one first, let the worker make the links (`bulk --via-queue`), or share a postgres:// ledger"
     )]
     Locked(PathBuf),
     /// It is not a ledger.
