@@ -359,7 +359,8 @@ fn lines(mut reader: impl BufRead + Send + 'static, most: usize) -> Jobs {
         loop {
             number += 1;
             let mut line = Vec::new();
-            let limit = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(2);
+            let mark = if number == 1 { BOM.len() } else { 0 };
+            let limit = u64::try_from(most + mark).unwrap_or(u64::MAX).saturating_add(2);
             let read = reader.by_ref().take(limit).read_until(b'\n', &mut line);
             match read.with_context(|| format!("line {number} cannot be read")) {
                 Err(error) => return Some(Err(error)),

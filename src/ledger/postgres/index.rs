@@ -166,12 +166,16 @@ impl Index {
                 return Ok(Tried::Elsewhere);
             }
             // Each statement by itself: none may be part of a transaction.
-            if invalid {
-                // One that was not finished is kept up by every write and used by nothing.
-                client.batch_execute(&drop_beside(self.name)).await?;
-            }
-            client.batch_execute(&self.make_beside()).await?;
+            let made = async {
+                if invalid {
+                    // One that was not finished is kept up by every write and used by nothing.
+                    client.batch_execute(&drop_beside(self.name)).await?;
+                }
+                client.batch_execute(&self.make_beside()).await
+            };
+            let made = made.await;
             client.batch_execute(GIVE).await?;
+            made?;
             if !matches!(self.found(&client).await?, [_, true, ..]) {
                 return Ok(Tried::Elsewhere);
             }
