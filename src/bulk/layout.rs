@@ -128,13 +128,22 @@ impl Layout {
             && line.len() == self.header.len()
             && line.iter().take(self.own).eq(self.own_cells(row).iter());
         let was = std::str::from_utf8(line.iter().next_back()?).ok().filter(|_| same)?;
-        (Some(meant(was)) != row.request_id.as_deref()).then(|| meant(was).to_owned())
+        let (was, now) = (meant(was), row.request_id.as_deref()?);
+        (!was.is_empty() && was != now).then(|| was.to_owned())
     }
 
-    /// The next link in the lines of an output; `None` behind the last one.
+    /// Whether a line has a link.
+    pub(super) fn has_link(&self, line: &ByteRecord) -> bool {
+        line.len() == self.header.len()
+            && line.get(self.own) == Some(Status::Succeeded.as_str().as_bytes())
+    }
+
+    /// The next link in the lines of an output, of which so many bytes are whole lines' at most; `None` behind the
+    /// last one.
     pub(super) fn next_link(
         &self,
         lines: &mut csv::Reader<File>,
+        whole: u64,
     ) -> io::Result<Option<EarlierLink>> {
         let text = |line: &ByteRecord, at: usize| {
             let cell = std::str::from_utf8(line.get(at)?).ok()?;
@@ -142,6 +151,10 @@ impl Layout {
         };
         let mut line = ByteRecord::new();
         while lines.read_byte_record(&mut line).map_err(io::Error::from)? {
+            // However whole a line looks that does not end.
+            if self.end_of_line(lines) > whole || line.len() != self.header.len() {
+                continue;
+            }
             let status = text(&line, self.own).as_deref().and_then(Status::parse);
             if status == Some(Status::Succeeded)
                 && let (Some(request_id), Some(checkout_id)) =

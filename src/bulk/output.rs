@@ -69,7 +69,7 @@ pub struct Earlier {
 pub struct Links {
     layout: Layout,
     files: std::vec::IntoIter<PathBuf>,
-    lines: Option<(PathBuf, csv::Reader<File>)>,
+    lines: Option<(PathBuf, csv::Reader<File>, u64)>,
     /// Lines of the first file that are passed over.
     passed: u64,
 }
@@ -77,17 +77,19 @@ pub struct Links {
 impl Links {
     fn next_link(&mut self) -> Result<Option<EarlierLink>, OutputError> {
         loop {
-            if let Some((path, lines)) = &mut self.lines {
-                let link = self.layout.next_link(lines);
+            if let Some((path, lines, whole)) = &mut self.lines {
+                let link = self.layout.next_link(lines, *whole);
                 if let Some(link) = link.map_err(|error| OutputError::Io(path.clone(), error))? {
                     return Ok(Some(link));
                 }
             }
             let Some(path) = self.files.next() else { return Ok(None) };
-            self.lines = read(&self.layout, &path)?.map(|lines| (path, lines));
+            let Some(mut lines) = read(&self.layout, &path)? else { continue };
             for _ in 0..std::mem::take(&mut self.passed) {
-                self.lines.as_mut().and_then(|(_, lines)| next_line(lines));
+                next_line(&mut lines);
             }
+            let whole = whole_lines(&path).map_err(|error| OutputError::Io(path.clone(), error))?;
+            self.lines = Some((path, lines, whole));
         }
     }
 }
@@ -127,6 +129,10 @@ impl Earlier {
         // Something else is not written over.
         let mut linked: Vec<PathBuf> =
             read(&layout, path)?.into_iter().map(|_| path.to_owned()).collect();
+        let before = before_of(path);
+        if read(&layout, &before)?.is_some() {
+            linked.push(before);
+        }
         let part = match read(&layout, &part_path) {
             // One whose first line was cut off is as good as none.
             Err(OutputError::Foreign(_)) if layout.begins_like(&part_path) => None,
@@ -223,7 +229,8 @@ impl Earlier {
         let part = part_of(&self.path);
         let io = |error| OutputError::Io(part.clone(), error);
         let run = run_of(&self.path);
-        for ours in [&part, &run] {
+        let before = before_of(&self.path);
+        for ours in [&part, &run, &before] {
             nothing_else_is_there(ours)?;
         }
         let mut options = OpenOptions::new();
@@ -235,6 +242,7 @@ impl Earlier {
             // Another run has brought it to its end since it was looked at.
             return Err(OutputError::InUse(part));
         }
+        self.keep_links(&part, &before)?;
         std::fs::write(&run, &self.run).map_err(|error| OutputError::Io(run, error))?;
         file.set_len(good).map_err(io)?;
         file.seek(SeekFrom::End(0)).map_err(io)?;
@@ -247,6 +255,46 @@ impl Earlier {
             written.map_err(|error| io(io::Error::other(error)))?;
         }
         Ok(Output { layout: self.layout.clone(), writer, part, path: self.path.clone() })
+    }
+}
+
+impl Earlier {
+    /// Keeps the lines with links that are cut off, until the output is whole: the run after this one, too, must know
+    /// which rows have links.
+    fn keep_links(&self, part: &Path, before: &Path) -> Result<(), OutputError> {
+        let io = |error| OutputError::Io(before.to_owned(), error);
+        let Some(mut lines) = read(&self.layout, part).ok().flatten() else { return Ok(()) };
+        for _ in 0..self.part.as_ref().map_or(0, |part| part.lines) {
+            next_line(&mut lines);
+        }
+        let whole = whole_lines(part).map_err(io)?;
+        let mut kept: Option<csv::Writer<BufWriter<File>>> = None;
+        while let Some(line) = next_line(&mut lines) {
+            if self.layout.end_of_line(&lines) > whole || !self.layout.has_link(&line) {
+                continue;
+            }
+            let writer = match &mut kept {
+                Some(writer) => writer,
+                None => kept.insert(self.append(before).map_err(io)?),
+            };
+            writer.write_byte_record(&line).map_err(|error| io(io::Error::other(error)))?;
+        }
+        let Some(mut writer) = kept else { return Ok(()) };
+        writer.flush().map_err(io)?;
+        writer.get_ref().get_ref().sync_all().map_err(io)
+    }
+
+    fn append(&self, path: &Path) -> io::Result<csv::Writer<BufWriter<File>>> {
+        let mut file = OpenOptions::new().append(true).create(true).open(path)?;
+        let new = file.metadata()?.len() == 0;
+        if new && self.layout.bom_len() > 0 {
+            file.write_all(BOM)?;
+        }
+        let mut writer = self.layout.writer(BufWriter::new(file));
+        if new {
+            writer.write_byte_record(&self.layout.header).map_err(io::Error::other)?;
+        }
+        Ok(writer)
     }
 }
 
@@ -301,8 +349,9 @@ impl Output {
         self.flush()?;
         let io = |error| OutputError::Io(self.path.clone(), error);
         put_in_place(self.writer.get_ref().get_ref(), &self.part, &self.path).map_err(io)?;
-        // Without a part it says nothing.
+        // Without a part they say nothing.
         drop(std::fs::remove_file(run_of(&self.path)));
+        drop(std::fs::remove_file(before_of(&self.path)));
         Ok(())
     }
 }
@@ -362,6 +411,14 @@ fn lock(file: &File, part: &Path) -> Result<(), OutputError> {
 pub fn run_of(path: &Path) -> PathBuf {
     let mut name = part_of(path).into_os_string();
     name.push(".run");
+    name.into()
+}
+
+/// Where lines with links are kept that were cut off from the part, until the output is whole.
+#[must_use]
+pub fn before_of(path: &Path) -> PathBuf {
+    let mut name = part_of(path).into_os_string();
+    name.push(".before");
     name.into()
 }
 
@@ -463,6 +520,13 @@ mod tests {
             for cut in 0..=whole.len() {
                 std::fs::write(part_of(&path), &whole[..cut]).unwrap();
                 let (earlier, known) = known(&path, &layout, &rows);
+                assert_eq!(earlier.cut_off().count(), 0, "cut at {cut}");
+                let unread = look(&path, layout.clone()).unwrap();
+                for link in unread.cut_off() {
+                    let link = link.unwrap();
+                    let given = (link.request_id.as_str(), link.checkout_id.as_str());
+                    assert!([("c-1", "ch_1"), ("c-3", "ch_3")].contains(&given), "cut at {cut}");
+                }
                 let lines = String::from_utf8_lossy(&whole[..cut]).matches('\n').count();
                 let written = known.iter().take_while(|known| known.is_some()).count();
                 assert_eq!(written, lines.saturating_sub(1), "cut at {cut}");

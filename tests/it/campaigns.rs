@@ -172,8 +172,17 @@ async fn a_file_goes_through_the_queue_and_comes_back_as_links_in_its_order() {
     let begun: Vec<&str> = text.lines().take(200).collect();
     std::fs::rename(&out, path("kept.csv")).unwrap();
     std::fs::write(&part, begun.join("\n") + "\n").unwrap();
-    let (code, _, said) = command(&bulk, settings, "").await;
+    let (code, _, said) = command(&bulk, settings.clone(), "").await;
     assert!(code == 1 && said.contains("would be made a second time"), "{said}");
+    assert_eq!(world.posts(), 300, "none is made");
+    // Nor where no line of it is gone on behind, however often it is tried.
+    let changed: String =
+        std::fs::read_to_string(&input).unwrap().replace("r-0,prod_1", "r-0,prod_2");
+    std::fs::write(&input, changed).unwrap();
+    for _ in 0..2 {
+        let (code, _, said) = command(&bulk, settings.clone(), "").await;
+        assert!(code == 1 && said.contains("would be made a second time"), "{said}");
+    }
     assert_eq!(world.posts(), 300, "none is made");
     worker.kill().await;
 }

@@ -24,7 +24,7 @@ use crate::bulk::given::GivenLinks;
 use crate::bulk::input::{Input, Wishes};
 use crate::bulk::inside::Inside;
 use crate::bulk::layout::{EarlierLink, Layout};
-use crate::bulk::output::{Earlier, OutputError, part_of};
+use crate::bulk::output::{Earlier, OutputError, before_of, part_of};
 use crate::bulk::{self, Tally};
 use crate::config::check::{Ledger, Resolved};
 use crate::job::reply::digest;
@@ -261,12 +261,19 @@ async fn links(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcom
         stages.soft.cancel();
     };
     let prove = async |proof: bulk::Proof| {
-        let cut_off = proof.cut_off.inspect(|link| {
+        let last = proof.given.map(|given| {
+            let request_id = given.request.request_id.as_str().to_owned();
+            Ok(EarlierLink { request_id, checkout_id: given.checkout_id })
+        });
+        let cut_off = proof.cut_off.chain(last).inspect(|link| {
             if let Ok(EarlierLink { request_id, checkout_id }) = link {
                 given.borrow_mut().note(request_id, checkout_id);
             }
         });
-        let checked = all_made_here(&inside, cut_off, &settings.ledger, out).await;
+        let checked = tokio::select! {
+            checked = all_made_here(&inside, cut_off, &settings.ledger, out) => checked,
+            () = stages.soft.cancelled() => return false,
+        };
         checked.map_err(&fail).is_ok()
     };
     let make = |_, request: CheckoutRequest| {
@@ -349,7 +356,8 @@ fn made_elsewhere(
     advice: &str,
 ) -> anyhow::Error {
     let session = checkout_id.map_or(String::new(), |id| format!(" ({})", printable(id, 128)));
-    let file = if out.exists() { out.to_owned() } else { part_of(out) };
+    let files = [out.to_owned(), before_of(out)];
+    let file = files.into_iter().find(|file| file.exists()).unwrap_or_else(|| part_of(out));
     anyhow!(
         "{} has a link for {}{session} that {ledger} has not made: its links are of another ledger, key or mode, of a sandbox, or older than ledger.retention, and would be made a second time. {advice}; take rows with older links out of the input, as another --out knows nothing of them; or remove the file if nobody was given its links",
         file.display(),
