@@ -186,10 +186,6 @@ impl Layout {
         if matches!(self.format, Format::Csv { bom: true, .. }) { BOM.len() as u64 } else { 0 }
     }
 
-    pub(super) fn delimiter(&self) -> u8 {
-        if let Format::Csv { delimiter, .. } = self.format { delimiter } else { b',' }
-    }
-
     pub(super) fn writer<W: io::Write>(&self, inner: W) -> csv::Writer<W> {
         self.format.writer(inner)
     }
@@ -203,7 +199,7 @@ impl Layout {
         }
         let begins = file.stream_position()?;
         let mut builder = csv::ReaderBuilder::new();
-        builder.has_headers(false).flexible(true).delimiter(self.delimiter());
+        builder.has_headers(false).flexible(true).delimiter(self.format.delimiter());
         // A file of something else may be one line of gigabytes.
         let cells: usize = self.header.iter().map(|name| 2 * name.len() + 8).sum();
         let mut first = builder.from_reader((&file).take(cells as u64 + 2));

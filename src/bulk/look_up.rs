@@ -13,8 +13,11 @@ use crate::retry::{Backoff, backoff};
 
 /// How often one link is asked for.
 const TRIES: u32 = 6;
+/// The pause after the first time, at most; it doubles.
 const FIRST: Duration = Duration::from_millis(500);
+/// The longest pause.
 const LONGEST: Duration = Duration::from_secs(20);
+
 /// Creem's word that there is no such session, for link after link, says more about the key or the API than
 /// about the links.
 #[derive(Debug, Default)]

@@ -7,6 +7,8 @@ use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::{Path, PathBuf};
 
+use csv::ByteRecord;
+
 use super::input::Row;
 use super::layout::{EarlierLink, Layout, Outcome, next_line};
 use super::source::Format;
@@ -263,14 +265,21 @@ impl Earlier {
     /// which rows have links.
     fn keep_links(&self, part: &Path, before: &Path) -> Result<(), OutputError> {
         let io = |error| OutputError::Io(before.to_owned(), error);
-        let Some(mut lines) = read(&self.layout, part).ok().flatten() else { return Ok(()) };
-        for _ in 0..self.part.as_ref().map_or(0, |part| part.lines) {
-            next_line(&mut lines);
-        }
-        let whole = whole_lines(part).map_err(io)?;
+        let lines = match read(&self.layout, part) {
+            // Its first line was cut off: there is none behind it.
+            Err(OutputError::Foreign(_)) if self.layout.begins_like(part) => None,
+            lines => lines?,
+        };
+        let Some(mut lines) = lines else { return Ok(()) };
+        let unread = |error: io::Error| OutputError::Io(part.to_owned(), error);
+        let whole = whole_lines(part).map_err(unread)?;
+        let good = self.part.as_ref().map_or(0, |part| part.good);
         let mut kept: Option<csv::Writer<BufWriter<File>>> = None;
-        while let Some(line) = next_line(&mut lines) {
-            if self.layout.end_of_line(&lines) > whole || !self.layout.has_link(&line) {
+        let mut line = ByteRecord::new();
+        // Whatever cannot be read is not cut off.
+        while lines.read_byte_record(&mut line).map_err(|error| unread(error.into()))? {
+            let end = self.layout.end_of_line(&lines);
+            if end <= good || end > whole || !self.layout.has_link(&line) {
                 continue;
             }
             let writer = match &mut kept {

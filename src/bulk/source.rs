@@ -33,15 +33,19 @@ impl Format {
         matches!(self, Self::Csv { crlf: true, .. })
     }
 
-    /// Writes such a table; of anything else, one with commas.
-    pub(super) fn writer<W: io::Write>(self, inner: W) -> csv::Writer<W> {
-        let delimiter = match self {
+    /// What is between two cells; of what is no table, in the table that is made of it.
+    pub(super) const fn delimiter(self) -> u8 {
+        match self {
             Self::Csv { delimiter, .. } => delimiter,
             Self::Ndjson => b',',
-        };
+        }
+    }
+
+    /// Writes such a table; of anything else, one with commas.
+    pub(super) fn writer<W: io::Write>(self, inner: W) -> csv::Writer<W> {
         let end = if self.is_crlf() { csv::Terminator::CRLF } else { csv::Terminator::Any(b'\n') };
         let mut builder = csv::WriterBuilder::new();
-        builder.flexible(true).delimiter(delimiter).terminator(end).from_writer(inner)
+        builder.flexible(true).delimiter(self.delimiter()).terminator(end).from_writer(inner)
     }
 }
 

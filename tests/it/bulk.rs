@@ -82,6 +82,16 @@ impl Desk {
         Process::start(&arguments, &self.settings)
     }
 
+    /// Begins to make rows that come through a pipe, and writes a table of three into it.
+    fn start_piped(&self) -> (Process, std::io::PipeWriter) {
+        let (reading, mut writing) = std::io::pipe().unwrap();
+        let arguments = self.arguments("-", &[]);
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let process = Process::start_reading(&arguments, &self.settings, reading.into());
+        writing.write_all(table(3).as_bytes()).unwrap();
+        (process, writing)
+    }
+
     fn sessions(&self) -> usize {
         self.simulator.log().sessions().len()
     }
@@ -372,11 +382,7 @@ async fn a_link_that_this_ledger_has_forgotten_is_not_made_again_over_it() {
 #[tokio::test]
 async fn links_in_lines_that_a_changed_input_cuts_off_are_not_made_again() {
     let desk = Desk::new().await;
-    let (reading, mut writing) = std::io::pipe().unwrap();
-    let arguments = desk.arguments("-", &[]);
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let process = Process::start_reading(&arguments, &desk.settings, reading.into());
-    writing.write_all(table(3).as_bytes()).unwrap();
+    let (process, _writing) = desk.start_piped();
     let written = || async {
         desk.path("links.csv.part").exists() && desk.read("links.csv.part").lines().count() == 4
     };
@@ -456,11 +462,7 @@ async fn a_look_at_links_loses_none_in_the_file_that_it_is_written_over() {
 #[tokio::test]
 async fn rows_of_a_pipe_that_falls_silent_are_made_and_a_stop_is_heard() {
     let desk = Desk::new().await;
-    let (reading, mut writing) = std::io::pipe().unwrap();
-    let arguments = desk.arguments("-", &[]);
-    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    let mut process = Process::start_reading(&arguments, &desk.settings, reading.into());
-    writing.write_all(table(3).as_bytes()).unwrap();
+    let (mut process, _writing) = desk.start_piped();
     soon("what came is made", desk.simulator.posts_arrived(3)).await;
     eventually("and written", || async { cells(&desk.read("links.csv.part")).len() == 3 }).await;
     process.signal("INT");
