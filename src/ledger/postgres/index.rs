@@ -83,6 +83,10 @@ enum Tried {
     Elsewhere,
     /// A partitioned table gets it from whoever partitioned it.
     Partitioned,
+    /// One of its name is there, and is another one.
+    Taken,
+    /// It is there, and the one that it replaces is, too, for whoever owns the table to drop.
+    Beside(&'static str),
 }
 
 /// What makes all of them for a table that nobody writes yet.
@@ -109,6 +113,16 @@ pub(super) async fn keep(pool: Pool) {
                     "the ledger's table is partitioned and has no index like {}: {}. docs/scaling.md says how to make one",
                     index.name,
                     index.without
+                ),
+                Ok(Tried::Taken) => tracing::warn!(
+                    statement = drop_beside(index.name),
+                    "the ledger's table has an index {} of other columns: until it has the right one, {}. As the table's owner, run the statement; the worker makes it at its next start",
+                    index.name,
+                    index.without
+                ),
+                Ok(Tried::Beside(old)) => tracing::warn!(
+                    statement = drop_beside(old),
+                    "the ledger's index {old} is of no use any more, and every write keeps it up. As the table's owner, run the statement"
                 ),
                 Err(error) if error.is_passing() => {
                     index.tell_failure(&error, pause);
@@ -177,7 +191,7 @@ impl Index {
             client.batch_execute(GIVE).await?;
             made?;
             if !matches!(self.found(&client).await?, [_, true, ..]) {
-                return Ok(Tried::Elsewhere);
+                return Ok(Tried::Taken);
             }
             tracing::info!("the ledger's index {} is made", self.name);
         }
@@ -185,7 +199,10 @@ impl Index {
             let there = "SELECT to_regclass('checkout_worker.' || $1) IS NOT NULL";
             let there = client.query_typed_one(there, &[(&old, Type::TEXT)]).await?;
             if !partitioned && there.try_get(0)? {
-                client.batch_execute(&drop_beside(old)).await?;
+                match client.batch_execute(&drop_beside(old)).await.map_err(OpenError::from) {
+                    Err(error) if !error.is_passing() => return Ok(Tried::Beside(old)),
+                    dropped => dropped?,
+                }
             }
         }
         Ok(Tried::Made)
