@@ -2,7 +2,7 @@
 
 use futures::StreamExt as _;
 use lapin::options::{
-    BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions, QueuePurgeOptions,
+    BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, Consumer};
@@ -38,7 +38,7 @@ pub struct Received {
 const KEPT: i64 = 4 * 24 * 3600 * 1000;
 
 /// Declares the queue and consumes it: one of that name, which outlives its connection, or one that does not.
-/// What is in it is taken out first, if it is `emptied`.
+/// Where it is to be `emptied`, one that is there and unused is deleted first.
 async fn declared(
     connection: &Connection,
     exchange: &str,
@@ -60,15 +60,15 @@ async fn declared(
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("classic".into()));
         arguments.insert("x-expires".into(), AMQPValue::LongLongInt(KEPT));
     }
+    if let Some(name) = name.filter(|_| emptied) {
+        // Not that of somebody who consumes it: the broker refuses.
+        let unused = QueueDeleteOptions { if_unused: true, ..QueueDeleteOptions::default() };
+        channel.queue_delete(short(name)?, unused).await?;
+    }
     let queue = channel.queue_declare(short(name.unwrap_or(""))?, declare, arguments).await?;
     let name = queue.name().as_str().to_owned();
     let consume =
         BasicConsumeOptions { no_local: false, no_ack: true, exclusive: true, nowait: false };
-    if emptied {
-        // Whoever has it must not lose its replies, and is asked by way of a channel that a refusal ends.
-        keep_out_others(connection, &name).await?;
-        channel.queue_purge(short(&name)?, QueuePurgeOptions { nowait: false }).await?;
-    }
     if !exchange.is_empty() {
         channel
             .queue_bind(
@@ -83,16 +83,6 @@ async fn declared(
     let consumer =
         channel.basic_consume(short(&name)?, short("")?, consume, FieldTable::default()).await?;
     Ok((name, consumer))
-}
-
-/// Consumes a queue alone for a moment, and gives back what came: refused where somebody else consumes it.
-async fn keep_out_others(connection: &Connection, name: &str) -> Result<(), LinkError> {
-    let channel = connection.create_channel().await?;
-    let consume =
-        BasicConsumeOptions { no_local: false, no_ack: false, exclusive: true, nowait: false };
-    channel.basic_consume(short(name)?, short("")?, consume, FieldTable::default()).await?;
-    channel.close(200, "".into()).await?;
-    Ok(())
 }
 
 impl ReplyQueue {
