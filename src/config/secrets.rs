@@ -82,3 +82,18 @@ pub(super) fn read_small_file(path: &Path, most: u64) -> Result<String, String> 
     }
     std::fs::read_to_string(path).map_err(|error| error.to_string())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_is_shown_and_a_secret_in_its_place_is_not() {
+        for path in ["/run/secrets/creem_api_key", "secrets/creem_api_key", "key.pem"] {
+            assert_eq!(shown(path), path);
+        }
+        for secret in ["creem_test_CANARY", "\"creem_test_CANARY\"", "amqp://u:CANARY@h"] {
+            assert!(!shown(secret).contains("CANARY"), "{secret}");
+        }
+    }
+}

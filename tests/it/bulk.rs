@@ -316,6 +316,10 @@ async fn what_is_in_the_way_is_left_alone() {
     let (code, _, said) =
         command(&["bulk", &input, "--out", &input], desk.settings.clone(), "").await;
     assert!(code == 2 && said.contains("give each a file of its own"), "{said}");
+    let nowhere = desk.path("nowhere/links.csv").display().to_string();
+    let (code, _, said) =
+        command(&["bulk", &input, "--out", &nowhere], desk.settings.clone(), "").await;
+    assert!(code == 2 && said.contains("there is no directory"), "{said}");
     // Nor does it write over what it reads, keeps or logs, by whichever name.
     let grows = desk.write("y.csv.part.run", &table(1));
     let out = desk.path("y.csv").display().to_string();

@@ -105,16 +105,24 @@ async fn jobs_are_enqueued_from_flags_and_lines_and_their_replies_printed() {
     let reply: serde_json::Value = serde_json::from_str(output.trim()).unwrap();
     assert_eq!(reply["status"], "succeeded");
 
-    let lines =
-        format!("{}\n\n{}\r\n{}", body("order_2"), body("order_3"), r#"{"request_id":"order_4"}"#);
+    // What Windows writes in front of a file is no part of its first job.
+    let lines = format!(
+        "\u{feff}{}\n\n{}\r\n{}",
+        body("order_2"),
+        body("order_3"),
+        r#"{"request_id":"order_4"}"#
+    );
     let (code, output, error) =
         command(&["enqueue", "-", "--wait", "--lane", "bulk"], world.environment(), &lines).await;
     assert_eq!(code, 1, "one got no link: {error}");
     assert_eq!(output.lines().count(), 3, "{output}");
     assert!(error.contains("3 jobs answered, 2 of them with a link"), "{error}");
 
-    let (code, output, _) = command(&["show", "order_1"], world.environment(), "").await;
-    assert_eq!(code, 0);
+    let mut keyless = world.environment();
+    keyless.remove("CREEM_API_KEY");
+    keyless.insert("CHECKOUT_WORKER__CREEM__API_KEY_FILE".into(), "/nonexistent".into());
+    let (code, output, error) = command(&["show", "order_1"], keyless, "").await;
+    assert_eq!(code, 0, "it needs no key: {error}");
     assert!(output.contains("succeeded") && output.contains("/checkout/prod_1/"), "{output}");
     let (_, output, _) = command(&["show", "order_1", "--json"], world.environment(), "").await;
     let shown: serde_json::Value = serde_json::from_str(&output).unwrap();

@@ -21,6 +21,7 @@ mod ledger;
 mod outage;
 mod publisher;
 mod replicas;
+mod replies;
 mod support;
 mod tls;
 mod worker;

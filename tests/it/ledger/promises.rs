@@ -391,6 +391,14 @@ pub(super) async fn the_longest_retention_that_was_said_holds_until_what_was_mad
     assert!(bench.look("b").await.is_some());
     bench.clock.advance(Duration::from_hours(24));
     assert_eq!(bench.ledger().sweep(short).await.unwrap(), 1);
+    // One that is said again after it was over holds again.
+    bench.end("c", link("ch_3")).await;
+    bench.clock.advance(Duration::from_hours(7 * 24));
+    bench.later();
+    assert_eq!(bench.ledger().sweep(long).await.unwrap(), 1);
+    bench.end("d", link("ch_4")).await;
+    bench.clock.advance(Duration::from_hours(2 * 24));
+    assert_eq!(bench.ledger().sweep(short).await.unwrap(), 0);
 }
 
 pub(super) async fn when_a_lane_was_paused_is_known_as_long_as_its_jobs_are(backend: &Backend) {
