@@ -114,24 +114,34 @@ async fn ask(inside: &Inside, checkout_id: &str) -> Link {
         let admitted = async { journey.pacer.pass(journey.pacer.admit(Lane::Bulk).await).await };
         tokio::select! {
             () = admitted => {}
-            () = journey.stop.cancelled() => return Link::Unknown("interrupted".to_owned()),
+            () = journey.stop.cancelled() => return interrupted(),
         }
         let asked = tokio::time::Instant::now();
         let seen = journey.creem.look_up(checkout_id).await;
         tries += 1;
-        let (Seen::Later { throttled, .. }, true) = (&seen, tries < TRIES) else {
+        let Seen::Later { throttled, .. } = &seen else {
             journey.pacer.taken(asked);
             return seen.into();
         };
-        let retry_after = throttled.flatten();
         if throttled.is_some() {
             journey.pacer.slow_down(asked);
         }
+        let retry_after = throttled.flatten();
         if let Some(delay) = retry_after {
             journey.pacer.quiet(backoff::clamp_retry_after(delay));
         }
-        tokio::time::sleep(delays.delay(tries, retry_after, backoff::chance())).await;
+        if tries == TRIES {
+            return seen.into();
+        }
+        tokio::select! {
+            () = tokio::time::sleep(delays.delay(tries, retry_after, backoff::chance())) => {}
+            () = journey.stop.cancelled() => return interrupted(),
+        }
     }
+}
+
+fn interrupted() -> Link {
+    Link::Unknown("interrupted".to_owned())
 }
 
 #[cfg(test)]
