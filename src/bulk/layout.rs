@@ -1,7 +1,7 @@
 //! What a line of links looks like: the input's own cells, and what came of the row.
 
 use std::fs::File;
-use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::io::{self, BufWriter, Read as _, Seek as _, SeekFrom, Write as _};
 use std::path::Path;
 
 use csv::ByteRecord;
@@ -30,7 +30,7 @@ pub struct Outcome {
     pub error_message: Option<String>,
 }
 
-/// A link in an output of a run that came to its end.
+/// A link that an earlier run has written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EarlierLink {
     /// Its row's id.
@@ -188,6 +188,19 @@ impl Layout {
 
     pub(super) fn writer<W: io::Write>(&self, inner: W) -> csv::Writer<W> {
         self.format.writer(inner)
+    }
+
+    /// Begins to write behind what a file has; in an empty one, behind the header.
+    pub(super) fn append_to(&self, mut file: File) -> io::Result<csv::Writer<BufWriter<File>>> {
+        let empty = file.seek(SeekFrom::End(0))? == 0;
+        if empty && self.bom_len() > 0 {
+            file.write_all(BOM)?;
+        }
+        let mut writer = self.writer(BufWriter::new(file));
+        if empty {
+            writer.write_byte_record(&self.header).map_err(io::Error::other)?;
+        }
+        Ok(writer)
     }
 
     pub(super) fn reader(&self, mut file: File) -> io::Result<Option<csv::Reader<File>>> {

@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use crate::job::{CheckoutRequest, Status};
 use input::{Flaw, Input, InputError, Job, Row};
 use layout::Outcome;
-use output::{Earlier, Links, Output, OutputError};
+use output::{Earlier, EarlierLinks, Output, OutputError};
 use reading::Reading;
 
 /// Rows that may be done while one before them is not: so many are remembered at once.
@@ -186,7 +186,7 @@ pub struct Proof {
     /// The last of the rows that are kept for which it had one.
     pub given: Option<Given>,
     /// The links of lines that are not kept, because the input has changed.
-    pub cut_off: Links,
+    pub cut_off: EarlierLinks,
 }
 
 /// A row that was given a link by the interrupted run.
@@ -217,7 +217,7 @@ async fn first_new(
             earlier.same_ids(&row)?;
         }
         tally.shared = rows.shared();
-        let Some(written) = earlier.next(&row) else { return Ok((Some((row, job)), given)) };
+        let Some(written) = earlier.outcome_of(&row) else { return Ok((Some((row, job)), given)) };
         tally.count(written.status);
         tally.kept += 1;
         if let (Ok(request), Some(checkout_id)) = (job, written.checkout_id) {

@@ -1,0 +1,199 @@
+//! What interrupted runs have left, and how the next one goes on.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufWriter};
+use std::path::{Path, PathBuf};
+
+use csv::ByteRecord;
+
+use super::files::{before_of, nothing_else_is_there, open_part, part_of, run_of};
+use super::links::{EarlierLinks, read, read_part, whole_lines};
+use super::{Output, OutputError};
+use crate::bulk::input::Row;
+use crate::bulk::layout::{Layout, Outcome, next_line};
+use crate::bulk::source::Format;
+use crate::job::printable;
+
+/// What earlier runs have left, row by row in the order of the input.
+#[derive(Debug)]
+pub struct Earlier {
+    layout: Layout,
+    /// Of the run that was interrupted.
+    part: Option<Part>,
+    /// What the run is made with: see [`Earlier::look`].
+    run: String,
+    path: PathBuf,
+    /// Where the links are that rows were given before which are asked for again.
+    linked: Vec<PathBuf>,
+}
+
+#[derive(Debug)]
+struct Part {
+    reader: csv::Reader<File>,
+    /// Where its lines end that are whole and of rows of the input.
+    good: u64,
+    /// How many such lines there are.
+    lines: u64,
+    /// How many of its bytes are whole lines' at most.
+    whole: u64,
+    /// Whether each line so far was such a line.
+    holds: bool,
+}
+
+impl Part {
+    /// What came of a row, if the next line is whole and the row's.
+    fn outcome_of(&mut self, row: &Row, layout: &Layout) -> Option<Outcome> {
+        let line = next_line(&mut self.reader)?;
+        let outcome = layout.outcome_in(&line, row)?;
+        let end = layout.end_of_line(&self.reader);
+        // However whole a line looks that does not end.
+        if end > self.whole {
+            return None;
+        }
+        self.good = end;
+        self.lines += 1;
+        Some(outcome)
+    }
+}
+
+impl Earlier {
+    /// Looks for what an interrupted run has left. `run` tells runs apart that would make other links of the
+    /// same rows: only the same one is gone on with.
+    ///
+    /// What a whole run has left is not looked at: the ledger knows its links, and which of them are for which
+    /// jobs. Nor is a part whose lines do not show what their rows were.
+    ///
+    /// # Errors
+    /// See [`OutputError`].
+    pub fn look(path: &Path, layout: Layout, run: String) -> Result<Self, OutputError> {
+        let part_path = part_of(path);
+        // Something else is not written over.
+        let mut linked: Vec<PathBuf> =
+            read(&layout, path)?.into_iter().map(|_| path.to_owned()).collect();
+        let before = before_of(path);
+        if read(&layout, &before)?.is_some() {
+            linked.push(before);
+        }
+        let part = match read_part(&layout, &part_path)? {
+            None => None,
+            Some(_) if std::fs::read_to_string(run_of(path)).ok().as_ref() != Some(&run) => {
+                return Err(OutputError::AnotherRun(part_path));
+            }
+            // Its lines do not show what their rows were: the ledger is asked for each again.
+            Some(_) if layout.format == Format::Ndjson => {
+                linked.push(part_path);
+                None
+            }
+            Some(reader) => {
+                let whole =
+                    whole_lines(&part_path).map_err(|error| OutputError::Io(part_path, error))?;
+                let good = layout.end_of_line(&reader);
+                // Its first line, too, counts only if it ends.
+                (good <= whole).then_some(Part { reader, good, lines: 0, whole, holds: true })
+            }
+        };
+        Ok(Self { layout, part, run, path: path.to_owned(), linked })
+    }
+
+    /// The links that rows were given before which are asked for again: whoever makes the same links again knows
+    /// each of them.
+    #[must_use]
+    pub fn links(&self) -> EarlierLinks {
+        EarlierLinks::of(self.layout.clone(), self.linked.clone(), 0)
+    }
+
+    /// The links in an interrupted run's lines that are not gone on behind: their rows, too, are asked for again.
+    #[must_use]
+    pub fn cut_off(&self) -> EarlierLinks {
+        let files = self.part.iter().map(|_| part_of(&self.path)).collect();
+        let passed = self.part.as_ref().map_or(0, |part| part.lines);
+        EarlierLinks::of(self.layout.clone(), files, passed)
+    }
+
+    /// Whether a run was interrupted.
+    #[must_use]
+    pub fn was_interrupted(&self) -> bool {
+        self.part.is_some()
+    }
+
+    /// What came of a row, if the interrupted run has written it; asked for each row, from the first on.
+    pub fn outcome_of(&mut self, row: &Row) -> Option<Outcome> {
+        let part = self.part.as_mut().filter(|part| part.holds)?;
+        let outcome = part.outcome_of(row, &self.layout);
+        part.holds = outcome.is_some();
+        outcome
+    }
+
+    /// Refuses an input whose first row is that of the output, under another id.
+    ///
+    /// # Errors
+    /// See [`OutputError`].
+    pub fn same_ids(&self, first: &Row) -> Result<(), OutputError> {
+        let other =
+            match read(&self.layout, &self.path)?.and_then(|mut lines| next_line(&mut lines)) {
+                Some(line) => self.layout.other_id(&line, first),
+                None => None,
+            };
+        match other {
+            Some(was) if self.links().next().is_some() => {
+                let now = first.request_id.clone().unwrap_or_default();
+                Err(OutputError::OtherIds(self.path.clone(), printable(&was, 128), now))
+            }
+            Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Begins to write behind the rows that the interrupted run has written.
+    ///
+    /// # Errors
+    /// See [`OutputError`].
+    pub fn go_on(&self) -> Result<Output, OutputError> {
+        let part = part_of(&self.path);
+        let io = |error| OutputError::Io(part.clone(), error);
+        let run = run_of(&self.path);
+        let before = before_of(&self.path);
+        for ours in [&run, &before] {
+            nothing_else_is_there(ours)?;
+        }
+        let file = open_part(&part)?;
+        let good = self.part.as_ref().map_or(0, |part| part.good);
+        if file.metadata().map_err(io)?.len() < good {
+            // Another run has brought it to its end since it was looked at.
+            return Err(OutputError::InUse(part));
+        }
+        self.keep_links(&part, &before)?;
+        std::fs::write(&run, &self.run).map_err(|error| OutputError::Io(run, error))?;
+        file.set_len(good).map_err(io)?;
+        let writer = self.layout.append_to(file).map_err(io)?;
+        Ok(Output { layout: self.layout.clone(), writer, part, path: self.path.clone() })
+    }
+
+    /// Keeps the lines with links that are cut off, until the output is whole: the run after this one, too, must know
+    /// which rows have links.
+    fn keep_links(&self, part: &Path, before: &Path) -> Result<(), OutputError> {
+        let io = |error| OutputError::Io(before.to_owned(), error);
+        let Some(mut lines) = read_part(&self.layout, part)? else { return Ok(()) };
+        let unread = |error: io::Error| OutputError::Io(part.to_owned(), error);
+        let whole = whole_lines(part).map_err(unread)?;
+        let good = self.part.as_ref().map_or(0, |part| part.good);
+        let mut kept: Option<csv::Writer<BufWriter<File>>> = None;
+        let mut line = ByteRecord::new();
+        // Whatever cannot be read is not cut off.
+        while lines.read_byte_record(&mut line).map_err(|error| unread(error.into()))? {
+            let end = self.layout.end_of_line(&lines);
+            if end <= good || end > whole || !self.layout.has_link(&line) {
+                continue;
+            }
+            let writer = if let Some(writer) = &mut kept {
+                writer
+            } else {
+                let file = OpenOptions::new().append(true).create(true).open(before);
+                kept.insert(self.layout.append_to(file.map_err(io)?).map_err(io)?)
+            };
+            writer.write_byte_record(&line).map_err(|error| io(io::Error::other(error)))?;
+        }
+        let Some(mut writer) = kept else { return Ok(()) };
+        writer.flush().map_err(io)?;
+        writer.get_ref().get_ref().sync_all().map_err(io)
+    }
+}
