@@ -5,7 +5,7 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use tokio::task::JoinSet;
 
-use super::{Arguments, place};
+use super::Arguments;
 use crate::bulk::inside::Inside;
 use crate::cli::look::shown;
 use crate::cli::{Failure, engine, say_error};
@@ -44,7 +44,7 @@ pub(super) async fn begin(
     if new {
         say_error(&format!(
             "a new ledger, which knows of no links yet: {}",
-            place(&settings.ledger)
+            shown(&settings.ledger)
         ));
     }
     let began_at = opened.clock.now();

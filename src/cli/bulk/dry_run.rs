@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 
-use super::{Arguments, input};
+use super::Arguments;
+use super::open::input;
 use crate::cli::{Failure, Outcome, count, say, say_error};
 use crate::config::check::Resolved;
 

@@ -13,13 +13,16 @@ use anyhow::{Context as _, anyhow};
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 
+use super::Arguments;
+use super::guard::made_elsewhere;
+use super::open::opened;
 use super::progress::Shown;
-use super::{Arguments, interrupted, made_elsewhere, opened, summary};
+use super::summary::{ended, interrupted};
 use crate::bulk;
 use crate::bulk::given::GivenLinks;
 use crate::bulk::inside::read_reply;
 use crate::bulk::layout::{EarlierLink, Outcome as Made};
-use crate::bulk::output::{OutputError, part_of};
+use crate::bulk::output::OutputError;
 use crate::cli::enqueue::publish;
 use crate::cli::{Failure, Outcome, say_error};
 use crate::clock::{Clock as _, Millis, SystemClock};
@@ -113,22 +116,6 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     tasks.shutdown().await;
     let broken = broken.lock().unwrap_or_else(PoisonError::into_inner).take();
     ended(&ran?, broken, arguments, out)
-}
-
-pub(super) fn ended(
-    tally: &bulk::Tally,
-    broken: Option<anyhow::Error>,
-    arguments: &Arguments,
-    out: &Path,
-) -> Outcome {
-    match broken {
-        Some(error) => Err(Failure::Failed(error.context(format!(
-            "stopped after {} rows; the same command goes on with {}",
-            tally.rows,
-            part_of(out).display()
-        )))),
-        None => summary(tally, arguments, out),
-    }
 }
 
 /// Makes the queue for the run's replies, or finds it again.

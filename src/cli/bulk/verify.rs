@@ -6,9 +6,11 @@ use std::path::Path;
 use anyhow::{Context as _, anyhow};
 use futures::StreamExt as _;
 
+use super::Arguments;
 use super::begin::{Begun, begin};
+use super::open::source;
+use super::summary::interrupted;
 use super::written_over::WrittenOver;
-use super::{Arguments, interrupted, source};
 use crate::bulk::inside::{Inside, problem};
 use crate::bulk::look_up::{GoneTally, ask_for, known_before, same_job};
 use crate::bulk::output::{begin_anew, part_of, put_in_place};

@@ -1,0 +1,72 @@
+//! The last words of a run, and whether all is well.
+
+use std::path::Path;
+
+use anyhow::anyhow;
+
+use super::Arguments;
+use crate::bulk::Tally;
+use crate::bulk::output::part_of;
+use crate::cli::{Failure, Outcome, count, say_error};
+use crate::job::Status;
+
+pub(super) fn ended(
+    tally: &Tally,
+    broken: Option<anyhow::Error>,
+    arguments: &Arguments,
+    out: &Path,
+) -> Outcome {
+    match broken {
+        Some(error) => Err(Failure::Failed(error.context(format!(
+            "stopped after {} rows; the same command goes on with {}",
+            tally.rows,
+            part_of(out).display()
+        )))),
+        None => summary(tally, arguments, out),
+    }
+}
+
+pub(super) fn interrupted(rows: u64, out: &Path) -> Failure {
+    let kept = if rows == 0 { String::new() } else { format!(" after {rows} rows") };
+    Failure::Failed(anyhow!(
+        "interrupted{kept}; the same command goes on with {}",
+        part_of(out).display()
+    ))
+}
+
+/// The last words, and whether all is well.
+fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
+    if !tally.whole {
+        return Err(interrupted(tally.rows, out));
+    }
+    let rows = count(usize::try_from(tally.rows).unwrap_or(usize::MAX), "row");
+    let mut text = format!("{rows}, {} with a link", tally.linked());
+    for (status, rows) in tally.statuses.iter().filter(|(status, _)| **status != "succeeded") {
+        text = format!("{text}, {rows} {status}");
+    }
+    text = format!("{text}: {}", out.display());
+    if arguments.sandbox {
+        text.push_str(" (a sandbox: the links lead nowhere)");
+    }
+    if tally.linked() == tally.rows && tally.shared == 0 {
+        say_error(&text);
+        return Ok(());
+    }
+    if tally.statuses.contains_key(Status::Conflict.as_str()) {
+        text.push_str(
+            ". A conflict: that request_id has a link for another job, which the flags and cells of its run bring back",
+        );
+    }
+    if tally.linked() < tally.rows {
+        text.push_str(
+            ". The columns error_code and error_message say why; the same command tries those rows again and keeps the links",
+        );
+    }
+    if tally.shared > 0 {
+        text = format!(
+            "{text}. Of all rows {} have the request_id of an earlier one, and so no link of their own: --dry-run names them",
+            tally.shared
+        );
+    }
+    Err(Failure::Failed(anyhow!(text)))
+}
