@@ -13,6 +13,7 @@ use crate::job::{CheckoutRequest, Refusal, RequestId, Rules};
 
 /// Largest row in bytes: with a quote left open, the rest of the file is one.
 const MAX_ROW: u64 = 1024 * 1024;
+
 /// Why an input cannot be read. Each says what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {

@@ -1,9 +1,9 @@
 //! A file of jobs made into a file of links: for campaigns, with a broker or without one.
 //!
 //! Rows are read one at a time, brought to their ends side by side, and written in the order of the input,
-//! so memory hardly grows with the file (16 bytes or so a row, to notice ids that come twice). Whatever is
-//! interrupted goes on where it was: what was written is kept, and what was not is asked of the ledger, which
-//! knows each link that was ever made.
+//! so memory hardly grows with the file: by 16 bytes or so a row, to notice ids that come twice, and by as much
+//! again for each link of an earlier output. Whatever is interrupted goes on where it was: what was written is
+//! kept, and what was not is asked of the ledger, which knows each link that was ever made.
 
 pub mod columns;
 pub mod given;

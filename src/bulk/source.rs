@@ -41,7 +41,7 @@ impl Format {
         }
     }
 
-    /// Writes such a table; of anything else, one with commas.
+    /// Makes a writer of such a table; for anything else, of one with commas.
     pub(super) fn writer<W: io::Write>(self, inner: W) -> csv::Writer<W> {
         let end = if self.is_crlf() { csv::Terminator::CRLF } else { csv::Terminator::Any(b'\n') };
         let mut builder = csv::WriterBuilder::new();

@@ -47,7 +47,7 @@ impl Link {
         }
     }
 
-    /// Whether a buyer cannot use it, and never could pay by it.
+    /// Whether a buyer cannot pay by it and none has.
     #[must_use]
     pub const fn is_dead(&self) -> bool {
         matches!(self, Self::Expired | Self::Gone)

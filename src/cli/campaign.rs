@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::look::Look;
 use super::tell::tell;
-use super::{Failure, Outcome, block_on, resolved_without_key, say, say_error};
+use super::{Failure, Outcome, block_on, count, resolved_without_key, say, say_error};
 use crate::bulk::inside::read_reply;
 use crate::bulk::table;
 use crate::config::check::Resolved;
@@ -143,8 +143,9 @@ fn in_words(name: &str, campaign: &Campaign, cancelled: Option<i64>) -> String {
     let cancelled =
         cancelled.map(|before| format!("; cancelled for jobs until {}", rfc3339(before)));
     format!(
-        "{}: {jobs} jobs taken ({}), from {} to {}{}",
+        "{}: {} taken ({}), from {} to {}{}",
         printable(name, 64),
+        count(jobs, "job"),
         states.join(", "),
         rfc3339(campaign.first_change),
         rfc3339(campaign.last_change),
@@ -216,6 +217,6 @@ async fn export(settings: &Resolved, name: &str) -> Outcome {
         let text = format!("no worker has taken a job of campaign {name} yet");
         return Err(Failure::Failed(anyhow::anyhow!(text)));
     }
-    say_error(&format!("{jobs} jobs"));
+    say_error(&count(jobs, "job"));
     Ok(())
 }

@@ -249,7 +249,7 @@ fn judge(found: &Differences, declare: bool) -> Result<String, String> {
         0 => Ok("every queue and exchange is there".to_owned()),
         count if declare => Ok(format!(
             "{} not there yet; `run` declares what is missing",
-            super::count(count, "object")
+            super::count(count as u64, "object")
         )),
         _ => Err(format!(
             "not there: {}; import the definitions, or set topology.declare = true",

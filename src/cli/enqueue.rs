@@ -130,7 +130,10 @@ async fn enqueue(settings: &Resolved, arguments: &Arguments, jobs: Jobs) -> Outc
     let bar = progress();
     let sending = Sending { settings, arguments, publisher: &publisher, reply_to, bar: &bar };
     let outcome = match replies {
-        None => sending.send_all(jobs).await.map(|sent| format!("{} enqueued", count(sent, "job"))),
+        None => sending
+            .send_all(jobs)
+            .await
+            .map(|sent| format!("{} enqueued", count(sent as u64, "job"))),
         Some(replies) => sending.send_and_wait(jobs, replies).await,
     };
     bar.finish_and_clear();
@@ -211,13 +214,12 @@ impl Sending<'_> {
     async fn send_all(&self, mut jobs: Jobs) -> Result<usize, Failure> {
         let mut in_flight = JoinSet::new();
         let mut confirmed = 0;
-        let stopped =
-            |confirmed: usize, error: anyhow::Error| {
-                Failure::Failed(error.context(format!(
-                    "stopped after {} had been enqueued",
-                    count(confirmed, "job")
-                )))
-            };
+        let stopped = |confirmed: usize, error: anyhow::Error| {
+            Failure::Failed(error.context(format!(
+                "stopped after {} had been enqueued",
+                count(confirmed as u64, "job")
+            )))
+        };
         let mut unreadable = None;
         loop {
             while in_flight.len() < WINDOW && unreadable.is_none() {
@@ -271,8 +273,10 @@ impl Sending<'_> {
             }
         }
         let happy = answered.len() - unhappy;
-        let text =
-            format!("{} answered, {happy} of them with a link", count(answered.len(), "job"));
+        let text = format!(
+            "{} answered, {happy} of them with a link",
+            count(answered.len() as u64, "job")
+        );
         if unhappy == 0 { Ok(text) } else { Err(Failure::Failed(anyhow!(text))) }
     }
 
@@ -300,7 +304,7 @@ fn silence(answered: usize, expected: Option<usize>) -> Failure {
     );
     Failure::Failed(anyhow!(
         "no reply within --timeout; {} answered, {missing}. Is a worker running for these queues, and did it park a job (its log, and the dead queue)?",
-        count(answered, "job")
+        count(answered as u64, "job")
     ))
 }
 

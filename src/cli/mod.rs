@@ -180,7 +180,7 @@ fn campaign(text: &str) -> Result<String, String> {
 }
 
 /// A number of things, in English.
-fn count(number: usize, thing: &str) -> String {
+fn count(number: u64, thing: &str) -> String {
     format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }
 

@@ -89,9 +89,9 @@ async fn serve(
     // Whatever still runs serves a worker that has ended.
     background.shutdown().await;
     ended?;
-    let left = Lane::ALL.into_iter().map(|lane| health.in_flight(lane)).sum();
+    let left: usize = Lane::ALL.into_iter().map(|lane| health.in_flight(lane)).sum();
     if left > 0 {
-        let left = count(left, "job");
+        let left = count(left as u64, "job");
         return Err(Failure::Failed(anyhow::anyhow!(
             "left before everything was settled: {left} will be delivered again"
         )));

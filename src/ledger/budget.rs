@@ -16,8 +16,6 @@ pub struct Places {
     pub first: Instant,
     /// How many there are: all that were wished for, or none.
     pub count: u32,
-    /// How far apart they are.
-    pub interval: Duration,
     /// For how long all workers are quiet.
     pub quiet: Duration,
 }

@@ -9,12 +9,13 @@ use tokio::time::Instant;
 
 /// Fewest calls that an outage is judged by.
 pub const FEWEST: u32 = 100;
-/// Oldest calls that are looked at.
-const OLDEST: usize = 60;
-/// How long the calls of one count are.
+/// How many buckets are kept: a minute of calls.
+const BUCKETS: usize = 60;
+/// How long calls are counted in one bucket.
 const BUCKET: Duration = Duration::from_secs(1);
-/// The first pause, and the longest; it doubles with each probe that fails.
+/// The first pause; it doubles with each probe that fails.
 const FIRST_PAUSE: Duration = Duration::from_secs(1);
+/// The longest pause.
 const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -27,7 +28,7 @@ struct Bucket {
 #[derive(Debug, Clone)]
 pub struct Breaker {
     /// The newest first.
-    buckets: [Bucket; OLDEST],
+    buckets: [Bucket; BUCKETS],
     newest_at: Instant,
     open: Option<Open>,
 }
@@ -53,7 +54,7 @@ impl Breaker {
     /// A closed one, which knows of no call.
     #[must_use]
     pub fn new(now: Instant) -> Self {
-        Self { buckets: [Bucket::default(); OLDEST], newest_at: now, open: None }
+        Self { buckets: [Bucket::default(); BUCKETS], newest_at: now, open: None }
     }
 
     /// For how long it has been open, if it is.
@@ -100,7 +101,7 @@ impl Breaker {
     }
 
     fn turn(&mut self, now: Instant) {
-        for _ in 0..=OLDEST {
+        for _ in 0..=BUCKETS {
             if now < self.newest_at + BUCKET {
                 return;
             }

@@ -325,7 +325,7 @@ impl Pacer {
         state.quiet_until = state.quiet_until.max(until);
     }
 
-    /// How fast calls are made at most, and what holds that where it is, in a sentence.
+    /// Most calls a second now, and what holds that where it is, in a sentence.
     #[must_use]
     pub fn explain(&self) -> (f64, String) {
         let now = Instant::now();

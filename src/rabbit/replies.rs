@@ -1,11 +1,12 @@
 //! A queue of one's own for replies, for `enqueue --wait` and `bulk --via-queue`.
 
+use std::time::Duration;
+
 use futures::StreamExt as _;
-use lapin::options::{
-    BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions, QueueDeleteOptions,
-};
+use lapin::options::{BasicConsumeOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, Consumer};
+use tokio::time::Instant;
 
 use super::consumer::in_time;
 use super::link::{self, LinkError, Options, short};
@@ -37,13 +38,16 @@ pub struct Received {
 /// Friday goes on on Monday.
 const KEPT: i64 = 4 * 24 * 3600 * 1000;
 
+/// For how long whoever consumes the queue is thought to be one that was killed just now.
+const ENDING: Duration = Duration::from_secs(5);
+/// How long until it is tried again.
+const AGAIN: Duration = Duration::from_millis(200);
+
 /// Declares the queue and consumes it: one of that name, which outlives its connection, or one that does not.
-/// Where it is to be `emptied`, one that is there and unused is deleted first.
 async fn declared(
     connection: &Connection,
     exchange: &str,
     name: Option<&str>,
-    emptied: bool,
 ) -> Result<(String, Consumer), LinkError> {
     let channel = connection.create_channel().await?;
     let stays = name.is_some();
@@ -59,11 +63,6 @@ async fn declared(
         // Whatever the virtual host's default is: it is one run's, and may be lost with its node.
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("classic".into()));
         arguments.insert("x-expires".into(), AMQPValue::LongLongInt(KEPT));
-    }
-    if let Some(name) = name.filter(|_| emptied) {
-        // Not that of somebody who consumes it: the broker refuses.
-        let unused = QueueDeleteOptions { if_unused: true, ..QueueDeleteOptions::default() };
-        channel.queue_delete(short(name)?, unused).await?;
     }
     let queue = channel.queue_declare(short(name.unwrap_or(""))?, declare, arguments).await?;
     let name = queue.name().as_str().to_owned();
@@ -93,12 +92,12 @@ impl ReplyQueue {
     /// If the broker is not there or says no.
     pub async fn open(options: &Options, name: &str, exchange: &str) -> Result<Self, LinkError> {
         let connection = link::connect(options, name).await?;
-        let (name, consumer) = in_time(declared(&connection, exchange, None, false)).await?;
+        let (name, consumer) = in_time(declared(&connection, exchange, None)).await?;
         Ok(Self { name, consumer, _connection: connection })
     }
 
-    /// The same with a name of its own: what comes while nobody is there is there for the next one, unless that
-    /// wants it `emptied`.
+    /// The same with a name of its own, which what comes while nobody is there still leads to. Nobody else may
+    /// consume it; one that was killed just now is waited for.
     ///
     /// # Errors
     /// If the broker is not there or says no, or somebody else takes its replies.
@@ -107,11 +106,19 @@ impl ReplyQueue {
         connection_name: &str,
         exchange: &str,
         name: &str,
-        emptied: bool,
     ) -> Result<Self, LinkError> {
         let connection = link::connect(options, connection_name).await?;
-        let declared = declared(&connection, exchange, Some(name), emptied);
-        let (name, consumer) = in_time(declared).await?;
+        let patience = Instant::now() + ENDING;
+        let (name, consumer) = loop {
+            match in_time(declared(&connection, exchange, Some(name))).await {
+                Err(LinkError::Denied(why))
+                    if why.contains("exclusive use") && Instant::now() < patience =>
+                {
+                    tokio::time::sleep(AGAIN).await;
+                }
+                declared => break declared?,
+            }
+        };
         Ok(Self { name, consumer, _connection: connection })
     }
 

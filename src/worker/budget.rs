@@ -58,8 +58,8 @@ pub(super) async fn lease(engine: Arc<Engine>, budget: Arc<dyn Budget>, per_seco
 /// Leases a block of places whenever somebody waits for one; ends with the ledger's error only.
 ///
 /// Who has somebody behind them gets places at once, at the end of the line. Bulk keeps that line short: it
-/// takes no place that lies further ahead than 80 ms, whichever worker it is that asks, and gets its
-/// guaranteed share at the end of the line.
+/// takes no place that lies further ahead than 80 ms (`HORIZON`), or two places where they lie further apart, whichever
+/// worker it is that asks, and gets its guaranteed share at the end of the line.
 ///
 /// # Errors
 /// See [`LedgerError`].

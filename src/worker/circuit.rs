@@ -176,7 +176,7 @@ impl Circuit {
         metrics::circuit_open(true);
         if gate.close(Reason::Circuit) {
             tracing::warn!(
-                "intake is paused: another worker of this ledger finds that most calls to Creem fail"
+                "intake is paused: another worker of this ledger finds that at least half of the calls to Creem fail"
             );
         }
     }

@@ -24,7 +24,7 @@ pub enum Reason {
     Publishing,
     /// No jobs are delivered: the broker is away.
     Broker,
-    /// Most calls to Creem fail.
+    /// At least half of the last calls to Creem failed.
     Circuit,
 }
 

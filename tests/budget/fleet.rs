@@ -141,7 +141,7 @@ impl Budget for Seat {
             *lead.lock().unwrap() = asked.elapsed();
             reckoning.hear(now, asked);
             let first = reckoning.instant(first).unwrap();
-            Ok(Places { first, count, interval, quiet })
+            Ok(Places { first, count, quiet })
         }
         .boxed()
     }

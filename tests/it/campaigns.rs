@@ -72,7 +72,7 @@ async fn a_cancelled_campaign(mut world: World) {
     assert_eq!(status["states"], serde_json::json!({"cancelled": JOBS - 2, "succeeded": 2}));
     let list = told(&world, &["campaign", "list"]).await;
     let lines: Vec<&str> = list.lines().collect();
-    assert!(lines[0].starts_with("Autumn: 1 jobs taken (1 succeeded)"), "{list}");
+    assert!(lines[0].starts_with("Autumn: 1 job taken (1 succeeded)"), "{list}");
     assert!(lines[1].starts_with("Fair, 2026: 5 jobs taken (3 cancelled, 2 succeeded)"), "{list}");
     assert!(lines[1].contains("; cancelled for jobs until 20"), "{list}");
     assert!(told(&world, &["check"]).await.contains("Fair, 2026 is cancelled"));

@@ -45,16 +45,12 @@ pub(super) fn run(settings: &Resolved, arguments: &Arguments) -> Outcome {
     }
     let empty = input.empty();
     if empty > 0 {
-        say_error(&format!("{} without a value passed over", count_of(empty, "row")));
+        say_error(&format!("{} without a value passed over", count(empty, "row")));
     }
     if wrong > 0 {
-        let text = format!("{} of {} wrong, see above", wrong, count_of(rows, "row"));
+        let text = format!("{} of {} wrong, see above", wrong, count(rows, "row"));
         return Err(Failure::Failed(anyhow::anyhow!(text)));
     }
-    say_error(&format!("{}, nothing is wrong with them", count_of(rows, "row")));
+    say_error(&format!("{}, nothing is wrong with them", count(rows, "row")));
     Ok(())
-}
-
-fn count_of(number: u64, thing: &str) -> String {
-    count(usize::try_from(number).unwrap_or(usize::MAX), thing)
 }

@@ -1,7 +1,7 @@
 //! `bulk --via-queue`: the rows as jobs of the bulk lane, and their replies out of a queue of the run's own.
 //!
-//! The queue is named after the output, so that a run that goes on finds what was answered meanwhile. What was
-//! sent twice is answered alike: the workers' ledger sees to that.
+//! The queue is named after the output, so that replies to a run that was killed have somewhere to go until it
+//! goes on. What was sent twice is answered alike: the workers' ledger sees to that.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -29,7 +29,7 @@ use crate::clock::{Clock as _, Millis, SystemClock};
 use crate::config::check::Resolved;
 use crate::job::json::Node;
 use crate::job::reply::{digest, rfc3339};
-use crate::job::{CheckoutRequest, Lane, Status};
+use crate::job::{CheckoutRequest, Lane};
 use crate::lifecycle::Stages;
 use crate::rabbit::publisher;
 use crate::rabbit::replies::ReplyQueue;
@@ -50,8 +50,7 @@ type Waiting = Arc<Mutex<HashMap<String, oneshot::Sender<Made>>>>;
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
     let (input, bytes, earlier) = opened(settings, arguments, out)?;
     let name = queue_name(settings, out);
-    // Replies to a run that is not gone on with may be of other workers, with another key.
-    let replies = open(settings, &name, out, !earlier.was_interrupted()).await?;
+    let replies = open(settings, &name, out).await?;
     let links = GivenLinks::read(earlier.links()).with_context(|| out.display().to_string())?;
     let precheck = Precheck::new(links, out);
     let stages = Stages::default();
@@ -119,12 +118,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
 }
 
 /// Makes the queue for the run's replies, or finds it again.
-async fn open(
-    settings: &Resolved,
-    name: &str,
-    out: &Path,
-    emptied: bool,
-) -> Result<ReplyQueue, Failure> {
+async fn open(settings: &Resolved, name: &str, out: &Path) -> Result<ReplyQueue, Failure> {
     if !settings.replies.allows(name) {
         return Err(Failure::Failed(anyhow!(
             "`replies.allow` does not allow {name}: workers with these settings would park every row; allow {}*",
@@ -133,8 +127,7 @@ async fn open(
     }
     let exchange = &settings.topology.replies_exchange;
     let replies =
-        ReplyQueue::open_named(&settings.amqp, "checkout-worker bulk", exchange, name, emptied)
-            .await;
+        ReplyQueue::open_named(&settings.amqp, "checkout-worker bulk", exchange, name).await;
     let why = || {
         format!(
             "the queue {name} for replies; check AMQP_URL, this user's permissions, and that no other run writes {}",
@@ -173,8 +166,8 @@ async fn collect(
         };
         let Some(made) = read_reply(&reply.body) else { continue };
         let (row, of) = reply.correlation_id.split_once(BETWEEN).unwrap_or_default();
-        // A link is one whichever run asked for it; why an earlier one got none says nothing of this one.
-        if of != run && made.status != Status::Succeeded {
+        // An earlier run's may be of other workers, with another key; this run's own follows.
+        if of != run {
             continue;
         }
         // Nobody waits for the second of two replies, nor for one to a row that was written before.
@@ -257,7 +250,7 @@ struct Sender<'a> {
     publisher: &'a Publisher,
     reply_to: &'a str,
     waiting: &'a Waiting,
-    /// Tells this run's replies from those of one that was interrupted.
+    /// Tells this run's replies from those of an earlier one.
     run: &'a str,
 }
 

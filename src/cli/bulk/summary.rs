@@ -39,7 +39,7 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
     if !tally.whole {
         return Err(interrupted(tally.rows, out));
     }
-    let rows = count(usize::try_from(tally.rows).unwrap_or(usize::MAX), "row");
+    let rows = count(tally.rows, "row");
     let mut text = format!("{rows}, {} with a link", tally.linked());
     for (status, rows) in tally.statuses.iter().filter(|(status, _)| **status != "succeeded") {
         text = format!("{text}, {rows} {status}");

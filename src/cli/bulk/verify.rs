@@ -134,7 +134,7 @@ impl LinkTally {
     fn summary(&self, out: &Path, refreshed: bool) -> Outcome {
         let words: Vec<String> =
             self.words.iter().map(|(word, rows)| format!("{rows} {word}")).collect();
-        let rows = count(usize::try_from(self.rows).unwrap_or(usize::MAX), "row");
+        let rows = count(self.rows, "row");
         let text = format!("{rows}: {}: {}", words.join(", "), out.display());
         if self.well == self.rows {
             say_error(&text);

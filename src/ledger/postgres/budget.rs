@@ -191,14 +191,14 @@ pub(super) async fn lease(
     let asked = Instant::now();
     let Some(row) = client.query_typed_opt(LEASE, &arguments).await? else {
         // Somebody else has just made the row.
-        return Ok(Places { first: asked, count: 0, interval, quiet: Duration::ZERO });
+        return Ok(Places { first: asked, count: 0, quiet: Duration::ZERO });
     };
     let (given, first): (i32, i64) = (row.try_get(0)?, row.try_get(1)?);
     let (now, quiet): (i64, i64) = (row.try_get(2)?, row.try_get(3)?);
     reckoning.hear(now, asked);
     let first = reckoning.instant(first).unwrap_or(asked);
     let count = if given == 1 { count } else { 0 };
-    Ok(Places { first, count, interval, quiet: duration(quiet) })
+    Ok(Places { first, count, quiet: duration(quiet) })
 }
 
 /// Tells all what one knows; what all know together.

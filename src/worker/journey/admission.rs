@@ -19,7 +19,7 @@ const MAKE_ROOM: Duration = Duration::from_secs(5);
 /// Whether a call may be made now.
 pub(super) enum Admission<'a> {
     Admitted(Pass<'a>),
-    /// Too late while waiting, or the gate closed again.
+    /// Too late or cancelled while waiting, or the gate is closed again: the rules say what follows.
     LookAgain,
     Verdict(Verdict),
 }
