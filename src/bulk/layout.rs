@@ -132,10 +132,14 @@ impl Layout {
         (!was.is_empty() && was != now).then(|| was.to_owned())
     }
 
-    /// Whether a line has a link.
-    pub(super) fn has_link(&self, line: &ByteRecord) -> bool {
-        line.len() == self.header.len()
-            && line.get(self.own) == Some(Status::Succeeded.as_str().as_bytes())
+    /// A line's link. A spreadsheet may have saved the file since, and leave out empty cells at the end of lines.
+    pub(super) fn link_in(&self, line: &ByteRecord) -> Option<EarlierLink> {
+        let text = |at: usize| {
+            let cell = std::str::from_utf8(line.get(at)?).ok()?;
+            Some(meant(cell).trim().to_owned()).filter(|text| !text.is_empty())
+        };
+        Status::parse(&text(self.own)?).filter(|status| *status == Status::Succeeded)?;
+        Some(EarlierLink { request_id: text(self.id_at)?, checkout_id: text(self.own + 1)? })
     }
 
     /// The next link in the lines of an output, of which so many bytes are whole lines' at most; `None` behind the
@@ -145,22 +149,13 @@ impl Layout {
         lines: &mut csv::Reader<File>,
         whole: u64,
     ) -> io::Result<Option<EarlierLink>> {
-        let text = |line: &ByteRecord, at: usize| {
-            let cell = std::str::from_utf8(line.get(at)?).ok()?;
-            Some(meant(cell).trim().to_owned()).filter(|text| !text.is_empty())
-        };
         let mut line = ByteRecord::new();
         while lines.read_byte_record(&mut line).map_err(io::Error::from)? {
             // However whole a line looks that does not end.
-            if self.end_of_line(lines) > whole || line.len() != self.header.len() {
-                continue;
-            }
-            let status = text(&line, self.own).as_deref().and_then(Status::parse);
-            if status == Some(Status::Succeeded)
-                && let (Some(request_id), Some(checkout_id)) =
-                    (text(&line, self.id_at), text(&line, self.own + 1))
+            if self.end_of_cells(lines) <= whole
+                && let Some(link) = self.link_in(&line)
             {
-                return Ok(Some(EarlierLink { request_id, checkout_id }));
+                return Ok(Some(link));
             }
         }
         Ok(None)
@@ -178,8 +173,12 @@ impl Layout {
     /// Where the line ends that was read last.
     pub(super) fn end_of_line(&self, reader: &csv::Reader<File>) -> u64 {
         // A reader is satisfied with the first of two characters that end a line.
-        let second = u64::from(self.format.is_crlf());
-        self.bom_len() + reader.position().byte() + second
+        self.end_of_cells(reader) + u64::from(self.format.is_crlf())
+    }
+
+    /// Behind the first of the characters that end the line that was read last, whichever they are.
+    pub(super) fn end_of_cells(&self, reader: &csv::Reader<File>) -> u64 {
+        self.bom_len() + reader.position().byte()
     }
 
     pub(super) fn bom_len(&self) -> u64 {

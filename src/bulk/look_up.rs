@@ -51,7 +51,12 @@ impl GoneTally {
 ///
 /// # Errors
 /// Why not, in a sentence.
-pub async fn same_job(inside: &Inside, id: &str, renewal: &Renewal) -> Result<(), String> {
+pub async fn same_job(
+    inside: &Inside,
+    id: &str,
+    checkout_id: &str,
+    renewal: &Renewal,
+) -> Result<(), String> {
     let job = renewal.own_job().map_err(|flaw| flaw.message)?;
     let key = Key { mode: inside.engine.mode, request_id: job.request_id.clone() };
     let ledger = &inside.engine.journey.ledger;
@@ -61,6 +66,11 @@ pub async fn same_job(inside: &Inside, id: &str, renewal: &Renewal) -> Result<()
             "this ledger does not know {id} (any more), so nobody can tell whether line and flags make the same job again: make a new file of jobs"
         ));
     };
+    if known.checkout_id.as_deref() != Some(checkout_id) {
+        return Err(format!(
+            "the ledger has another link for {id} than {checkout_id}: has somebody moved cells of the file? Take the run's own output"
+        ));
+    }
     let again = Fingerprint::of(&job.members, &ledger.identity().secret);
     match known.fingerprint.compare(&again) {
         Comparison::Same => Ok(()),

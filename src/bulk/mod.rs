@@ -14,6 +14,7 @@ pub mod look_up;
 pub mod output;
 mod reading;
 pub mod source;
+pub mod stems;
 pub mod table;
 pub mod verify;
 

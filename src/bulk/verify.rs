@@ -8,7 +8,7 @@ use csv::ByteRecord;
 use super::columns::{self, Column, Defaults, RESULT};
 use super::input::{InputError, Job, Wishes, judge};
 use super::layout::REQUEST_ID;
-use super::source::{Format, recognise};
+use super::source::{End, EndMet, Format, recognise};
 use super::table::meant;
 use crate::creem::Seen;
 use crate::job::{Rules, Status};
@@ -84,6 +84,7 @@ struct Places {
 pub struct Links {
     reader: csv::Reader<Box<dyn Read + Send>>,
     format: Format,
+    end: End,
     header: ByteRecord,
     places: Places,
     making: Arc<Making>,
@@ -123,6 +124,8 @@ impl Links {
         let Format::Csv { delimiter, .. } = format else { return Err(LinksError::Foreign) };
         let mut builder = csv::ReaderBuilder::new();
         builder.has_headers(false).flexible(true).delimiter(delimiter);
+        let end = End::of(format);
+        let source = source.chain(end.tail());
         let mut reader = builder.from_reader(Box::new(source) as Box<dyn Read + Send>);
         let mut header = ByteRecord::new();
         read(&mut reader, &mut header)?;
@@ -143,7 +146,7 @@ impl Links {
         let columns = columns::read_header(own, &with_ids, &carry, &rules.extra_fields)
             .map_err(InputError::Header)?;
         let making = Arc::new(Making { columns, defaults, rules });
-        Ok(Self { reader, format, header, places, making })
+        Ok(Self { reader, format, end, header, places, making })
     }
 
     /// What kind of file it is.
@@ -170,8 +173,14 @@ impl Links {
     /// See [`LinksError`].
     pub fn next_line(&mut self) -> Result<Option<Line>, LinksError> {
         let mut cells = ByteRecord::new();
+        let line = self.reader.position().line() + u64::from(self.format.is_crlf());
         if !read(&mut self.reader, &mut cells)? {
             return Ok(None);
+        }
+        match self.end.seen(&cells) {
+            Some(EndMet::End) => return Ok(None),
+            Some(EndMet::InACell) => return Err(InputError::OpenQuote(line).into()),
+            None => {}
         }
         while cells.len() < self.header.len() {
             cells.push_field(b"");
@@ -306,18 +315,27 @@ fn read(
 fn places(names: &[String]) -> Option<Places> {
     // The last one that has all of them behind it: an input may have a column of the same name.
     let status = names.windows(RESULT.len()).rposition(|window| window.iter().eq(RESULT))?;
-    let request_id = names.iter().rposition(|name| name == REQUEST_ID)?;
+    let request_id = names.iter().rposition(|name| name.trim() == REQUEST_ID)?;
     let link = names.windows(ADDED.len()).rposition(|window| window.iter().eq(ADDED));
     Some(Places { status, request_id, link })
 }
 
 fn next_id(id: &str) -> String {
-    let again =
-        id.rsplit_once(".r").and_then(|(stem, number)| Some((stem, number.parse::<u32>().ok()?)));
-    match again {
+    match numbered(id) {
         Some((stem, number)) => format!("{stem}.r{}", number.saturating_add(1)),
         None => format!("{id}.r1"),
     }
+}
+
+/// What all ids begin with that follow from one another.
+#[must_use]
+pub fn stem(id: &str) -> &str {
+    numbered(id).map_or(id, |(stem, _)| stem)
+}
+
+fn numbered(id: &str) -> Option<(&str, u32)> {
+    let (stem, number) = id.rsplit_once(".r")?;
+    Some((stem, number.parse().ok()?))
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
 //! What interrupted runs have left, and how the next one goes on.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 
 use csv::ByteRecord;
 
-use super::files::{before_of, nothing_else_is_there, open_part, part_of, run_of};
-use super::links::{EarlierLinks, read, read_part, whole_lines};
+use super::files::{
+    before_of, copied, new_of, nothing_else_is_there, open_part, part_of, put_in_place, run_of,
+};
+use super::links::{EarlierLinks, LinkedFile, byte_before, read, read_part, whole_lines};
 use super::{Output, OutputError};
 use crate::bulk::input::Row;
 use crate::bulk::layout::{Layout, Outcome, next_line};
@@ -24,7 +26,7 @@ pub struct Earlier {
     run: String,
     path: PathBuf,
     /// Where the links are that rows were given before which are asked for again.
-    linked: Vec<PathBuf>,
+    linked: Vec<LinkedFile>,
 }
 
 #[derive(Debug)]
@@ -68,28 +70,31 @@ impl Earlier {
     pub fn look(path: &Path, layout: Layout, run: String) -> Result<Self, OutputError> {
         let part_path = part_of(path);
         // Something else is not written over.
-        let mut linked: Vec<PathBuf> =
-            read(&layout, path)?.into_iter().map(|_| path.to_owned()).collect();
-        let before = before_of(path);
-        if read(&layout, &before)?.is_some() {
-            linked.push(before);
+        let mut linked = Vec::new();
+        for whole in [path.to_owned(), before_of(path)] {
+            if read(&layout, &whole)?.is_some() {
+                linked.push(LinkedFile { path: whole, grows: false });
+            }
         }
         let part = match read_part(&layout, &part_path)? {
             None => None,
             Some(_) if std::fs::read_to_string(run_of(path)).ok().as_ref() != Some(&run) => {
                 return Err(OutputError::AnotherRun(part_path));
             }
-            // Its lines do not show what their rows were: the ledger is asked for each again.
-            Some(_) if layout.format == Format::Ndjson => {
-                linked.push(part_path);
-                None
-            }
             Some(reader) => {
-                let whole =
-                    whole_lines(&part_path).map_err(|error| OutputError::Io(part_path, error))?;
+                let io = |error| OutputError::Io(part_path.clone(), error);
+                let whole = whole_lines(&part_path).map_err(io)?;
                 let good = layout.end_of_line(&reader);
-                // Its first line, too, counts only if it ends.
-                (good <= whole).then_some(Part { reader, good, lines: 0, whole, holds: true })
+                let ends = byte_before(&part_path, good).map_err(io)? == Some(b'\n');
+                if layout.format == Format::Ndjson || (good <= whole && !ends) {
+                    // Its lines do not show what their rows were, or end as they would not if they were written
+                    // here: the ledger is asked for each again.
+                    linked.push(LinkedFile { path: part_path, grows: true });
+                    None
+                } else {
+                    // Its first line, too, counts only if it ends.
+                    (good <= whole).then_some(Part { reader, good, lines: 0, whole, holds: true })
+                }
             }
         };
         Ok(Self { layout, part, run, path: path.to_owned(), linked })
@@ -105,7 +110,8 @@ impl Earlier {
     /// The links in an interrupted run's lines that are not gone on behind: their rows, too, are asked for again.
     #[must_use]
     pub fn cut_off(&self) -> EarlierLinks {
-        let files = self.part.iter().map(|_| part_of(&self.path)).collect();
+        let part = |_| LinkedFile { path: part_of(&self.path), grows: true };
+        let files = self.part.iter().map(part).collect();
         let passed = self.part.as_ref().map_or(0, |part| part.lines);
         EarlierLinks::of(self.layout.clone(), files, passed)
     }
@@ -152,7 +158,7 @@ impl Earlier {
         let io = |error| OutputError::Io(part.clone(), error);
         let run = run_of(&self.path);
         let before = before_of(&self.path);
-        for ours in [&run, &before] {
+        for ours in [&run, &before, &new_of(&before)] {
             nothing_else_is_there(ours)?;
         }
         let file = open_part(&part)?;
@@ -177,23 +183,24 @@ impl Earlier {
         let whole = whole_lines(part).map_err(unread)?;
         let good = self.part.as_ref().map_or(0, |part| part.good);
         let mut kept: Option<csv::Writer<BufWriter<File>>> = None;
+        let new = new_of(before);
         let mut line = ByteRecord::new();
         // Whatever cannot be read is not cut off.
         while lines.read_byte_record(&mut line).map_err(|error| unread(error.into()))? {
-            let end = self.layout.end_of_line(&lines);
-            if end <= good || end > whole || !self.layout.has_link(&line) {
+            let end = self.layout.end_of_cells(&lines);
+            if end <= good || end > whole || self.layout.link_in(&line).is_none() {
                 continue;
             }
             let writer = if let Some(writer) = &mut kept {
                 writer
             } else {
-                let file = OpenOptions::new().append(true).create(true).open(before);
-                kept.insert(self.layout.append_to(file.map_err(io)?).map_err(io)?)
+                let file = copied(before, &new).map_err(io)?;
+                kept.insert(self.layout.append_to(file).map_err(io)?)
             };
             writer.write_byte_record(&line).map_err(|error| io(io::Error::other(error)))?;
         }
         let Some(mut writer) = kept else { return Ok(()) };
         writer.flush().map_err(io)?;
-        writer.get_ref().get_ref().sync_all().map_err(io)
+        put_in_place(writer.get_ref().get_ref(), &new, before).map_err(io)
     }
 }

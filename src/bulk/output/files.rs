@@ -1,7 +1,8 @@
 //! The files beside an output, and who may write them.
 
-use std::fs::{File, OpenOptions, TryLockError};
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::OutputError;
@@ -12,13 +13,20 @@ use super::OutputError;
 /// What the file system says.
 pub fn put_in_place(file: &File, part: &Path, path: &Path) -> io::Result<()> {
     file.sync_all()?;
+    if !is_still(file, part)? {
+        let text = format!(
+            "something else is called {} now: whatever has saved it there must not; the same command does what is missing",
+            part.display()
+        );
+        return Err(io::Error::other(text));
+    }
     std::fs::rename(part, path)?;
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     File::open(directory.unwrap_or_else(|| Path::new(".")))
         .and_then(|directory| directory.sync_all())
 }
 
-/// Begins an output anew, for whoever goes on with none: locked as long as it is written.
+/// Opens the part of an output for whoever goes on with none: locked as long as it is open, and not cut off yet.
 ///
 /// # Errors
 /// See [`OutputError`]; a run that was interrupted is not written over.
@@ -32,8 +40,10 @@ pub fn begin_anew(path: &Path) -> Result<File, OutputError> {
         return Err(OutputError::NoFile(path.to_owned()));
     }
     let file = open_part(&part)?;
-    file.set_len(0).map_err(|error| OutputError::Io(part, error))?;
-    Ok(file)
+    match std::fs::remove_file(run_of(path)) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(OutputError::Io(part, error)),
+        Ok(()) | Err(_) => Ok(file),
+    }
 }
 
 /// Opens the part, or makes it; locked as long as it is open.
@@ -42,13 +52,39 @@ pub(super) fn open_part(part: &Path) -> Result<File, OutputError> {
     let opened = OpenOptions::new().write(true).create(true).truncate(false).open(part);
     let file = opened.map_err(|error| OutputError::Io(part.to_owned(), error))?;
     lock(&file, part)?;
-    Ok(file)
+    // Whoever had it locked until now may have given it another name.
+    match is_still(&file, part) {
+        Ok(true) => Ok(file),
+        Ok(false) => Err(OutputError::InUse(part.to_owned())),
+        Err(error) => Err(OutputError::Io(part.to_owned(), error)),
+    }
 }
 
-/// What is written beside an output follows no link and waits for no pipe.
+/// Whether an open file has that name.
+fn is_still(file: &File, path: &Path) -> io::Result<bool> {
+    let which = |about: &Metadata| (about.dev(), about.ino());
+    match std::fs::symlink_metadata(path) {
+        Ok(about) => Ok(which(&about) == which(&file.metadata()?)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// A copy of a file, if it is there, to be written behind and put in its place.
+pub(super) fn copied(path: &Path, new: &Path) -> io::Result<File> {
+    match std::fs::copy(path, new) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => File::create(new),
+        Err(error) => Err(error),
+        Ok(_) => OpenOptions::new().write(true).open(new),
+    }
+}
+
+/// What is written beside an output follows no link, waits for no pipe, and is no file of another name.
 pub(super) fn nothing_else_is_there(path: &Path) -> Result<(), OutputError> {
     match std::fs::symlink_metadata(path) {
-        Ok(about) if !about.is_file() => Err(OutputError::NoFile(path.to_owned())),
+        Ok(about) if !about.is_file() || about.nlink() > 1 => {
+            Err(OutputError::NoFile(path.to_owned()))
+        }
         Ok(_) | Err(_) => Ok(()),
     }
 }
@@ -74,6 +110,14 @@ pub fn run_of(path: &Path) -> PathBuf {
 pub fn before_of(path: &Path) -> PathBuf {
     let mut name = part_of(path).into_os_string();
     name.push(".before");
+    name.into()
+}
+
+/// Where what takes a file's place is written.
+#[must_use]
+pub fn new_of(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
     name.into()
 }
 

@@ -7,11 +7,19 @@ use std::path::{Path, PathBuf};
 use super::OutputError;
 use crate::bulk::layout::{EarlierLink, Layout, next_line};
 
+/// A file with links that rows were given before.
+#[derive(Debug, Clone)]
+pub(super) struct LinkedFile {
+    pub(super) path: PathBuf,
+    /// Whether it was being written: its last line may be torn.
+    pub(super) grows: bool,
+}
+
 /// Links that rows were given before.
 #[derive(Debug)]
 pub struct EarlierLinks {
     layout: Layout,
-    files: std::vec::IntoIter<PathBuf>,
+    files: std::vec::IntoIter<LinkedFile>,
     lines: Option<(PathBuf, csv::Reader<File>, u64)>,
     /// Lines of the first file that are passed over.
     passed: u64,
@@ -19,7 +27,7 @@ pub struct EarlierLinks {
 
 impl EarlierLinks {
     /// Those of some files, without the first lines of the first one.
-    pub(super) fn of(layout: Layout, files: Vec<PathBuf>, passed: u64) -> Self {
+    pub(super) fn of(layout: Layout, files: Vec<LinkedFile>, passed: u64) -> Self {
         Self { layout, files: files.into_iter(), lines: None, passed }
     }
 
@@ -31,12 +39,14 @@ impl EarlierLinks {
                     return Ok(Some(link));
                 }
             }
-            let Some(path) = self.files.next() else { return Ok(None) };
+            let Some(LinkedFile { path, grows }) = self.files.next() else { return Ok(None) };
             let Some(mut lines) = read(&self.layout, &path)? else { continue };
             for _ in 0..std::mem::take(&mut self.passed) {
                 next_line(&mut lines);
             }
-            let whole = whole_lines(&path).map_err(|error| OutputError::Io(path.clone(), error))?;
+            // Where a spreadsheet has saved a whole one since, its last line may have no end.
+            let whole = if grows { whole_lines(&path) } else { Ok(u64::MAX) };
+            let whole = whole.map_err(|error| OutputError::Io(path.clone(), error))?;
             self.lines = Some((path, lines, whole));
         }
     }
@@ -79,9 +89,16 @@ pub(super) fn read(layout: &Layout, path: &Path) -> Result<Option<csv::Reader<Fi
 
 /// How long a file is, but for a last byte that ends no line.
 pub(super) fn whole_lines(path: &Path) -> io::Result<u64> {
+    let length = std::fs::metadata(path)?.len();
+    let ends = byte_before(path, length)?.is_some_and(|byte| matches!(byte, b'\n' | b'\r'));
+    Ok(if ends { length } else { length.saturating_sub(1) })
+}
+
+/// The byte that comes before a place in a file.
+pub(super) fn byte_before(path: &Path, at: u64) -> io::Result<Option<u8>> {
+    let Some(at) = at.checked_sub(1) else { return Ok(None) };
     let mut file = File::open(path)?;
-    let before_last = file.seek(SeekFrom::End(-1))?;
-    let mut last = [0];
-    file.read_exact(&mut last)?;
-    Ok(before_last + u64::from(last == *b"\n"))
+    file.seek(SeekFrom::Start(at))?;
+    let mut byte = [0];
+    Ok((file.read(&mut byte)? == 1).then_some(byte[0]))
 }

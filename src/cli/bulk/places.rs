@@ -28,9 +28,13 @@ pub(super) fn check(
         places.push(("the input", arguments.file.clone()));
     }
     if let Some(Ledger::File(path)) = ledger {
-        for (what, end) in
-            [("the ledger", ""), ("the ledger's log", "-wal"), ("the ledger's lock", ".lock")]
-        {
+        for (what, end) in [
+            ("the ledger", ""),
+            ("the ledger's log", "-wal"),
+            ("the ledger's index of its log", "-shm"),
+            ("the ledger's journal", "-journal"),
+            ("the ledger's lock", ".lock"),
+        ] {
             let mut path = path.clone().into_os_string();
             path.push(end);
             places.push((what, path.into()));

@@ -14,8 +14,9 @@ use super::written_over::WrittenOver;
 use crate::bulk::inside::{Inside, problem};
 use crate::bulk::look_up::{GoneTally, ask_for, known_before, same_job};
 use crate::bulk::output::{begin_anew, part_of, put_in_place};
+use crate::bulk::stems::Stems;
 use crate::bulk::table::Writer;
-use crate::bulk::verify::{Line, Link, Links, Renewal};
+use crate::bulk::verify::{Line, Link, Links, Renewal, stem};
 use crate::cli::{Failure, Outcome, count, say_error};
 use crate::config::check::Resolved;
 use crate::job::Status;
@@ -33,20 +34,19 @@ struct Looked {
 
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
     let part = part_of(out);
-    let over = WrittenOver::read(out, arguments, settings)?;
-    let (source, _) = source(&arguments.file)?;
+    let mut over = WrittenOver::read(out, arguments, settings)?;
     let shown = || arguments.file.display().to_string();
-    let mut links = Links::open(source, arguments.wishes(settings)).with_context(shown)?;
-    if arguments.refresh && !links.names_the_product() {
-        let text = "no column names the product of new links: give the flags of the first run as well (--product …)";
-        return Err(Failure::Usage(text.to_owned()));
-    }
-    let file = begin_anew(out)?;
+    let (mut links, stems) = opened(settings, arguments)?;
     let Some(Begun { inside, stages, mut tasks, at_once }) = begin(settings, arguments).await?
     else {
         return Err(interrupted(0, out));
     };
+    let file = begin_anew(out)?;
     let written = || format!("{} cannot be written", part.display());
+    over.keep_part()?;
+    file.set_len(0).with_context(written)?;
+    // Locked until it is in its place.
+    let whole = file.try_clone().with_context(written)?;
     let mut table =
         Writer::like(std::io::BufWriter::new(file), links.format()).with_context(written)?;
     table.record(&links.header()).with_context(written)?;
@@ -63,8 +63,9 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     });
     let rows = rows.take_while(|_| !stages.soft.is_cancelled());
     let seen = GoneTally::default();
-    let looked =
-        futures::stream::iter(rows).map(|(line, new)| look(&inside, &seen, &over, line, new));
+    let over = &over;
+    let renewing = Renewing { inside: &inside, over, stems: &stems };
+    let looked = futures::stream::iter(rows).map(|(line, new)| look(&renewing, &seen, line, new));
     // In the order of the file.
     let mut looked = looked.buffered(at_once);
     loop {
@@ -91,10 +92,33 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     }
     table.finish().with_context(written)?;
     over.check(&inside, &part).await?;
-    let file = std::fs::File::open(&part).with_context(written)?;
-    put_in_place(&file, &part, out)
+    put_in_place(&whole, &part, out)
         .with_context(|| format!("{} cannot be written", out.display()))?;
+    over.is_in_place();
     tally.summary(out, arguments.refresh)
+}
+
+/// Begins to read the file; before new links are made, it is looked through for ids that these might have.
+fn opened(settings: &Resolved, arguments: &Arguments) -> Result<(Links, Stems), Failure> {
+    let open = || -> Result<Links, Failure> {
+        let (bytes, _) = source(&arguments.file)?;
+        let links = Links::open(bytes, arguments.wishes(settings));
+        Ok(links.with_context(|| arguments.file.display().to_string())?)
+    };
+    if !arguments.refresh {
+        return Ok((open()?, Stems::default()));
+    }
+    if arguments.file.as_os_str() == "-" {
+        let text = "--refresh reads the file twice: give its name";
+        return Err(Failure::Usage(text.to_owned()));
+    }
+    let mut links = open()?;
+    if !links.names_the_product() {
+        let text = "no column names the product of new links: give the flags of the first run as well (--product …)";
+        return Err(Failure::Usage(text.to_owned()));
+    }
+    let stems = Stems::read(&mut links).with_context(|| arguments.file.display().to_string())?;
+    Ok((open()?, stems))
 }
 
 fn stopped(part: &Path) -> Failure {
@@ -151,14 +175,21 @@ impl LinkTally {
     }
 }
 
+/// What decides whether a new link is made.
+struct Renewing<'a> {
+    inside: &'a Inside,
+    over: &'a WrittenOver<'a>,
+    stems: &'a Stems,
+}
+
 /// Asks what has become of a line's link, and where it is dead and may be renewed, has a new one made.
 async fn look(
-    inside: &Inside,
+    renewing: &Renewing<'_>,
     seen: &GoneTally,
-    over: &WrittenOver<'_>,
     line: Line,
     new: Option<Renewal>,
 ) -> Looked {
+    let inside = renewing.inside;
     let Some(checkout_id) = line.checkout_id() else {
         return Looked { line, link: None, renewed: None };
     };
@@ -167,17 +198,24 @@ async fn look(
     let Some(renewal) = new.filter(|_| state.is_dead()) else {
         return Looked { line, link: Some(state), renewed: None };
     };
-    if let Err(why) = same_job(inside, &id, &renewal).await {
+    let may = if renewing.stems.is_shared(&id) {
+        let stem = stem(&id);
+        Err(format!(
+            "more than one line is called {stem} or {stem}.rN, as new links are: its new id may be another line's. Make a link under an id of your own"
+        ))
+    } else {
+        same_job(inside, &id, &checkout_id, &renewal).await
+    };
+    if let Err(why) = may {
         say_error(&format!("{id}: no new link: {why}"));
         return Looked { line, link: Some(state), renewed: Some(Status::Conflict) };
     }
-    renew(inside, over, line, state, renewal).await
+    renew(renewing, line, state, renewal).await
 }
 
 /// Has a new link made under the next id that has no dead one: an earlier look may have renewed it before.
 async fn renew(
-    inside: &Inside,
-    over: &WrittenOver<'_>,
+    Renewing { inside, over, .. }: &Renewing<'_>,
     line: Line,
     mut state: Link,
     mut renewal: Renewal,
@@ -217,8 +255,11 @@ async fn renew(
             return Looked { line, link: Some(state), renewed: Some(made.status) };
         };
         // One that was made now is not asked for: that Creem does not show it yet would say nothing.
-        state =
-            if before.is_some() { ask_for(inside, &id, &checkout_id).await } else { Link::Open };
+        state = if known == Some(&checkout_id) {
+            ask_for(inside, &id, &checkout_id).await
+        } else {
+            Link::Open
+        };
         if !state.is_dead() {
             let line = line.renewed(&id, &made);
             return Looked { line, link: Some(state), renewed: Some(made.status) };

@@ -2,20 +2,25 @@
 
 use std::cell::RefCell;
 use std::fs::File;
+use std::io::{BufWriter, ErrorKind, Read as _, Seek as _, SeekFrom};
 use std::path::Path;
 
 use anyhow::{Context as _, anyhow};
 
 use super::Arguments;
+use crate::bulk::columns::RESULT;
 use crate::bulk::given::GivenLinks;
+use crate::bulk::input::InputError;
 use crate::bulk::inside::Inside;
-use crate::bulk::layout::EarlierLink;
+use crate::bulk::layout::{EarlierLink, REQUEST_ID};
+use crate::bulk::output::{before_of, new_of, part_of, put_in_place};
+use crate::bulk::table::Writer;
 use crate::bulk::verify::{Line, Links, LinksError};
 use crate::cli::Failure;
 use crate::config::check::Resolved;
-use crate::job::{Key, RequestId, printable};
+use crate::job::{Key, RequestId, Status, printable};
 
-/// Its links, but for those that were written again.
+/// Its links, and those of an interrupted look, but for those that were written again.
 pub(super) struct WrittenOver<'a> {
     out: &'a Path,
     arguments: &'a Arguments,
@@ -30,35 +35,85 @@ impl<'a> WrittenOver<'a> {
         arguments: &'a Arguments,
         settings: &'a Resolved,
     ) -> Result<Self, Failure> {
-        let over = Self { out, arguments, settings, left: RefCell::default() };
-        if let Some(links) = over.links()? {
-            let given = GivenLinks::read(links).with_context(|| out.display().to_string())?;
-            over.left.replace(given);
+        let mut over = Self { out, arguments, settings, left: RefCell::default() };
+        for file in [out.to_owned(), before_of(out)] {
+            over.note_all(&file, false)?;
         }
         Ok(over)
     }
 
+    fn note_all(&mut self, file: &Path, torn: bool) -> Result<(), Failure> {
+        for link in self.links(file, torn)?.into_iter().flatten() {
+            let EarlierLink { request_id, checkout_id } =
+                link.with_context(|| file.display().to_string())?;
+            self.left.get_mut().note(&request_id, &checkout_id);
+        }
+        Ok(())
+    }
+
+    /// Keeps the links that an interrupted look has left in the part, which is about to be cut off: it may have made
+    /// some of them. The looks after this one are to know them, too.
+    pub(super) fn keep_part(&mut self) -> Result<(), Failure> {
+        let part = part_of(self.out);
+        let Some(links) = self.links(&part, true)? else { return Ok(()) };
+        let before = before_of(self.out);
+        let new = new_of(&before);
+        let earlier = self.links(&before, false)?;
+        let write = || -> anyhow::Result<()> {
+            // What else may be there is nobody's: it is this one's own name.
+            drop(std::fs::remove_file(&new));
+            let file = File::create_new(&new)?;
+            let mut table = Writer::new(BufWriter::new(&file));
+            table.line(&[&[REQUEST_ID], &RESULT[..]].concat())?;
+            for link in earlier.into_iter().flatten().chain(links) {
+                let EarlierLink { request_id, checkout_id } = link?;
+                let status = Status::Succeeded.as_str();
+                table.line(&[&request_id, status, &checkout_id, "", "", ""])?;
+            }
+            table.finish()?;
+            Ok(put_in_place(&file, &new, &before)?)
+        };
+        write().with_context(|| {
+            format!("{} cannot be kept as {}", part.display(), before.display())
+        })?;
+        self.note_all(&before, false)
+    }
+
+    /// The output is in its place, and has all that was kept.
+    pub(super) fn is_in_place(&self) {
+        drop(std::fs::remove_file(before_of(self.out)));
+    }
+
+    /// The links of a file, if it is there; of one that may be torn, those of its whole lines.
     fn links(
         &self,
+        file: &Path,
+        torn: bool,
     ) -> Result<Option<impl Iterator<Item = Result<EarlierLink, LinksError>> + use<>>, Failure>
     {
-        let shown = || self.out.display().to_string();
+        let shown = || file.display().to_string();
         // Asked before it is opened: a pipe would wait for somebody at its other end.
-        match std::fs::metadata(self.out) {
+        match std::fs::metadata(file) {
             Ok(about) if about.is_file() && about.len() > 0 => {}
             // What is no file at all is refused where the output is begun.
             Ok(_) => return Ok(None),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(Failure::Failed(anyhow!(error).context(shown()))),
         }
-        let file = File::open(self.out).with_context(shown)?;
-        let Ok(mut links) = Links::open(file, self.arguments.wishes(self.settings)) else {
+        let whole = if torn { last_line_break(file).with_context(shown)? } else { Some(u64::MAX) };
+        let Some(whole) = whole else { return Ok(None) };
+        let source = File::open(file).with_context(shown)?.take(whole);
+        let Ok(mut links) = Links::open(source, self.arguments.wishes(self.settings)) else {
             return Err(Failure::Failed(anyhow!(
                 "{} is there and is no file of links: give another --out, or remove it",
-                self.out.display()
+                file.display()
             )));
         };
-        let rows = std::iter::from_fn(move || links.next_line().transpose());
+        let rows = std::iter::from_fn(move || match links.next_line() {
+            // It was cut off within a cell.
+            Err(LinksError::Input(InputError::OpenQuote(_))) if torn => None,
+            line => line.transpose(),
+        });
         Ok(Some(rows.filter_map(|line| line.map(|line| link_of(&line)).transpose())))
     }
 
@@ -79,23 +134,29 @@ impl<'a> WrittenOver<'a> {
         self.left.borrow().is_of(request_id, checkout_id)
     }
 
-    /// Refuses to lose a link that was not written again and that the ledger has not made.
+    /// Refuses to lose a link that was not written again and that the ledger has not made. A mere look also loses
+    /// none that the ledger knows: its line may be what an earlier one has renewed.
     pub(super) async fn check(&self, inside: &Inside, part: &Path) -> Result<(), Failure> {
         if self.left.borrow().is_empty() {
             return Ok(());
         }
-        let Some(links) = self.links()? else { return Ok(()) };
-        for link in links {
-            let EarlierLink { request_id, checkout_id } =
-                link.with_context(|| self.out.display().to_string())?;
-            let left = self.left.borrow().is_of(&request_id, &checkout_id);
-            if left && !is_known(inside, &request_id, &checkout_id).await? {
+        for file in [self.out.to_owned(), before_of(self.out)] {
+            for link in self.links(&file, false)?.into_iter().flatten() {
+                let EarlierLink { request_id, checkout_id } =
+                    link.with_context(|| file.display().to_string())?;
+                if !self.is_of(&request_id, &checkout_id)
+                    || (self.arguments.refresh
+                        && is_known(inside, &request_id, &checkout_id).await?)
+                {
+                    continue;
+                }
                 return Err(Failure::Failed(anyhow!(
-                    "{} has a link for {} ({}) that is not in {} and that the ledger has not made: it would be lost. Give another --out; {} has what was learned",
-                    self.out.display(),
+                    "{} has a link for {} ({}) that is not in {}{}: it would be lost. Give another --out, or look at that file; {} has what was learned",
+                    file.display(),
                     printable(&request_id, 128),
                     printable(&checkout_id, 128),
                     self.arguments.file.display(),
+                    if self.arguments.refresh { " and that the ledger has not made" } else { "" },
                     part.display()
                 )));
             }
@@ -114,4 +175,22 @@ async fn is_known(inside: &Inside, request_id: &str, checkout_id: &str) -> anyho
     let key = Key { mode: inside.engine.mode, request_id };
     let known = inside.engine.journey.ledger.known(key).await?;
     Ok(known.is_some_and(|known| known.checkout_id.as_deref() == Some(checkout_id)))
+}
+
+/// How many bytes there are up to the last end of a line, if there is one.
+fn last_line_break(path: &Path) -> std::io::Result<Option<u64>> {
+    const BLOCK: u64 = 64 * 1024;
+    let mut file = File::open(path)?;
+    let mut end = file.metadata()?.len();
+    while end > 0 {
+        let begin = end.saturating_sub(BLOCK);
+        let mut block = Vec::new();
+        file.seek(SeekFrom::Start(begin))?;
+        (&file).take(end - begin).read_to_end(&mut block)?;
+        if let Some(at) = block.iter().rposition(|byte| *byte == b'\n') {
+            return Ok(Some(begin + at as u64 + 1));
+        }
+        end = begin;
+    }
+    Ok(None)
 }
