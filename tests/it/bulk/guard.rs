@@ -295,12 +295,4 @@ async fn what_takes_the_name_of_a_part_is_not_put_in_the_outputs_place() {
     drop(writing);
     assert_eq!(process.ended().await, 1);
     assert!(!desk.path("links.csv").exists());
-    // Nor is a file cut off that has another name as well.
-    let input = desk.write("in.csv", &table(1));
-    std::fs::remove_file(desk.path("links.csv.part")).unwrap();
-    std::fs::remove_file(desk.path("links.csv.part.run")).unwrap();
-    std::fs::hard_link(&input, desk.path("links.csv.part")).unwrap();
-    let (code, said) = desk.bulk(&input, &[]).await;
-    assert_eq!(code, 1, "{said}");
-    assert_eq!(desk.read("in.csv"), table(1));
 }

@@ -15,6 +15,12 @@ async fn a_look_at_links_loses_none_in_the_file_that_it_is_written_over() {
     let (code, _, said) = command(&verify, desk.settings.clone(), "").await;
     assert!(code == 1 && said.contains("it would be lost"), "{said}");
     assert_eq!(desk.read("other.csv"), other);
+    // Nor where its part is a file that has another name as well.
+    let text = desk.read("links.csv");
+    std::fs::hard_link(desk.path("links.csv"), desk.path("fresh.csv.part")).unwrap();
+    let (code, said) = desk.verify("links.csv", "fresh.csv", &[]).await;
+    assert!(code == 1 && said.contains("another name as well"), "{said}");
+    assert_eq!(desk.read("links.csv"), text);
     // Its own earlier look it may be written over.
     let own = desk.path("checked.csv").display().to_string();
     for _ in 0..2 {
