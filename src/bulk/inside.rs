@@ -50,6 +50,7 @@ impl Inside {
             picked_up_at: journey.clock.now(),
             redelivered: false,
             elsewhere: false,
+            look_first: true,
             // There is no delivery that could be lost.
             session: CancellationToken::new(),
             hold_until: Instant::now() + LONGEST_HOLD,

@@ -63,7 +63,7 @@ pub(super) fn engine(
         },
         gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
         orders: Orders::default(),
-        circuit: Circuit::default(),
+        circuit: Circuit::new(settings.journey.request_timeout),
         turns: Turns::default(),
         trouble: Trouble::default(),
         key_accepted_at: tokio::sync::Mutex::default(),

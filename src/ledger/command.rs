@@ -80,7 +80,7 @@ pub struct Lease {
     pub free: u32,
     /// Earlier calls whose outcome nobody knows.
     pub ambiguous: u32,
-    /// When the job was first picked up for this outcome.
+    /// When the job was first picked up for this outcome; later by what was told not to count: see [`Next::Wait`].
     pub opened_at: Millis,
 }
 
@@ -136,6 +136,12 @@ pub enum Attempt {
     Counted,
     /// Creem was not reached, or said "slow down": it costs time, but no attempt; certainly no session.
     Free,
+    /// A call that was made to see whether Creem is back, and whose outcome nobody knows: no attempt of the job's,
+    /// as it was not made for its sake; but a session may exist.
+    Probed {
+        /// What came of it.
+        reason: String,
+    },
     /// It counts, and a session may exist; its id, if it could be read.
     Ambiguous {
         /// The session that nobody is given.
@@ -154,6 +160,8 @@ pub enum Next {
     Wait {
         /// When.
         until: Millis,
+        /// How much of that time is none in which the job was tried, in milliseconds.
+        uncounted: Millis,
     },
 }
 
@@ -242,6 +250,8 @@ pub enum JobCommand {
         /// The outcome it belongs to.
         fence: u64,
     },
+    /// What a claim would be answered that is not granted; changes nothing.
+    Look(Box<Claimant>),
     /// What the row says of its job's link, if there is a row.
     Knows {
         /// Whose.
@@ -257,6 +267,7 @@ impl JobCommand {
             Self::Claim(request) => &request.claimant.key,
             Self::Settle(request) => &request.key,
             Self::Close(request) => &request.claimant.key,
+            Self::Look(who) => &who.key,
             Self::Parked { key, .. } | Self::Knows { key } => key,
         }
     }
@@ -412,6 +423,8 @@ pub enum Answer {
     Claim(Claim),
     /// To a settle.
     Settle(Settle),
+    /// What a claim would be answered, unless it would be granted or write something.
+    Look(Option<Claim>),
     /// What there is, if there is a row.
     Knows(Option<Known>),
     /// Done.

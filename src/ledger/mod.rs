@@ -167,7 +167,23 @@ impl dyn Ledger {
     pub async fn known(&self, key: Key) -> Result<Option<Known>, LedgerError> {
         match self.job(JobCommand::Knows { key }).await? {
             Answer::Knows(known) => Ok(known),
-            Answer::Claim(_) | Answer::Settle(_) | Answer::Done => Err(mismatch()),
+            Answer::Claim(_) | Answer::Settle(_) | Answer::Look(_) | Answer::Done => {
+                Err(mismatch())
+            }
+        }
+    }
+
+    /// What a claim would be answered that is not granted, where it would change nothing: an outcome, a conflict,
+    /// or that there is nothing to do yet.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    pub async fn look(&self, who: Claimant) -> Result<Option<Claim>, LedgerError> {
+        match self.job(JobCommand::Look(Box::new(who))).await? {
+            Answer::Look(claim) => Ok(claim),
+            Answer::Claim(_) | Answer::Settle(_) | Answer::Knows(_) | Answer::Done => {
+                Err(mismatch())
+            }
         }
     }
 
@@ -194,7 +210,7 @@ impl dyn Ledger {
     pub async fn settle(&self, request: SettleRequest) -> Result<Settle, LedgerError> {
         match self.job(JobCommand::Settle(Box::new(request))).await? {
             Answer::Settle(settle) => Ok(settle),
-            Answer::Claim(_) | Answer::Knows(_) | Answer::Done => Err(mismatch()),
+            Answer::Claim(_) | Answer::Look(_) | Answer::Knows(_) | Answer::Done => Err(mismatch()),
         }
     }
 }
@@ -202,7 +218,7 @@ impl dyn Ledger {
 fn expect_claim(answer: Answer) -> Result<Claim, LedgerError> {
     match answer {
         Answer::Claim(claim) => Ok(claim),
-        Answer::Settle(_) | Answer::Knows(_) | Answer::Done => Err(mismatch()),
+        Answer::Settle(_) | Answer::Look(_) | Answer::Knows(_) | Answer::Done => Err(mismatch()),
     }
 }
 

@@ -10,7 +10,7 @@
 
 pub mod breaker;
 pub mod rate;
-pub mod repeats;
+pub mod retry_budget;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -70,6 +70,8 @@ struct State {
     next: Instant,
     /// Granted places that nobody has taken.
     places: VecDeque<Instant>,
+    /// Places that were taken and given back, the earliest first.
+    returned: VecDeque<Instant>,
     /// Until when nobody may call at all.
     quiet_until: Instant,
     /// How many places bulk is owed; at one it is its turn.
@@ -122,6 +124,8 @@ pub struct Place {
     /// After which it is lost.
     latest: Option<Instant>,
     lane: Lane,
+    /// What it has changed in what bulk is owed.
+    owed: f64,
 }
 
 impl Place {
@@ -162,6 +166,7 @@ impl Pacer {
                 rate: Rate::new(limits.ceiling, now),
                 next: now,
                 places: VecDeque::new(),
+                returned: VecDeque::new(),
                 quiet_until: now,
                 owed: 0.0,
             }),
@@ -205,14 +210,20 @@ impl Pacer {
         let mut state = self.state();
         let saved = if self.limits.ceiling.is_some() { HAIR } else { SAVED };
         let recent = now.checked_sub(saved).unwrap_or(now).max(state.quiet_until);
+        while state.returned.front().is_some_and(|place| *place < recent) {
+            state.returned.pop_front();
+        }
+        let returned = state.returned.front().copied();
         let own = recent.max(state.next);
         if own > now {
             state.rate.press(now);
         }
-        if own > now + LEAD {
+        if returned.is_none() && own > now + LEAD {
             return Step::Sleep(own - LEAD);
         }
-        let at = if self.granted {
+        let at = if returned.is_some() {
+            returned
+        } else if self.granted {
             while state.places.front().is_some_and(|place| *place < own) {
                 state.places.pop_front();
             }
@@ -231,21 +242,41 @@ impl Pacer {
         if at > now + LEAD {
             return Step::Sleep(at - LEAD);
         }
-        if self.granted {
-            state.places.pop_front();
+        if returned.is_some() {
+            state.returned.pop_front();
+        } else {
+            if self.granted {
+                state.places.pop_front();
+            }
+            let own_ceiling = self.limits.ceiling.filter(|_| !self.granted);
+            let least = own_ceiling.map_or(Duration::ZERO, |rate| interval(rate, LATENESS));
+            state.next = at + state.rate.interval().max(least);
         }
-        let own_ceiling = self.limits.ceiling.filter(|_| !self.granted);
-        let least = own_ceiling.map_or(Duration::ZERO, |rate| interval(rate, LATENESS));
-        state.next = at + state.rate.interval().max(least);
-        if contested {
-            let share = self.limits.bulk_share;
-            state.owed += match lane {
-                Lane::Interactive => share / (1.0 - share),
-                Lane::Bulk => -1.0,
-            };
-        }
+        let share = self.limits.bulk_share;
+        let owed = match lane {
+            _ if !contested => 0.0,
+            Lane::Interactive => share / (1.0 - share),
+            Lane::Bulk => -1.0,
+        };
+        state.owed += owed;
         let latest = self.limits.ceiling.map(|_| at + LATENESS);
-        Step::Take(Place { at, latest, lane })
+        Step::Take(Place { at, latest, lane, owed })
+    }
+
+    /// Gives a place back at which no call was made; the next one who wants a place has it, if its time is not over.
+    pub fn put_back(&self, place: Place) {
+        let mut state = self.state();
+        state.owed -= place.owed;
+        let behind = state.returned.partition_point(|other| *other < place.at);
+        state.returned.insert(behind, place.at);
+        drop(state);
+        self.changed.send_replace(());
+    }
+
+    /// How long Creem wants silence still.
+    #[must_use]
+    pub fn silence(&self) -> Duration {
+        self.state().quiet_until.saturating_duration_since(Instant::now())
     }
 
     /// Waits for the time of the call; if its place is lost by then, for another one.

@@ -11,14 +11,14 @@ use lapin::options::{
     QueueDeclareOptions,
 };
 use lapin::protocol::AMQPSoftError;
-use lapin::types::FieldTable;
+use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection, Consumer};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::compare::may_keep_out;
 use super::link::{self, LinkError, Options, refusal, short};
-use super::topology::{Topology, durable, exclusive, shared_guard};
+use super::topology::{DELIVERY_LIMIT, Topology, durable, exclusive, shared_guard};
 use crate::job::Lane;
 
 /// For any single answer of the broker.
@@ -56,6 +56,21 @@ pub enum Acked {
 }
 
 impl Delivery {
+    /// Whether the broker has counted so many deliveries of it that it had better not be given back: at the
+    /// limit it takes the message away.
+    #[must_use]
+    pub fn nears_its_limit(&self) -> bool {
+        let headers = self.properties.headers().as_ref();
+        let count = headers.and_then(|headers| headers.inner().get("x-delivery-count"));
+        let count = match count {
+            Some(AMQPValue::LongLongInt(count)) => *count,
+            Some(AMQPValue::LongInt(count)) => i64::from(*count),
+            Some(AMQPValue::LongUInt(count)) => i64::from(*count),
+            Some(_) | None => 0,
+        };
+        count >= i64::from(DELIVERY_LIMIT / 2)
+    }
+
     /// Tells the broker that the message is dealt with.
     pub async fn ack(&self) -> Acked {
         self.sent(self.raw.acker.ack(BasicAckOptions { multiple: false })).await
@@ -376,23 +391,8 @@ impl Deliveries {
         }
     }
 
-    /// Stops the flow of deliveries and gives back what was not begun: `waiting`, and what comes
-    /// before the flow ends. In this order, or the broker would hand it out to us again.
-    ///
-    /// # Errors
-    /// If the broker does not end the consumer: then only the session's end gives anything back.
-    pub async fn cancel(
-        self,
-        waiting: impl IntoIterator<Item = Delivery>,
-    ) -> Result<(), LinkError> {
-        let rest = self.end().await?;
-        for delivery in waiting.into_iter().chain(rest) {
-            delivery.give_back().await;
-        }
-        Ok(())
-    }
-
-    /// Stops the flow of deliveries; what still came before it ended.
+    /// Stops the flow of deliveries; what still came before it ended. Whoever gives something back does it
+    /// after that, or the broker would hand it out to us again.
     ///
     /// # Errors
     /// If the broker does not end the consumer: deliveries may come to it that nobody takes, until the

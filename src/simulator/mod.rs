@@ -375,21 +375,26 @@ impl Simulator {
     }
 }
 
+/// Says when to ask again.
+fn and_later(mut response: Response<Body>, retry_after: Option<&str>) -> Response<Body> {
+    if let Some(value) = retry_after.and_then(|text| text.parse().ok()) {
+        response.headers_mut().insert(header::RETRY_AFTER, value);
+    }
+    response
+}
+
 /// Faults that come before any session is made.
 async fn before(kind: Option<&Kind>) -> Option<Response<Body>> {
     match kind? {
         Kind::Throttle { retry_after } => {
-            let mut response =
-                rules::error(StatusCode::TOO_MANY_REQUESTS, Some(&["Too Many Requests"]));
-            if let Some(value) = retry_after.as_ref().and_then(|text| text.parse().ok()) {
-                response.headers_mut().insert(header::RETRY_AFTER, value);
-            }
-            Some(response)
+            let refused = rules::error(StatusCode::TOO_MANY_REQUESTS, Some(&["Too Many Requests"]));
+            Some(and_later(refused, retry_after.as_deref()))
         }
-        Kind::Status { status } => Some(rules::error(
-            StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_GATEWAY),
-            Some(&["scripted"]),
-        )),
+        Kind::Status { status, retry_after } => {
+            let status = StatusCode::from_u16(*status).unwrap_or(StatusCode::BAD_GATEWAY);
+            let failed = rules::error(status, Some(&["scripted"]));
+            Some(and_later(failed, retry_after.as_deref()))
+        }
         Kind::Duplicate => Some(rules::error(
             StatusCode::BAD_REQUEST,
             Some(&["A resource with this identifier already exists"]),

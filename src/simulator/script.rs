@@ -18,6 +18,9 @@ pub enum Kind {
     Status {
         /// Which.
         status: u16,
+        /// What `Retry-After` says, if it is there.
+        #[serde(default)]
+        retry_after: Option<String>,
     },
     /// 400, saying that something with this identifier exists already; no session.
     Duplicate,

@@ -38,6 +38,8 @@ pub struct Ask {
     pub redelivered: bool,
     /// Whether it comes from the delay queue of another ledger, which may know a link for it.
     pub elsewhere: bool,
+    /// Whether the ledger may well have something to say of it: it was about before.
+    pub look_first: bool,
     /// Cancelled when the delivery cannot be acked any more.
     pub session: CancellationToken,
     /// Until when the delivery may be held while nothing is sent for it; see [`LONGEST_HOLD`].

@@ -1,4 +1,4 @@
-//! The circuit breaker between jobs and Creem, and the budget of repeats: what all journeys of a worker
+//! The circuit breaker between jobs and Creem, and the retry budget: what all journeys of a worker
 //! know together of how Creem is.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,14 +9,16 @@ use tokio::time::Instant;
 
 use super::gate::{Gate, Reason};
 use crate::creem::Answer;
+use crate::job::Lane;
 use crate::observe::metrics;
 use crate::pace::Pacer;
 use crate::pace::breaker::{Breaker, Change};
-use crate::pace::repeats::RetryBudget;
+use crate::pace::retry_budget::RetryBudget;
 use crate::retry::backoff;
 
-/// For how long a worker's word holds that nobody's call has borne out since: longer than a probe may wait and take.
-const WORD_HOLDS: Duration = Duration::from_secs(20);
+/// For how long a worker's word holds that nobody's call has borne out since, beyond the longest call: longer than a
+/// probe may wait.
+const WORD_HOLDS: Duration = Duration::from_secs(10);
 /// How often a worker that is held by another one's word looks for itself, at most: it may be the other one's own way
 /// to Creem that is broken.
 const LOOK_FOR_ITSELF: Duration = Duration::from_secs(5);
@@ -28,11 +30,13 @@ const BELIEVES_ITSELF: Duration = Duration::from_secs(30);
 pub struct Circuit {
     /// All that holds or opens the gate here changes under this lock, the gate included.
     state: Mutex<State>,
-    repeats: Mutex<RetryBudget>,
+    retries: Mutex<RetryBudget>,
     /// When the next probe is due; `None` while the circuit is closed.
     due: watch::Sender<Option<Instant>>,
     /// The right to be the probe.
     right: Notify,
+    /// How long a call may take.
+    request_timeout: Duration,
 }
 
 #[derive(Debug)]
@@ -44,24 +48,6 @@ struct State {
     by_others: Option<Instant>,
     /// Until when it believes no other worker.
     believes_itself_until: Option<Instant>,
-}
-
-impl Default for Circuit {
-    fn default() -> Self {
-        let now = Instant::now();
-        let state = State {
-            breaker: Breaker::new(now),
-            found_at: None,
-            by_others: None,
-            believes_itself_until: None,
-        };
-        Self {
-            state: Mutex::new(state),
-            repeats: Mutex::new(RetryBudget::new(now)),
-            due: watch::Sender::new(None),
-            right: Notify::new(),
-        }
-    }
 }
 
 /// The right to make the one call that shows whether Creem is back; somebody else's if it is not used.
@@ -80,6 +66,25 @@ impl Drop for Probe<'_> {
 }
 
 impl Circuit {
+    /// One that is closed, where a call may take so long.
+    #[must_use]
+    pub fn new(request_timeout: Duration) -> Self {
+        let now = Instant::now();
+        let state = State {
+            breaker: Breaker::new(now),
+            found_at: None,
+            by_others: None,
+            believes_itself_until: None,
+        };
+        Self {
+            state: Mutex::new(state),
+            retries: Mutex::new(RetryBudget::new(now)),
+            due: watch::Sender::new(None),
+            right: Notify::new(),
+            request_timeout,
+        }
+    }
+
     /// Waits for the right to be the probe, while nothing but an open circuit holds the gate.
     pub async fn probe(&self, gate: &Gate) -> Probe<'_> {
         loop {
@@ -95,7 +100,7 @@ impl Circuit {
     /// Takes note of what a call came to.
     pub fn note(&self, answer: &Answer, probe: Option<Probe<'_>>, gate: &Gate, pacer: &Pacer) {
         let now = Instant::now();
-        self.repeats().call(now);
+        self.retries().deposit(now);
         // To be asked to slow down is no failure, and what a single job is refused says nothing about others.
         let failed = matches!(answer, Answer::NotMade { .. } | Answer::Unknown { .. });
         let chance = backoff::chance();
@@ -151,7 +156,9 @@ impl Circuit {
     /// without a job, without a broker or with a refused key has nothing to say.
     #[must_use]
     pub fn finds_creem_down(&self) -> bool {
-        self.state().found_at.is_some_and(|found_at| found_at.elapsed() < WORD_HOLDS)
+        self.state()
+            .found_at
+            .is_some_and(|found_at| found_at.elapsed() < WORD_HOLDS + self.request_timeout)
     }
 
     /// Hears whether another worker finds Creem down: each would need a hundred calls of its own to find out.
@@ -181,9 +188,10 @@ impl Circuit {
         }
     }
 
-    /// Takes a repeat from the budget, and says how long it has to wait for it.
-    pub fn repeat(&self) -> Duration {
-        self.repeats().take(Instant::now())
+    /// Takes a retry from the budget, and says how long it has to wait for it; takes none where that is longer than
+    /// `most`.
+    pub fn withdraw_retry(&self, lane: Lane, most: Duration) -> Option<Duration> {
+        self.retries().withdraw(lane, most, Instant::now())
     }
 
     /// For how long the circuit has been open, if it is.
@@ -218,8 +226,8 @@ impl Circuit {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn repeats(&self) -> MutexGuard<'_, RetryBudget> {
-        self.repeats.lock().unwrap_or_else(PoisonError::into_inner)
+    fn retries(&self) -> MutexGuard<'_, RetryBudget> {
+        self.retries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -244,7 +252,7 @@ mod tests {
     fn open() -> (Circuit, Gate, Pacer) {
         let gate = Gate::recording(Arc::new(SystemClock), Pauses::default(), |_, _| {});
         let pacer = Pacer::new(Limits { ceiling: None, bulk_share: 0.05 });
-        let circuit = Circuit::default();
+        let circuit = Circuit::new(Duration::from_secs(10));
         for _ in 0..FEWEST {
             circuit.note(&failed(), None, &gate, &pacer);
         }
@@ -270,6 +278,20 @@ mod tests {
             () = work => {}
             () = circuit.keep_time() => unreachable!("it never ends"),
             () = tokio::time::sleep(Duration::from_secs(60)) => panic!("no more probes came"),
+        }
+        assert!(gate.is_open() && circuit.open_for().is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn neither_slow_down_nor_what_single_jobs_are_refused_opens_it() {
+        let gate = Gate::recording(Arc::new(SystemClock), Pauses::default(), |_, _| {});
+        let pacer = Pacer::new(Limits { ceiling: None, bulk_share: 0.05 });
+        let circuit = Circuit::new(Duration::from_secs(10));
+        let refused = Answer::Refused(Problem::new("creem_rejected", "no such product"));
+        for answer in [Answer::Throttled { retry_after: None }, refused] {
+            for _ in 0..2 * FEWEST {
+                circuit.note(&answer, None, &gate, &pacer);
+            }
         }
         assert!(gate.is_open() && circuit.open_for().is_none());
     }
@@ -307,7 +329,7 @@ mod tests {
     async fn what_another_worker_finds_holds_this_one_until_it_has_seen_for_itself() {
         let gate = Gate::recording(Arc::new(SystemClock), Pauses::default(), |_, _| {});
         let pacer = Pacer::new(Limits { ceiling: None, bulk_share: 0.05 });
-        let circuit = Circuit::default();
+        let circuit = Circuit::new(Duration::from_secs(10));
         circuit.hear(true, &gate, &pacer);
         assert!(gate.is_held_only_by(Reason::Circuit) && !circuit.finds_creem_down());
         circuit.hear(false, &gate, &pacer);
@@ -343,7 +365,7 @@ mod tests {
         circuit.hear(true, &gate, &pacer);
         circuit.hear(false, &gate, &pacer);
         assert!(gate.is_held_only_by(Reason::Circuit) && circuit.finds_creem_down());
-        tokio::time::advance(WORD_HOLDS).await;
+        tokio::time::advance(WORD_HOLDS + circuit.request_timeout).await;
         assert!(!circuit.finds_creem_down());
     }
 }

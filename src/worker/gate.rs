@@ -138,6 +138,13 @@ impl Gate {
         *self.held.borrow() == reason.bit()
     }
 
+    /// Whether only calls to Creem are held back: the ledger can be asked, and replies can be published.
+    #[must_use]
+    pub fn holds_calls_only(&self) -> bool {
+        let held = *self.held.borrow();
+        held != 0 && held & !(Reason::Key.bit() | Reason::Circuit.bit()) == 0
+    }
+
     /// Waits until that reason holds the gate, and no other.
     pub async fn held_only_by(&self, reason: Reason) {
         self.wait(|held| held == reason.bit()).await;

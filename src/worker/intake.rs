@@ -81,6 +81,7 @@ impl Intake {
                 redelivered: delivery.redelivered
                     || envelope.hop.is_some_and(|hop| hop.redelivered),
                 elsewhere: envelope.foreign_hop,
+                look_first: delivery.redelivered || envelope.hop.is_some(),
                 session: delivery.session.clone(),
                 hold_until: delivery.arrived + LONGEST_HOLD,
                 permits: permits.clone(),

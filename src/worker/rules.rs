@@ -58,6 +58,12 @@ impl Rules {
         [ask.deadline, aged].into_iter().flatten().min()
     }
 
+    /// When a call must begin at the latest for somebody still to wait for its answer.
+    #[must_use]
+    pub fn latest_call(&self, ask: &Ask) -> Option<Millis> {
+        self.expires_at(ask).map(|at| at.saturating_sub(as_millis(SHORTEST_CALL)))
+    }
+
     /// Why a call at that time would be in vain, if nobody would wait for its answer.
     #[must_use]
     pub fn in_vain(&self, ask: &Ask, at: Millis) -> Option<Problem> {
@@ -68,6 +74,14 @@ impl Rules {
         }
         let text = "its lane's max_age leaves no time for a call, or for another one";
         self.expires_at(ask).filter(|at| *at < end).map(|_| Problem::new("max_age", text))
+    }
+
+    /// How much of a delay that nobody but this program wants a job can afford: half of the time that is left
+    /// to it, so that there is time for the call as well.
+    #[must_use]
+    pub fn affordable(&self, ask: &Ask, delay: Duration, now: Millis) -> Duration {
+        let left = self.expires_at(ask).map(|at| as_duration(at.saturating_sub(now)));
+        left.map_or(delay, |left| delay.min(left / 2))
     }
 
     /// How long a call may take that begins at `now`.

@@ -240,18 +240,33 @@ enum Taken {
     Over(Option<LinkError>),
 }
 
-/// Gives back what was not begun, and what a consumer still gets before it ends.
-async fn leave(consumer: Option<Deliveries>, waiting: VecDeque<Delivery>) -> Result<(), LinkError> {
-    if let Some(deliveries) = consumer {
-        return deliveries.cancel(waiting).await;
-    }
-    for delivery in waiting {
-        delivery.give_back().await;
-    }
-    Ok(())
-}
-
 impl LaneLoop {
+    /// Gives back what was not begun, and what a consumer still gets before it ends.
+    async fn leave(
+        &self,
+        consumer: Option<Deliveries>,
+        waiting: VecDeque<Delivery>,
+        fresh: bool,
+    ) -> Result<(), LinkError> {
+        let rest = match consumer {
+            Some(deliveries) => deliveries.end().await?,
+            None => Vec::new(),
+        };
+        for delivery in waiting.into_iter().chain(rest) {
+            // That a new ledger may serve what was delivered before has not been said of all of them.
+            if fresh || !delivery.nears_its_limit() {
+                delivery.give_back().await;
+                continue;
+            }
+            // Its lane is paused, or the worker stops: its journey ends at once, by way of a delay queue.
+            let permits = Arc::new(Semaphore::new(1));
+            let Ok(permit) = permits.clone().try_acquire_owned() else { continue };
+            let shared = self.shared.clone();
+            self.shared.jobs.spawn(shared.handle(delivery, permits, permit));
+        }
+        Ok(())
+    }
+
     /// Subscribes; a lane whose queue is missing or forbidden is asked for again and again, while the
     /// others are served. An error is the session's; `None` says that it is over.
     async fn subscribe(
@@ -297,7 +312,8 @@ impl LaneLoop {
         let mut fresh = self.fresh;
         loop {
             if orders.is_paused(self.lane) {
-                if let Err(error) = leave(renewed.take(), std::mem::take(&mut waiting)).await {
+                let left = self.leave(renewed.take(), std::mem::take(&mut waiting), fresh).await;
+                if let Err(error) = left {
                     return Some(error);
                 }
                 if subscribed.send((self.lane, Subscribed::Paused)).await.is_err() {
@@ -319,11 +335,13 @@ impl LaneLoop {
             };
             match self.take(&mut intake, &mut waiting, fresh).await {
                 Taken::Over(reason) => return reason,
-                Taken::Enough => match intake.cancel(waiting.drain(..)).await {
-                    Ok(()) => {}
-                    Err(_) if self.shared.stop.is_cancelled() => return None,
-                    Err(error) => return Some(error),
-                },
+                Taken::Enough => {
+                    match self.leave(Some(intake), std::mem::take(&mut waiting), fresh).await {
+                        Ok(()) => {}
+                        Err(_) if self.shared.stop.is_cancelled() => return None,
+                        Err(error) => return Some(error),
+                    }
+                }
                 Taken::Resubscribe => match self.resubscribe(intake, fresh, &subscribed).await {
                     Ok(Some((deliveries, rest))) => {
                         renewed = Some(deliveries);
@@ -335,7 +353,7 @@ impl LaneLoop {
             }
             fresh = false;
             if self.shared.stop.is_cancelled() {
-                drop(leave(renewed, waiting).await);
+                drop(self.leave(renewed, waiting, fresh).await);
                 return None;
             }
         }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use creem_checkout_worker::clock::{ManualClock, SharedClock};
-use creem_checkout_worker::creem::{Client, Options};
+use creem_checkout_worker::creem::{Answer as Reached, Client, Options};
 use creem_checkout_worker::job::{
     CheckoutRequest, Fingerprint, Lane, Mode, Rules as JobRules, Status,
 };
@@ -17,6 +17,7 @@ use creem_checkout_worker::ledger::{
     Retention, Standing, State,
 };
 use creem_checkout_worker::observe::health::Health;
+use creem_checkout_worker::pace::breaker::FEWEST;
 use creem_checkout_worker::pace::{Limits, Pacer};
 use creem_checkout_worker::retry::{Backoff, Policy};
 use creem_checkout_worker::simulator::script::Script;
@@ -36,7 +37,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::ledger::key;
-use crate::support::body;
+use crate::support::{body, soon};
 
 const START: i64 = 1_795_370_400_000;
 
@@ -48,7 +49,34 @@ struct Bench {
 
 fn bench() -> Bench {
     // Nobody is there, and nobody is asked.
-    bench_with("http://127.0.0.1:1", |ledger| Arc::new(ledger))
+    bench_with("http://127.0.0.1:1", |ledger| Arc::new(Prompt(ledger)))
+}
+
+/// A ledger that is waited for outside of paused time, which would leap on meanwhile.
+#[derive(Debug)]
+struct Prompt(SqliteLedger);
+
+impl Ledger for Prompt {
+    fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
+        let answer = futures::executor::block_on(self.0.execute(command));
+        Box::pin(std::future::ready(answer))
+    }
+
+    fn standing(&self) -> BoxFuture<'static, Result<Standing, LedgerError>> {
+        self.0.standing()
+    }
+
+    fn identity(&self) -> &Identity {
+        self.0.identity()
+    }
+
+    fn orders(&self) -> BoxFuture<'static, Result<Orders, LedgerError>> {
+        self.0.orders()
+    }
+
+    fn sweep(&self, retention: Retention) -> BoxFuture<'static, Result<usize, LedgerError>> {
+        self.0.sweep(retention)
+    }
 }
 
 fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -> Bench {
@@ -87,7 +115,7 @@ fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -
         pacer: Pacer::new(Limits { ceiling: None, bulk_share: 0.05 }),
         gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
         orders: WorkerOrders::default(),
-        circuit: Circuit::default(),
+        circuit: Circuit::new(Duration::from_secs(10)),
         turns: Turns::default(),
         trouble: Trouble::default(),
         key_accepted_at: tokio::sync::Mutex::default(),
@@ -112,6 +140,7 @@ impl Bench {
             picked_up_at: START,
             redelivered: false,
             elsewhere: false,
+            look_first: false,
             session: CancellationToken::new(),
             hold_until: Instant::now() + LONGEST_HOLD,
             permits: Arc::new(Semaphore::new(1)),
@@ -262,4 +291,189 @@ async fn a_bug_under_a_lease_counts_the_session_that_may_exist() {
         let row = crate::ledger::row(&bench.directory.path().join("ledger.db"), "a");
         assert_eq!((row.state, row.ambiguous), (State::Ended(status), ambiguous));
     }
+}
+
+/// A Creem that does with the job what a script says, and a journey to it.
+async fn with_creem(script: &str) -> (Bench, Arc<Simulator>) {
+    let any = ([127, 0, 0, 1], 0).into();
+    let script = Script::parse(script.as_bytes()).unwrap();
+    let options = SimulatorOptions { script, ..SimulatorOptions::default() };
+    let (simulator, serve) = Simulator::start(any, options).await.unwrap();
+    tokio::spawn(serve);
+    let bench = bench_with(&simulator.url(), |ledger| Arc::new(ledger));
+    (bench, simulator)
+}
+
+const FAILS: &str = r#"{"faults":[{"request_id":"a","kind":"status","status":500}]}"#;
+
+impl Bench {
+    fn row(&self) -> creem_checkout_worker::ledger::Row {
+        crate::ledger::row(&self.directory.path().join("ledger.db"), "a")
+    }
+
+    fn backoff(&mut self, delay: Duration) {
+        self.journey.rules.interactive.policy.backoff = Backoff::try_new(delay, delay).unwrap();
+    }
+
+    async fn status(&self, ask: &Ask) -> (Status, Option<String>) {
+        let (verdict, _) = self.journey.run(ask).await;
+        let Verdict::Reply(stored) = verdict else { panic!("{verdict:?}") };
+        (stored.status, stored.code)
+    }
+}
+
+#[tokio::test]
+async fn a_call_that_shows_whether_creem_is_back_is_no_attempt_of_the_job() {
+    let (mut bench, simulator) = with_creem(FAILS).await;
+    bench.journey.rules.interactive.policy.max_attempts = 1;
+    let Journey { circuit, gate, pacer, .. } = &bench.journey;
+    for _ in 0..FEWEST {
+        let failed = Reached::NotMade { reason: "connection refused".to_owned() };
+        circuit.note(&failed, None, gate, pacer);
+    }
+    let ask = bench.ask();
+    let probed = crate::support::eventually("a probe fails", || async {
+        simulator.log().posts().len() == 1 && bench.row().state == State::Waiting
+    });
+    tokio::select! {
+        (verdict, _) = bench.journey.run(&ask) => panic!("it is not given up: {verdict:?}"),
+        () = circuit.keep_time() => unreachable!("it never ends"),
+        () = probed => {}
+    }
+    let row = bench.row();
+    assert_eq!((row.attempts, row.free, row.ambiguous), (1, 1, 1), "a session may exist");
+}
+
+#[tokio::test]
+async fn what_a_spent_retry_budget_makes_a_job_wait_is_no_time() {
+    let (mut bench, _simulator) = with_creem(FAILS).await;
+    bench.journey.rules.interactive.policy.max_elapsed = Duration::from_mins(1);
+    for _ in 0..1_000 {
+        bench.journey.circuit.withdraw_retry(Lane::Interactive, Duration::MAX).unwrap();
+    }
+    for _ in 0..2 {
+        let (verdict, _) = bench.journey.run(&bench.ask()).await;
+        let Verdict::Delay { wait, .. } = verdict else { panic!("{verdict:?}") };
+        assert!(wait > Duration::from_mins(2), "{wait:?}");
+        bench.clock.advance(wait);
+    }
+}
+
+#[tokio::test]
+async fn a_back_off_leaves_time_for_a_call_before_the_deadline_and_a_retry_after_does_not() {
+    let hour = Duration::from_hours(1);
+    let (mut bench, simulator) = with_creem(FAILS).await;
+    bench.backoff(hour);
+    let hurried = || Ask { deadline: Some(START + 60_000), ..bench.ask() };
+    let (verdict, _) = bench.journey.run(&hurried()).await;
+    let Verdict::Delay { wait, .. } = verdict else { panic!("{verdict:?}") };
+    assert_eq!(wait, Duration::from_secs(30));
+    bench.clock.advance(wait);
+    simulator.set_script(
+        Script::parse(
+            br#"{"faults":[{"request_id":"a","kind":"status","status":503,"retry_after":"3600"}]}"#,
+        )
+        .unwrap(),
+    );
+    // A call was made whose outcome nobody knows.
+    let expected = (Status::Unresolved, Some("deadline_passed".to_owned()));
+    assert_eq!(bench.status(&hurried()).await, expected);
+    // And nobody calls before Creem wants it.
+    assert!(bench.journey.pacer.silence() > Duration::from_mins(4));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_whose_time_is_over_before_creem_wants_to_be_asked_expires_at_once() {
+    let bench = bench();
+    bench.journey.pacer.quiet(Duration::from_mins(4));
+    let began = Instant::now();
+    let hurried = Ask { deadline: Some(START + 60_000), ..bench.ask() };
+    let expected = (Status::Expired, Some("deadline_passed".to_owned()));
+    assert_eq!(bench.status(&hurried).await, expected);
+    assert_eq!(began.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test]
+async fn a_job_that_its_lane_finds_too_old_expires_without_a_call() {
+    let (mut bench, simulator) = with_creem(r#"{"faults":[]}"#).await;
+    bench.journey.rules.interactive.max_age = Some(Duration::from_mins(1));
+    let old = Ask { published_at: Some(START - 60_001), ..bench.ask() };
+    assert_eq!(bench.status(&old).await, (Status::Expired, Some("max_age".to_owned())));
+    assert_eq!(simulator.log().posts().len(), 0);
+    let young = Ask { published_at: Some(START - 30_000), picked_up_at: START + 1, ..bench.ask() };
+    bench.clock.advance(Duration::from_secs(1));
+    assert_eq!(bench.status(&young).await.0, Status::Succeeded);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_job_expires_while_it_waits_for_its_place() {
+    let mut bench = bench();
+    bench.journey.pacer = Pacer::new(Limits { ceiling: Some(0.001), bulk_share: 0.05 });
+    bench.journey.pacer.admit(Lane::Interactive).await;
+    let hurried = Ask { deadline: Some(START + 60_000), ..bench.ask() };
+    let began = Instant::now();
+    let time = async {
+        loop {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            bench.clock.advance(Duration::from_secs(1));
+        }
+    };
+    let expired = tokio::select! {
+        expired = bench.status(&hurried) => expired,
+        () = time => unreachable!("it never ends"),
+    };
+    assert_eq!(expired, (Status::Expired, Some("deadline_passed".to_owned())));
+    assert!(began.elapsed() <= Duration::from_secs(61), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_call_ends_with_the_jobs_deadline() {
+    let (bench, simulator) = with_creem(r#"{"faults":[{"request_id":"a","kind":"hang"}]}"#).await;
+    let hurried = Ask { deadline: Some(START + 300), ..bench.ask() };
+    // Well before a call would end by itself.
+    let most = Duration::from_secs(8);
+    let passes = async {
+        simulator.posts_arrived(1).await;
+        bench.clock.advance(Duration::from_millis(300));
+    };
+    let expired =
+        tokio::time::timeout(most, async { tokio::join!(bench.status(&hurried), passes).0 });
+    let expired = expired.await.unwrap();
+    assert_eq!(expired, (Status::Unresolved, Some("deadline_passed".to_owned())));
+}
+
+#[tokio::test]
+async fn what_the_ledger_has_is_told_whatever_holds_calls_back() {
+    let (mut bench, simulator) = with_creem(r#"{"faults":[]}"#).await;
+    assert_eq!(bench.status(&bench.ask()).await.0, Status::Succeeded);
+    for reason in [Reason::Key, Reason::Circuit] {
+        bench.journey.gate.close(reason);
+        let told = soon("what is stored", bench.status(&bench.ask())).await;
+        assert_eq!(told.0, Status::Succeeded);
+        bench.journey.gate.open(reason);
+    }
+    // Nor does one that was about before wait for a place that it does not need.
+    bench.journey.pacer = Pacer::new(Limits { ceiling: Some(0.001), bulk_share: 0.05 });
+    bench.journey.pacer.admit(Lane::Interactive).await;
+    let again = Ask { look_first: true, ..bench.ask() };
+    assert_eq!(soon("what is stored", bench.status(&again)).await.0, Status::Succeeded);
+    // Nor does one whose deadline passes while another copy has the turn.
+    let turn = bench.journey.turns.take(&key("a")).await;
+    let late = Ask { deadline: Some(START - 1), ..bench.ask() };
+    assert_eq!(soon("what is stored", bench.status(&late)).await.0, Status::Succeeded);
+    drop(turn);
+    assert_eq!(simulator.log().posts().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_place_without_a_call_is_the_next_ones() {
+    let mut bench = bench();
+    let late = Ask { deadline: Some(START - 1), ..bench.ask() };
+    assert_eq!(bench.status(&late).await.0, Status::Expired);
+    bench.journey.pacer = Pacer::new(Limits { ceiling: Some(0.001), bulk_share: 0.05 });
+    let began = Instant::now();
+    for _ in 0..20 {
+        assert_eq!(bench.status(&bench.ask()).await.0, Status::Expired, "what is stored");
+    }
+    assert!(began.elapsed() < Duration::from_mins(1), "{:?}", began.elapsed());
 }

@@ -1,5 +1,7 @@
 //! Lanes that an operator pauses: their jobs wait in RabbitMQ, the others go on.
 
+use lapin::types::AMQPValue;
+
 use crate::cli::command;
 use crate::support::postgres::{database, shared};
 use crate::support::{World, body, eventually, next, persistent, soon};
@@ -88,4 +90,36 @@ async fn a_job_out_of_the_future_shows_that_clocks_differ() {
         code == 1 && output.contains("WRONG    clocks: at 20") && output.contains("59m")
     };
     eventually("check reports it", reported).await;
+}
+
+#[tokio::test]
+async fn a_job_that_was_given_back_often_is_not_taken_away_for_it() {
+    let Some(world) = World::new("given_back").await else { return };
+    world.worker().await.kill().await;
+    world.job("patient").await;
+    let queue = world.queue("jobs");
+    let get = async || {
+        let options = lapin::options::BasicGetOptions::default();
+        world.channel.basic_get(queue.as_str().into(), options).await.unwrap()
+    };
+    // As ten pauses leave it.
+    for _ in 0..10 {
+        let given_back = lapin::options::BasicNackOptions { requeue: true, multiple: false };
+        eventually("it is given back", || async {
+            let Some(job) = get().await else { return false };
+            job.delivery.acker.nack(given_back).await.unwrap()
+        })
+        .await;
+    }
+    world.simulator.accept_only("creem_test_other");
+    let worker = world.worker_unready(&["--accept-empty-ledger"]);
+    soon("it waits", worker.logged("Creem refuses the API key")).await;
+    told(&world, &["pause", "--lane", "interactive"]).await;
+    let put_off = worker.event(|event| event["job.code"] == "given_back_often");
+    soon("it goes by way of a delay queue", put_off).await;
+    eventually("it is back", || async { world.depth("jobs").await == 1 }).await;
+    let job = get().await.unwrap();
+    let headers = job.delivery.properties.headers().clone().unwrap_or_default();
+    let count = headers.inner().get("x-delivery-count").and_then(AMQPValue::as_long_long_int);
+    assert!(count.unwrap_or_default() == 0, "a count of its own: {count:?}");
 }

@@ -247,6 +247,7 @@ fn guess(memory: &Memory, command: &JobCommand) -> Option<Versioned> {
         | JobCommand::Settle(_)
         | JobCommand::Close(_)
         | JobCommand::Parked { .. }
+        | JobCommand::Look(_)
         | JobCommand::Knows { .. } => None,
     }
 }

@@ -111,6 +111,7 @@ pub fn apply(row: Option<Row>, command: &JobCommand, context: Context) -> Effect
         JobCommand::Settle(request) => settle(row, request, context),
         JobCommand::Close(request) => close(row, request, context),
         JobCommand::Parked { fence, .. } => parked(row, *fence),
+        JobCommand::Look(who) => look(row, who, context),
         JobCommand::Knows { .. } => {
             let known =
                 row.map(|row| Known { checkout_id: row.checkout_id, fingerprint: row.fingerprint });
@@ -139,8 +140,7 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
         Err(answered) => return *answered,
     };
     if let Some(row) = &row
-        && row.state == State::Waiting
-        && (1..=LONGEST_WAIT).contains(&row.not_before.saturating_sub(context.now))
+        && is_waiting(row, context)
     {
         return Effect::claim(Claim::Waiting { until: row.not_before });
     }
@@ -164,6 +164,27 @@ fn claim(row: Option<Row>, request: &ClaimRequest, context: Context) -> Effect {
     row.ended_at = None;
     let granted = Claim::Granted(lease_of(&row));
     Effect { write: Some(row), ..Effect::claim(granted) }
+}
+
+/// What would be written is left to the claim.
+fn look(row: Option<Row>, who: &Claimant, context: Context) -> Effect {
+    let claim = match admit(row, who, context) {
+        Ok(Some(row)) => {
+            is_waiting(&row, context).then_some(Claim::Waiting { until: row.not_before })
+        }
+        Ok(None) => None,
+        Err(effect) => match *effect {
+            Effect { answer: Answer::Claim(claim), write: None, .. } => Some(claim),
+            Effect { .. } => None,
+        },
+    };
+    Effect::keep(Answer::Look(claim))
+}
+
+/// Whether its next try lies ahead.
+fn is_waiting(row: &Row, context: Context) -> bool {
+    row.state == State::Waiting
+        && (1..=LONGEST_WAIT).contains(&row.not_before.saturating_sub(context.now))
 }
 
 /// Whether a job may be worked on with its row; if not, what it is answered.
@@ -209,18 +230,23 @@ fn settle(row: Option<Row>, request: &SettleRequest, context: Context) -> Effect
         Attempt::Counted => {}
         Attempt::GivenBack => row.attempts = row.attempts.saturating_sub(1),
         Attempt::Free => row.free += 1,
+        Attempt::Probed { .. } => {
+            row.free += 1;
+            row.ambiguous += 1;
+        }
         Attempt::Ambiguous { .. } => row.ambiguous += 1,
     }
-    let ambiguous = matches!(request.attempt, Attempt::Ambiguous { .. });
+    let ambiguous = matches!(request.attempt, Attempt::Ambiguous { .. } | Attempt::Probed { .. });
     let mut effect = match &request.next {
         Next::Wait { .. } if ambiguous && request.on_unknown == OnUnknown::Park => {
             let text = "Creem's answer never came, and it may have made a checkout";
             let ending = Ending::Unresolved(Problem::new("outcome_unknown", text));
             end(row, &request.key, ending, request.on_unknown, context, settled)
         }
-        Next::Wait { until } => {
+        Next::Wait { until, uncounted } => {
             row.state = State::Waiting;
             row.not_before = *until;
+            row.opened_at = row.opened_at.saturating_add(*uncounted);
             row.lease_until = 0;
             let answer = Answer::Settle(Settle::Waiting { until: *until });
             Effect { write: Some(row), ..Effect::keep(answer) }

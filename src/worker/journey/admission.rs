@@ -5,7 +5,6 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{ASIDE, Journey, Verdict};
-use crate::clock::as_duration;
 use crate::job::Lane;
 use crate::observe::metrics;
 use crate::pace::Place;
@@ -34,12 +33,6 @@ pub(super) struct Pass<'a> {
 impl Journey {
     /// Waits for the gate and the pacer, as long as the job can still make it.
     pub(super) async fn admit(&self, ask: &Ask) -> Admission<'_> {
-        let expiry = async {
-            match self.rules.expires_at(ask) {
-                Some(at) => tokio::time::sleep(as_duration(at - self.clock.now())).await,
-                None => std::future::pending().await,
-            }
-        };
         let paced = async {
             let probe = tokio::select! {
                 biased;
@@ -55,7 +48,7 @@ impl Journey {
             biased;
             verdict = self.interrupted(ask) => Admission::Verdict(verdict),
             pass = paced => Admission::Admitted(pass),
-            () = expiry => Admission::LookAgain,
+            () = self.expiry(ask) => Admission::LookAgain,
             () = self.orders.cancelled(ask) => Admission::LookAgain,
             why = self.must_make_room(ask) => {
                 Admission::Verdict(Verdict::Delay { wait: ASIDE, why: why.as_str() })

@@ -7,7 +7,7 @@ use tokio::time::Instant;
 use super::admission::Pass;
 use super::record::LEASE_MARGIN;
 use super::{Journey, Step, Verdict};
-use crate::clock::as_millis;
+use crate::clock::{Millis, as_duration, as_millis};
 use crate::creem::{Answer, Fetched, KeyCheck, Pressure};
 use crate::job::{Ending, Problem};
 use crate::ledger::{Attempt, Lease, Next};
@@ -38,16 +38,18 @@ impl Journey {
         let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
         if !in_time || self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN
         {
-            let now = Next::Wait { until: self.clock.now() };
-            return self.settle(ask, lease, Attempt::GivenBack, now, NOT_SENT).await;
+            self.pacer.put_back(pass.place);
+            return self.settle(ask, lease, Attempt::GivenBack, self.at_once(), NOT_SENT).await;
         }
         let cancelled = self.orders.cancels(ask).map(Ending::Cancelled);
         let too_late = || self.rules.too_late(ask, self.clock.now()).map(Ending::Expired);
         if let Some(ending) = cancelled.or_else(too_late) {
+            self.pacer.put_back(pass.place);
             let end = Next::End(ending);
             return self.settle(ask, lease, Attempt::GivenBack, end, NOT_SENT).await;
         }
         let asked = Instant::now();
+        let is_probe = pass.probe.is_some();
         let body = ask.request.wire.clone();
         let time = self.rules.time_for_a_call(ask, self.clock.now());
         let answer = self.creem.create_checkout(&ask.request.request_id, body, time).await;
@@ -67,7 +69,8 @@ impl Journey {
             answer
         };
         let why = waits_for(&answer);
-        let (attempt, next) = self.judge(ask, lease, answer, asked, why).await;
+        let call = Called { asked, is_probe, why };
+        let (attempt, next) = self.judge(ask, lease, answer, call).await;
         self.settle(ask, lease, attempt, next, why).await
     }
 
@@ -112,14 +115,13 @@ impl Journey {
         fetched.unwrap_or(Answer::Linkless { checkout_id })
     }
 
-    /// Turns an answer into what is written down; `why` says in a word what the job then waits for.
+    /// Turns an answer into what is written down.
     async fn judge(
         &self,
         ask: &Ask,
         lease: Lease,
         answer: Answer,
-        asked: Instant,
-        why: &'static str,
+        Called { asked, is_probe, why }: Called,
     ) -> (Attempt, Next) {
         let unresolved =
             |code: &str, text: String| Next::End(Ending::Unresolved(Problem::new(code, text)));
@@ -137,11 +139,18 @@ impl Journey {
                 (attempt, Next::End(Ending::Unresolved(problem)))
             }
             Answer::NotMade { reason } => {
-                let lease = Lease { free: lease.free + 1, ..lease };
-                let next = self.again(ask, lease, None, why, &reason);
+                let next = self.again(ask, counts_not(lease), None, why, &reason);
                 (Attempt::Free, next)
             }
-            Answer::Unknown { reason, retry_after, .. } => {
+            Answer::Unknown { reason, retry_after, overloaded } => {
+                if let Some(delay) = retry_after.filter(|_| overloaded) {
+                    self.pacer.quiet(backoff::clamp_retry_after(delay));
+                }
+                // Not made for this job's sake, and so no attempt of it.
+                if is_probe {
+                    let next = self.again(ask, counts_not(lease), retry_after, why, &reason);
+                    return (Attempt::Probed { reason }, next);
+                }
                 let next = self.again(ask, lease, retry_after, why, &reason);
                 (Attempt::Ambiguous { checkout_id: None, reason }, next)
             }
@@ -162,9 +171,8 @@ impl Journey {
                 if let Some(delay) = retry_after {
                     self.pacer.quiet(backoff::clamp_retry_after(delay));
                 }
-                let lease = Lease { free: lease.free + 1, ..lease };
                 let text = "Creem said 429, too many requests";
-                let next = self.again(ask, lease, retry_after, why, text);
+                let next = self.again(ask, counts_not(lease), retry_after, why, text);
                 (Attempt::Free, next)
             }
             Answer::KeyRefused(problem) => self.key_refused(problem, asked).await,
@@ -188,17 +196,17 @@ impl Journey {
         let lane = &self.rules.of(ask.lane).policy;
         let failed = |code: &str, text: String| Next::End(Ending::Failed(Problem::new(code, text)));
         match lane.next(tried, retry_after, backoff::chance()) {
-            policy::Next::After(delay) => {
-                // Who finds the budget of repeats spent waits longer; nothing fails for it.
-                let delay = delay.max(self.circuit.repeat());
-                let until = self.clock.now() + as_millis(delay);
-                if let Some(problem) = self.rules.in_vain(ask, until) {
-                    return Next::End(Ending::Expired(problem));
+            policy::Next::After(delay) => match self.afford(ask, delay, retry_after) {
+                Ok(waits) => {
+                    metrics::retry(code);
+                    let delay_ms = as_millis(waits.delay.max(waits.budget));
+                    tracing::debug!(job.key = %ask.key, attempt = lease.attempt, error = reason, delay_ms, "asking again");
+                    // Whoever finds the retry budget spent waits longer; nothing fails for it.
+                    let uncounted = as_millis(waits.budget.saturating_sub(waits.delay));
+                    Next::Wait { until: self.clock.now() + delay_ms, uncounted }
                 }
-                metrics::retry(code);
-                tracing::debug!(job.key = %ask.key, attempt = lease.attempt, error = reason, delay_ms = as_millis(delay), "asking again");
-                Next::Wait { until }
-            }
+                Err(problem) => Next::End(Ending::Expired(problem)),
+            },
             policy::Next::AttemptsExhausted => failed(
                 "attempts_exhausted",
                 format!("{} attempts were made; the last one: {reason}", lease.attempt),
@@ -216,10 +224,38 @@ impl Journey {
         }
     }
 
+    /// What a retry has to wait for; nothing is taken from the retry budget for one that would come too late.
+    fn afford(
+        &self,
+        ask: &Ask,
+        delay: Duration,
+        retry_after: Option<Duration>,
+    ) -> Result<Waits, Problem> {
+        let now = self.clock.now();
+        // What Creem wants is not cut short.
+        let delay =
+            if retry_after.is_some() { delay } else { self.rules.affordable(ask, delay, now) };
+        if let Some(problem) = self.rules.in_vain(ask, now + as_millis(delay)) {
+            return Err(problem);
+        }
+        let latest = self.rules.latest_call(ask);
+        let most = latest.map_or(Duration::MAX, |latest| as_duration(latest - now));
+        if let Some(budget) = self.circuit.withdraw_retry(ask.lane, most) {
+            return Ok(Waits { delay, budget });
+        }
+        let after = latest.map_or(Millis::MAX, |latest| latest.saturating_add(1));
+        let text = "so many calls fail that another try would come too late";
+        Err(self.rules.in_vain(ask, after).unwrap_or(Problem::new("deadline_passed", text)))
+    }
+
+    fn at_once(&self) -> Next {
+        Next::Wait { until: self.clock.now(), uncounted: 0 }
+    }
+
     /// A refused key is not this job's fault, unless the key is fine. `asked` is when the call began
     /// that met the refusal: one check that began after it speaks for every such job.
     async fn key_refused(&self, problem: Problem, asked: Instant) -> (Attempt, Next) {
-        let wait = (Attempt::GivenBack, Next::Wait { until: self.clock.now() });
+        let wait = (Attempt::GivenBack, self.at_once());
         let rejected = (Attempt::Counted, Next::End(Ending::Rejected(problem)));
         let mut accepted_at = self.key_accepted_at.lock().await;
         if accepted_at.is_some_and(|accepted_at| accepted_at > asked) {
@@ -262,6 +298,27 @@ impl Journey {
             verdict @ Step::Verdict(_) => verdict,
         }
     }
+}
+
+/// A call that was answered.
+struct Called {
+    /// When it began.
+    asked: Instant,
+    /// Whether it was made to see whether Creem is back.
+    is_probe: bool,
+    /// What the job then waits for, in a word.
+    why: &'static str,
+}
+
+/// What a retry waits for; the longer one counts.
+struct Waits {
+    delay: Duration,
+    budget: Duration,
+}
+
+/// The same lease, where this call is no attempt of the job's.
+const fn counts_not(lease: Lease) -> Lease {
+    Lease { free: lease.free + 1, ..lease }
 }
 
 /// What a job waits for after such an answer, in a word for the log and the metrics.

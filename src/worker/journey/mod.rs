@@ -22,7 +22,7 @@ use super::orders::Orders;
 use super::rules::Rules;
 use super::trouble::Trouble;
 use super::turns::{Turn, Turns};
-use crate::clock::{Millis, SharedClock, as_duration};
+use crate::clock::{Millis, SharedClock, as_duration, as_millis};
 use crate::creem::Client;
 use crate::job::Ending;
 use crate::ledger::{Claim, Ledger, LedgerError, Stored};
@@ -109,8 +109,10 @@ impl Journey {
     /// The turn comes back with the verdict: whoever carries it out may keep the next copy waiting.
     pub async fn run(&self, ask: &Ask) -> (Verdict, Option<Turn<'_>>) {
         let turn = tokio::select! {
-            turn = self.turns.take(&ask.key) => turn,
+            biased;
             verdict = self.interrupted(ask) => return (verdict, None),
+            turn = self.turns.take(&ask.key) => turn,
+            verdict = self.told_late(ask) => return (verdict, None),
         };
         let travelled = AssertUnwindSafe(self.travel(ask)).catch_unwind().await;
         let verdict = match travelled {
@@ -121,39 +123,109 @@ impl Journey {
         (verdict, Some(turn))
     }
 
-    async fn travel(&self, ask: &Ask) -> Verdict {
-        loop {
-            if let Some(problem) = self.orders.cancels(ask) {
-                return self.close(ask, Ending::Cancelled(problem)).await;
+    /// Resolves when a copy is too late for which there is an outcome. Where there is none, whoever has the turn
+    /// may still make it.
+    async fn told_late(&self, ask: &Ask) -> Verdict {
+        self.expiry(ask).await;
+        match self.look(ask).await {
+            Some(Claim::Settled(stored)) => Verdict::Reply(stored),
+            Some(Claim::Conflict(fields)) => Verdict::Conflict(fields),
+            Some(Claim::Granted(_) | Claim::Busy { .. } | Claim::Waiting { .. }) | None => {
+                std::future::pending().await
             }
-            if let Some(problem) = self.rules.too_late(ask, self.clock.now()) {
-                return self.close(ask, Ending::Expired(problem)).await;
+        }
+    }
+
+    /// How a job ends that is cancelled or too late.
+    fn ending(&self, ask: &Ask) -> Option<Ending> {
+        let cancelled = self.orders.cancels(ask).map(Ending::Cancelled);
+        cancelled.or_else(|| {
+            let now = self.clock.now();
+            // While Creem wants silence nobody calls.
+            let soonest = now.saturating_add(as_millis(self.pacer.silence()));
+            let late = self.rules.too_late(ask, now).or_else(|| self.rules.in_vain(ask, soonest));
+            late.map(Ending::Expired)
+        })
+    }
+
+    /// Resolves when the job is too late.
+    async fn expiry(&self, ask: &Ask) {
+        match self.rules.latest_call(ask) {
+            Some(at) => {
+                tokio::time::sleep(as_duration(at.saturating_add(1) - self.clock.now())).await;
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    async fn travel(&self, ask: &Ask) -> Verdict {
+        let mut look = ask.look_first;
+        loop {
+            if let Some(ending) = self.ending(ask) {
+                return self.close(ask, ending).await;
+            }
+            // What there is to say already needs no place, and waits for nobody.
+            if std::mem::take(&mut look) || self.gate.holds_calls_only() {
+                let looked = tokio::select! {
+                    biased;
+                    looked = self.look(ask) => looked,
+                    verdict = self.interrupted(ask) => return verdict,
+                };
+                if let Some(claim) = looked {
+                    match self.follow(ask, self.answered(claim)).await {
+                        Some(verdict) => return verdict,
+                        None => continue,
+                    }
+                }
             }
             let pass = match self.admit(ask).await {
                 Admission::Admitted(pass) => pass,
                 Admission::LookAgain => continue,
                 Admission::Verdict(verdict) => return verdict,
             };
-            match self.step(ask, pass).await {
-                Step::Verdict(verdict) => return verdict,
-                Step::WaitUntil(until, why) => {
-                    // Whoever has the job now may still make it; a try that is not due yet cannot.
-                    if why == NOT_DUE
-                        && let Some(problem) = self.rules.in_vain(ask, until)
-                    {
-                        return self.close(ask, Ending::Expired(problem)).await;
-                    }
-                    let wait = as_duration(until - self.clock.now());
-                    if wait > LONGEST_IN_PLACE {
-                        return Verdict::Delay { wait, why };
-                    }
-                    tokio::select! {
-                        () = tokio::time::sleep(wait) => {}
-                        () = self.orders.cancelled(ask) => {}
-                        verdict = self.interrupted(ask) => return verdict,
-                    }
-                }
+            let step = self.step(ask, pass).await;
+            if let Some(verdict) = self.follow(ask, step).await {
+                return verdict;
             }
+        }
+    }
+
+    /// Waits as a step says; a verdict ends the journey.
+    async fn follow(&self, ask: &Ask, step: Step) -> Option<Verdict> {
+        let (until, why) = match step {
+            Step::Verdict(verdict) => return Some(verdict),
+            Step::WaitUntil(until, why) => (until, why),
+        };
+        // Whoever has the job now may still make it; a try that is not due yet cannot.
+        if why == NOT_DUE
+            && let Some(problem) = self.rules.in_vain(ask, until)
+        {
+            return Some(self.close(ask, Ending::Expired(problem)).await);
+        }
+        let wait = as_duration(until - self.clock.now());
+        if wait > LONGEST_IN_PLACE {
+            return Some(Verdict::Delay { wait, why });
+        }
+        tokio::select! {
+            () = tokio::time::sleep(wait) => None,
+            () = self.orders.cancelled(ask) => None,
+            verdict = self.interrupted(ask) => Some(verdict),
+        }
+    }
+
+    /// What follows where no call does.
+    fn answered(&self, claim: Claim) -> Step {
+        match claim {
+            Claim::Settled(stored) => Step::Verdict(Verdict::Reply(stored)),
+            Claim::Conflict(fields) => Step::Verdict(Verdict::Conflict(fields)),
+            Claim::Busy { until } => {
+                metrics::retry("busy");
+                let soonest = self.clock.now() + 100;
+                Step::WaitUntil(until.max(soonest), "busy")
+            }
+            Claim::Waiting { until } => Step::WaitUntil(until, NOT_DUE),
+            // Nobody but its worker may have it.
+            Claim::Granted(_) => Step::Verdict(Verdict::Abandon),
         }
     }
 
@@ -183,14 +255,10 @@ impl Journey {
                     Err(_panic) => self.panicked(ask, lease).await,
                 }
             }
-            Ok(Claim::Settled(stored)) => Step::Verdict(Verdict::Reply(stored)),
-            Ok(Claim::Conflict(fields)) => Step::Verdict(Verdict::Conflict(fields)),
-            Ok(Claim::Busy { until }) => {
-                metrics::retry("busy");
-                let soonest = self.clock.now() + 100;
-                Step::WaitUntil(until.max(soonest), "busy")
+            Ok(claim) => {
+                self.pacer.put_back(pass.place);
+                self.answered(claim)
             }
-            Ok(Claim::Waiting { until }) => Step::WaitUntil(until, NOT_DUE),
             Err(Stopped::Interrupted(verdict)) => Step::Verdict(verdict),
             Err(Stopped::Ledger(LedgerError::DamagedRow(what))) => {
                 Step::Verdict(Verdict::Damaged(what))

@@ -62,6 +62,11 @@ impl Journey {
         }
     }
 
+    /// What there is to say of a job without a call, if the ledger can be asked just now.
+    pub(super) async fn look(&self, ask: &Ask) -> Option<Claim> {
+        self.ledger.look(self.claimant(ask)).await.unwrap_or_default()
+    }
+
     /// Makes an attempt's result durable, however long the ledger takes, past the session and past any hold: to
     /// give up here would lose it.
     ///

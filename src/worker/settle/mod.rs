@@ -104,6 +104,11 @@ impl Settler {
                 let left = self.delay(case.delivery, wait, hop).await;
                 summary("delayed", Some(why.to_owned()), 0, left)
             }
+            // Each time counts against it, and nothing is wrong with it.
+            Verdict::GiveBack if case.delivery.nears_its_limit() => {
+                let left = self.delay(case.delivery, Duration::ZERO, hop).await;
+                summary("delayed", Some("given_back_often".to_owned()), 0, left)
+            }
             Verdict::GiveBack => {
                 case.delivery.give_back().await;
                 summary("given_back", None, 0, Left::ComesAgain)

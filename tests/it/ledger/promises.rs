@@ -39,7 +39,7 @@ fn unknown() -> Attempt {
 }
 
 pub(super) fn wait(until: i64) -> Next {
-    Next::Wait { until }
+    Next::Wait { until, uncounted: 0 }
 }
 
 pub(super) async fn a_link_is_stored_once_and_repeated_byte_for_byte_for_ever(backend: &Backend) {
