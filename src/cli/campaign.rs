@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::look::Look;
+use super::look::{Look, shown};
 use super::tell::tell;
 use super::{Failure, Outcome, block_on, count, resolved_without_key, say, say_error};
 use crate::bulk::inside::read_reply;
@@ -13,6 +13,9 @@ use crate::config::check::Resolved;
 use crate::job::reply::rfc3339;
 use crate::job::{Key, printable};
 use crate::ledger::{Campaign, LedgerError, OwnCommand, Row};
+
+/// Most campaigns that are named where one is not known.
+const NAMED: usize = 10;
 
 /// Jobs that carry the same `checkout-campaign`.
 #[derive(Debug, clap::Args)]
@@ -72,16 +75,23 @@ fn cancel(settings: &Resolved, name: &str) -> Outcome {
     let campaign = name.to_owned();
     tell(settings, |now| OwnCommand::CancelCampaign { campaign, before: now })?;
     say(&format!(
-        "campaign {} is cancelled for all workers of this ledger: within two seconds none of its jobs that were published until now is begun, and each gets the reply `cancelled`; calls that are under way are finished, and links that were made stay",
-        printable(name, 64)
+        "campaign {} is cancelled for all workers of the ledger {}: within two seconds none of its jobs that were published until now is begun, and each gets the reply `cancelled`; calls that are under way are finished, and links that were made stay",
+        printable(name, 64),
+        shown(&settings.ledger)
     ));
     let known = block_on(async {
         let look = Look::open(&settings.ledger).await?;
-        Ok::<_, Failure>(look.campaigns(Some(name)).await?)
-    })?;
-    if known?.is_empty() {
+        Ok::<_, Failure>(look.campaigns(None).await?)
+    })??;
+    if !known.contains_key(name) {
+        let mut others: Vec<String> =
+            known.keys().take(NAMED).map(|name| printable(name, 64)).collect();
+        if known.len() > NAMED {
+            others.push(format!("and {} more", known.len() - NAMED));
+        }
+        let others = if others.is_empty() { "none".to_owned() } else { others.join(", ") };
         say(&format!(
-            "no worker has taken a job of that name yet: is it the right one? If not, `campaign cancel --undo {}` takes it back",
+            "no worker has taken a job of that name yet: is it the right one? The ledger knows these: {others}. If it is not, `campaign cancel --undo {}` takes it back",
             printable(name, 64)
         ));
     }
@@ -91,8 +101,9 @@ fn cancel(settings: &Resolved, name: &str) -> Outcome {
 fn reinstate(settings: &Resolved, name: &str) -> Outcome {
     tell(settings, |_| OwnCommand::ReinstateCampaign { campaign: name.to_owned() })?;
     say(&format!(
-        "campaign {} is not cancelled for any worker of this ledger: within two seconds its jobs are served again; what has ended as `cancelled` has to be sent again",
-        printable(name, 64)
+        "campaign {} is not cancelled for any worker of the ledger {}: within two seconds its jobs are served again; what has ended as `cancelled` has to be sent again",
+        printable(name, 64),
+        shown(&settings.ledger)
     ));
     Ok(())
 }
@@ -113,6 +124,9 @@ async fn list(settings: &Resolved, name: Option<&str>, as_json: bool) -> Outcome
             "no worker has taken a job of campaign {} yet{text}",
             printable(name, 64)
         )));
+    }
+    if campaigns.is_empty() {
+        say_error(&format!("no campaign in the ledger {}", shown(&settings.ledger)));
     }
     for (name, campaign) in &campaigns {
         let cancelled = cancelled(name);

@@ -31,6 +31,9 @@ pub(super) struct Arguments {
     publish: bool,
 }
 
+/// What it means for workers that share a ledger that they share no budget.
+pub(super) const UNLIMITED: &str = "it is not set, so that each worker finds by itself how fast Creem may be asked. Where buyers and campaigns are served by different workers (run --lanes), set it: otherwise neither knows of the other's calls, and buyers do not go first";
+
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let settings =
         if arguments.ledger { super::resolved_without_key(file, None)? } else { resolved(file)? };
@@ -64,6 +67,9 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         for (what, line) in orders.unwrap_or_else(|silent| vec![("orders", Err(silent))]) {
             report(what, line);
         }
+    }
+    if matches!(settings.ledger, Ledger::Database(_)) && settings.limits.ceiling.is_none() {
+        say(&format!("note     rate_limit.per_second: {UNLIMITED}"));
     }
     report("http.listen", listen);
     for (what, result) in broker {

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::look::shown;
 use super::tell::tell;
 use super::{Outcome, resolved_without_key, say};
 use crate::job::Lane;
@@ -17,16 +18,20 @@ pub(super) struct Arguments {
 
 pub(super) fn pause(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let lane = arguments.lane;
-    tell(&resolved_without_key(file, None)?, |_| OwnCommand::PauseLane(lane))?;
+    let settings = resolved_without_key(file, None)?;
+    tell(&settings, |_| OwnCommand::PauseLane(lane))?;
     say(&format!(
-        "lane {lane} is paused for all workers of this ledger: within two seconds they take no more of its jobs, which wait in RabbitMQ; calls that are under way are finished. Go on with: checkout-worker resume --lane {lane}"
+        "lane {lane} is paused for all workers of the ledger {}: within two seconds they take no more of its jobs, which wait in RabbitMQ; calls that are under way are finished. Go on with: checkout-worker resume --lane {lane}",
+        shown(&settings.ledger)
     ));
     Ok(())
 }
 
 pub(super) fn resume(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let lane = arguments.lane;
-    tell(&resolved_without_key(file, None)?, |_| OwnCommand::ResumeLane(lane))?;
-    say(&format!("lane {lane} is taken again by all workers of this ledger"));
+    let settings = resolved_without_key(file, None)?;
+    tell(&settings, |_| OwnCommand::ResumeLane(lane))?;
+    let ledger = shown(&settings.ledger);
+    say(&format!("lane {lane} is taken again by all workers of the ledger {ledger}"));
     Ok(())
 }

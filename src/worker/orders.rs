@@ -110,7 +110,12 @@ impl Orders {
         let new = Known { paused, pauses: times, cancelled };
         self.0.send_if_modified(|known| {
             if known.paused != new.paused {
-                tracing::info!(lanes = ?new.paused, before = ?known.paused, "paused lanes");
+                let names = |lanes: &[Lane]| {
+                    let names: Vec<&str> = lanes.iter().map(|lane| lane.as_str()).collect();
+                    names.join(" ")
+                };
+                let (lanes, before) = (names(&new.paused), names(&known.paused));
+                tracing::info!(lanes, before, "paused lanes");
             }
             for (campaign, before) in &new.cancelled {
                 if known.cancelled.get(campaign) != Some(before) {
