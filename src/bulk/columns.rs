@@ -1,6 +1,7 @@
 //! What the columns of a table mean: fields of a job, or something that is only carried through.
 
 use crate::job::json::{Node, write_string};
+use crate::job::printable;
 
 /// Fields that a column of that name holds, as text.
 const TEXTS: [&str; 5] =
@@ -15,6 +16,12 @@ const CUSTOMER: [&str; 3] = ["customer.id", "customer.email", "customer.name"];
 const METADATA: &str = "metadata.";
 /// Names that differ in so many letters may be one another's typos.
 const TYPO: usize = 2;
+/// Names longer than this are no typos, in bytes.
+const LONGEST_TYPO: usize = 40;
+/// As many as a spreadsheet has.
+const MOST_COLUMNS: usize = 16_384;
+/// Longest name of a column, in bytes.
+const LONGEST_NAME: usize = 1_024;
 /// What an output adds to the columns of its input.
 pub const RESULT: [&str; 5] =
     ["status", "checkout_id", "checkout_url", "error_code", "error_message"];
@@ -24,9 +31,17 @@ pub const RESULT: [&str; 5] =
 pub enum HeaderError {
     /// No column is a field.
     #[error(
-        "no column of the header is a field of a job: name them product_id, request_id, customer.email, metadata.KEY and so on, in the first line"
+        "no column of the header is a field of a job: name them product_id, request_id, customer.email, units, metadata.KEY and so on, in the first line, with commas, semicolons or tabs between them; or say --carry COLUMN for each, if all rows are to be the same job but for their ids"
     )]
     NoField,
+    /// More columns than any spreadsheet has.
+    #[error("it has more than {MOST_COLUMNS} columns: is it a table?")]
+    TooWide,
+    /// The beginning of a name without end.
+    #[error(
+        "the name of a column has more than {LONGEST_NAME} bytes ({0}…): is line 1 the header?"
+    )]
+    LongName(String),
     /// Nearly the name of a field.
     #[error(
         "column `{column}` is nearly `{field}`: rename it, or say --carry {column:?} if it is another thing"
@@ -129,6 +144,12 @@ pub fn read_header(
     {
         return Err(HeaderError::NotThere(missing.clone()));
     }
+    if names.len() > MOST_COLUMNS {
+        return Err(HeaderError::TooWide);
+    }
+    if let Some(long) = names.iter().find(|name| name.len() > LONGEST_NAME) {
+        return Err(HeaderError::LongName(printable(long, 40)));
+    }
     let mut columns = Vec::with_capacity(names.len());
     for name in names {
         let trimmed = name.trim();
@@ -155,7 +176,8 @@ pub fn read_header(
         return Err(HeaderError::NoRequestId);
     }
     let no_field = columns.iter().all(|column| *column == Column::Carried);
-    if no_field && defaults.product_id.is_none() {
+    let wanted = |name: &String| carry.iter().any(|carried| carried == name.trim());
+    if no_field && !(defaults.product_id.is_some() && names.iter().all(wanted)) {
         return Err(HeaderError::NoField);
     }
     Ok(columns)
@@ -177,6 +199,9 @@ fn column(name: &str, extra_fields: &[String]) -> Result<Column, HeaderError> {
     }
     if extra_fields.iter().any(|field| field == name) {
         return Ok(Column::Extra(name.to_owned()));
+    }
+    if name.len() > LONGEST_TYPO {
+        return Ok(Column::Carried);
     }
     // A discount must not be lost to a typo. Short names are one another's typos too easily.
     let plain = |text: &str| text.to_lowercase().replace([' ', '-', '_', '.'], "");
@@ -417,6 +442,22 @@ mod tests {
         );
         assert_eq!(header(&["product_id", "status"]), Err(HeaderError::Taken("status")));
         assert_eq!(header(&["Name", "Phone"]), Err(HeaderError::NoField));
+        // Where flags name the product, all rows would be one job but for their ids.
+        let product = Defaults {
+            product_id: Some("p".to_owned()),
+            request_id_prefix: Some("x-".to_owned()),
+            ..Defaults::default()
+        };
+        let people = names(&["Name", "Phone"]);
+        let of_people = |carry: &[&str]| read_header(&people, &product, &names(carry), &[]);
+        assert_eq!(of_people(&[]), Err(HeaderError::NoField));
+        assert_eq!(of_people(&["Name"]), Err(HeaderError::NoField));
+        assert_eq!(of_people(&["Name", "Phone"]), Ok(vec![Column::Carried; 2]));
+        let wide = vec!["x".to_owned(); MOST_COLUMNS + 1];
+        assert_eq!(read_header(&wide, &product, &[], &[]), Err(HeaderError::TooWide));
+        let long = vec!["x".repeat(LONGEST_NAME + 1)];
+        let refused = read_header(&long, &product, &[], &[]);
+        assert!(matches!(refused, Err(HeaderError::LongName(_))), "{refused:?}");
         let carried = read_header(&names(&["units"]), &Defaults::default(), &names(&["unit"]), &[]);
         assert_eq!(carried, Err(HeaderError::NotThere("unit".to_owned())));
         let none = Defaults::default();

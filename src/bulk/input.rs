@@ -8,7 +8,7 @@ use csv::ByteRecord;
 
 use super::columns::{self, Column, Defaults, HeaderError, add_keys};
 use super::source::{Bounded, End, EndMet, Format, LOOK_AT, recognise};
-use crate::job::json::Node;
+use crate::job::json::{JsonError, Node};
 use crate::job::{CheckoutRequest, Refusal, RequestId, Rules};
 
 /// Largest row in bytes: with a quote left open, the rest of the file is one.
@@ -23,6 +23,15 @@ pub enum InputError {
     /// A text of two bytes a character.
     #[error("it is UTF-16: save it as \"CSV UTF-8\", not as \"Unicode text\"")]
     Utf16,
+    /// A file of another program's.
+    #[error("it is an Excel workbook: save it as \"CSV UTF-8\"")]
+    Workbook,
+    /// A character that no text has.
+    #[error("line 1 has a NUL character: it is no CSV file, or a damaged one")]
+    Nul,
+    /// All jobs in one value.
+    #[error("it is a JSON array: put one object on a line (jq -c '.[]' FILE)")]
+    Array,
     /// Nothing is in it.
     #[error("it is empty")]
     Empty,
@@ -41,10 +50,8 @@ pub enum InputError {
     )]
     OpenQuote(u64),
     /// A row without end.
-    #[error(
-        "the row that begins on line {0} is larger than 1 MiB: is a quote (\") left open in it?"
-    )]
-    Endless(u64),
+    #[error("the row that begins on line {0} is larger than 1 MiB, which no row may be{1}")]
+    Endless(u64, &'static str),
 }
 
 impl From<HeaderError> for InputError {
@@ -146,9 +153,13 @@ impl Input {
         };
         if format != Format::Ndjson {
             let header = input.record()?.ok_or(InputError::Empty)?;
-            // As UTF-16 has between any two letters, with a byte order mark or without.
-            if header.iter().any(|name| name.contains(&0)) {
-                return Err(InputError::Utf16);
+            let count =
+                |of: fn(&u8) -> bool| header.iter().flatten().filter(|byte| of(byte)).count();
+            match count(|byte| *byte == 0) {
+                0 => {}
+                // As UTF-16 has between any two letters, with a byte order mark or without.
+                nul if 3 * nul > count(|_| true) => return Err(InputError::Utf16),
+                _ => return Err(InputError::Nul),
             }
             let names = header.iter().map(|name| String::from_utf8(name.to_vec()));
             input.names = names.collect::<Result<_, _>>().map_err(|_| InputError::NotUtf8)?;
@@ -267,7 +278,12 @@ impl Input {
                     return Err(InputError::Io(io::Error::other("it is no table")));
                 };
                 if error.kind() == io::ErrorKind::FileTooLarge {
-                    return Err(InputError::Endless(at.line() + u64::from(self.format.is_crlf())));
+                    let line = at.line() + u64::from(self.format.is_crlf());
+                    let advice = match self.format {
+                        Format::Csv { .. } => ": is a quote (\") left open in it?",
+                        Format::Ndjson => "",
+                    };
+                    return Err(InputError::Endless(line, advice));
                 }
                 Err(InputError::Io(error))
             }
@@ -317,9 +333,18 @@ impl Input {
         if record.len() > 1 {
             return (None, Err(has_nul()));
         }
-        let Ok(text) = std::str::from_utf8(line) else { return (None, Err(not_utf8())) };
+        let Ok(text) = std::str::from_utf8(line) else {
+            let message = "the line is not UTF-8".to_owned();
+            return (None, Err(Flaw { column: None, code: "not_utf8", message }));
+        };
         match Node::parse(text.trim()) {
             Ok(Node::Object(members)) => self.judge(&self.with_defaults(members)),
+            Err(JsonError::Syntax { category, column, .. }) => {
+                let message = format!(
+                    "not JSON: {category} at column {column}; each line is to be one whole object"
+                );
+                (None, Err(Flaw { column: None, code: "not_json", message }))
+            }
             // Its rules say what is wrong.
             _ => self.judge(text.trim().as_bytes()),
         }
@@ -508,6 +533,16 @@ mod tests {
         assert!(matches!(open(b""), Err(InputError::Empty)));
         assert!(matches!(open(b"\xff\xfea\0"), Err(InputError::Utf16)));
         assert!(matches!(open(b"p\0,\0n\0\n\0"), Err(InputError::Utf16)));
+        assert!(matches!(open(b"product_id,Na\0me\np,x\n"), Err(InputError::Nul)));
+        assert!(matches!(open(b"PK\x03\x04\x14\0"), Err(InputError::Workbook)));
+        for array in ["[{\"product_id\":\"p\"}]", "\u{feff}[\n  {}\n]", "[]", "["] {
+            assert!(matches!(open(array.as_bytes()), Err(InputError::Array)), "{array}");
+        }
+        assert!(open(b"[Name],product_id\nx,p\n").is_ok(), "it is a name");
+        let mut spread = open(b"{\n\"product_id\": \"p\"\n}\n").unwrap();
+        let (_, job) = spread.next_row().unwrap().unwrap();
+        let flaw = job.unwrap_err();
+        assert!(flaw.message.ends_with("each line is to be one whole object"), "{flaw:?}");
         let mut lines = open(b"{\"request_id\":\"a\",\"product_id\":\"p\"}\0{}\n").unwrap();
         let (_, job) = lines.next_row().unwrap().unwrap();
         assert_eq!(job.unwrap_err().code, "not_json");
@@ -515,6 +550,6 @@ mod tests {
         text.extend(std::iter::repeat_n(b'x', 3 * 1024 * 1024));
         let mut input = open(&text).unwrap();
         assert!(input.next_row().unwrap().is_some());
-        assert!(matches!(input.next_row(), Err(InputError::Endless(3))));
+        assert!(matches!(input.next_row(), Err(InputError::Endless(3, _))));
     }
 }

@@ -15,6 +15,7 @@ use crate::ledger::Stored;
 use crate::worker::Fatal;
 use crate::worker::ask::{Ask, LONGEST_HOLD};
 use crate::worker::engine::Engine;
+use crate::worker::gate::Reason;
 use crate::worker::journey::Verdict;
 
 /// After which a job is asked for again that somebody else had.
@@ -33,6 +34,30 @@ pub struct Inside {
 }
 
 impl Inside {
+    /// What all rows wait for, if they do, and what to do about it.
+    #[must_use]
+    pub fn held(&self) -> Option<&'static str> {
+        let journey = &self.engine.journey;
+        if journey.orders.is_paused(Lane::Bulk) {
+            return Some(
+                "the bulk lane of this ledger is paused; checkout-worker resume --lane bulk goes on",
+            );
+        }
+        let reasons = [
+            (
+                Reason::Key,
+                "Creem refuses the API key; Ctrl-C, set the right one, and the same command goes on",
+            ),
+            (
+                Reason::Circuit,
+                "half of the calls to Creem or more fail; one now and then shows whether it is back",
+            ),
+            (Reason::Ledger, "the ledger cannot be written; it is tried again"),
+        ];
+        let held = reasons.into_iter().find(|(reason, _)| journey.gate.is_closed_by(*reason));
+        held.map(|(_, text)| text)
+    }
+
     /// Brings a row's job to its end; `None` if it was not begun, because everything ends. `only_known`, it gets
     /// none but what the ledger has.
     pub async fn make(&self, request: CheckoutRequest, only_known: bool) -> Option<Outcome> {
@@ -50,7 +75,7 @@ impl Inside {
             picked_up_at: journey.clock.now(),
             redelivered: false,
             elsewhere: false,
-            look_first: true,
+            look_first: false,
             // There is no delivery that could be lost.
             session: CancellationToken::new(),
             hold_until: Instant::now() + LONGEST_HOLD,

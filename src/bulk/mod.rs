@@ -40,6 +40,9 @@ const FLUSH_EVERY: usize = 256;
 /// And after how long, where rows come slowly.
 const FLUSH_AFTER: Duration = Duration::from_secs(1);
 
+/// How often that is told which does not move.
+const TICK: Duration = Duration::from_secs(1);
+
 /// Why a run ended before its end.
 #[derive(Debug, thiserror::Error)]
 pub enum BulkError {
@@ -150,6 +153,8 @@ async fn go_through<'a, F: Future<Output = Option<Outcome>> + 'a>(
 ) -> Result<bool, BulkError> {
     let mut read_all = first.is_none();
     let mut next = first;
+    // While nothing moves, that is told as well.
+    let mut tick = tokio::time::interval(TICK);
     loop {
         if let Some((row, job)) = next.take() {
             let number = row.number;
@@ -175,6 +180,7 @@ async fn go_through<'a, F: Future<Output = Option<Outcome>> + 'a>(
                 read_all = next.is_none();
             }
             () = stop.cancelled(), if !stopped => {}
+            _ = tick.tick() => {}
             () = tokio::time::sleep_until(window.flush_due()), if window.unflushed > 0 => {}
         }
         window.tally.shared = rows.shared();

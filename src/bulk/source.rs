@@ -60,10 +60,20 @@ pub(super) fn recognise(
     if look.starts_with(b"\xff\xfe") || look.starts_with(b"\xfe\xff") {
         return Err(InputError::Utf16);
     }
+    // A ZIP archive, and what Excel wrote before it wrote those.
+    if look.starts_with(b"PK\x03\x04") || look.starts_with(b"\xd0\xcf\x11\xe0") {
+        return Err(InputError::Workbook);
+    }
     let bom = look.starts_with(b"\xef\xbb\xbf");
     let mut passed = if bom { 3 } else { 0 };
     let text = &look[passed..];
-    let format = if text.trim_ascii_start().starts_with(b"{") {
+    let begins = text.trim_ascii_start();
+    if let Some(first) = begins.strip_prefix(b"[").map(<[u8]>::trim_ascii_start)
+        && matches!(first.first(), Some(b'{' | b'[' | b']') | None)
+    {
+        return Err(InputError::Array);
+    }
+    let format = if begins.starts_with(b"{") {
         Format::Ndjson
     } else {
         let (line, ended) = first_line(text);

@@ -16,9 +16,23 @@ pub fn harmless(cell: &[u8]) -> Vec<u8> {
     if is_formula(&cell[quotes..]) { [b"'", cell].concat() } else { cell.to_vec() }
 }
 
+/// The same for a cell of a file that was written here: one that is harmless is left as it is.
+#[must_use]
+pub fn guarded(cell: &[u8]) -> Vec<u8> {
+    if is_formula(cell) { [b"'", cell].concat() } else { cell.to_vec() }
+}
+
 fn is_formula(cell: &[u8]) -> bool {
-    let first = cell.iter().find(|byte| !matches!(byte, b' ' | b'\n'));
-    let begins = matches!(first, Some(b'=' | b'+' | b'-' | b'@' | b'\t' | b'\r'));
+    if cell.first().is_none_or(u8::is_ascii_alphanumeric) {
+        return false;
+    }
+    let text = String::from_utf8_lossy(cell);
+    let shows =
+        |char: &char| !(char.is_whitespace() || char.is_control()) || "\t\r".contains(*char);
+    let first = text.chars().find(shows);
+    // The wide ones are taken for the others where people write with them.
+    let begins =
+        first.is_some_and(|first| "=+-@\t\r\u{ff1d}\u{ff0b}\u{ff0d}\u{ff20}".contains(first));
     let digits = cell.strip_prefix(b"-").or_else(|| cell.strip_prefix(b"+")).unwrap_or(cell);
     let number = digits.iter().all(|byte| byte.is_ascii_digit() || b".,".contains(byte))
         && digits.iter().any(u8::is_ascii_digit);
@@ -100,6 +114,9 @@ mod tests {
             (" =cmd", "' =cmd"),
             ("\n=cmd", "'\n=cmd"),
             ("@SUM(A1)", "'@SUM(A1)"),
+            ("\u{ff1d}1+1", "'\u{ff1d}1+1"),
+            ("\u{a0}=cmd", "'\u{a0}=cmd"),
+            ("\u{b}=cmd", "'\u{b}=cmd"),
             ("-5", "-5"),
             ("+49,50", "+49,50"),
             ("-1.234,5", "-1.234,5"),

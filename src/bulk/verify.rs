@@ -9,7 +9,7 @@ use super::columns::{self, Column, Defaults, RESULT};
 use super::input::{InputError, Job, Wishes, judge};
 use super::layout::REQUEST_ID;
 use super::source::{End, EndMet, Format, recognise};
-use super::table::meant;
+use super::table::{guarded, meant};
 use crate::creem::Seen;
 use crate::job::{Rules, Status};
 
@@ -270,7 +270,8 @@ impl Line {
     /// The line with what was learned of its link.
     #[must_use]
     pub fn with(&self, link: Option<&Link>, checked_at: &str) -> ByteRecord {
-        let mut cells: Vec<Vec<u8>> = self.cells.iter().map(<[u8]>::to_vec).collect();
+        // Somebody may have edited it since.
+        let mut cells: Vec<Vec<u8>> = self.cells.iter().map(guarded).collect();
         let (word, at) = match link {
             Some(link) => (link.as_str(), checked_at),
             None => ("", ""),

@@ -86,6 +86,9 @@ fn span(text: &str) -> Result<Duration, String> {
 
 pub(super) fn pair(text: &str) -> Result<(String, String), String> {
     let (key, value) = text.split_once('=').ok_or("give KEY=VALUE")?;
+    if key.trim().is_empty() || key.contains(char::is_control) {
+        return Err("give KEY=VALUE with a key of printable characters".to_owned());
+    }
     Ok((key.to_owned(), value.to_owned()))
 }
 

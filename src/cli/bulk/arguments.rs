@@ -59,14 +59,14 @@ pub(crate) struct Arguments {
     pub(super) verify: bool,
     /// Make new links for those that are expired or gone, under a `request_id` of their own (`x.r1` for
     /// `x`), from the line itself and the same flags as before.
-    #[arg(long, requires = "verify")]
+    #[arg(long, requires = "verify", conflicts_with = "dry_run")]
     pub(super) refresh: bool,
     /// Play it through: a built-in double of Creem, no key, no network, and a ledger of its own
     /// beside the output.
     #[arg(long)]
     pub(super) sandbox: bool,
     /// A file that gets a JSON line of every session that the sandbox makes.
-    #[arg(long, value_name = "FILE", requires = "sandbox")]
+    #[arg(long, value_name = "FILE", requires = "sandbox", conflicts_with = "dry_run")]
     pub(super) sandbox_log: Option<PathBuf>,
 }
 

@@ -72,7 +72,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     };
     let mut shown = Shown::new(bytes);
     let ran = bulk::run(input, earlier, at_once, prove, make, &stages.soft, |progress| {
-        shown.tell(progress);
+        shown.tell(progress, inside.held());
     });
     let ran = tokio::select! {
         ran = ran => ran,

@@ -12,6 +12,10 @@ use crate::bulk::layout::Layout;
 use crate::bulk::output::{Earlier, part_of};
 use crate::cli::{Failure, say_error};
 use crate::config::check::Resolved;
+use crate::job::printable;
+
+/// Most carried columns that are named.
+const NAMED: usize = 20;
 
 /// The bytes of a file, and how many they are, if that is known.
 pub(super) fn source(path: &Path) -> Result<(Box<dyn Read + Send>, Option<u64>), Failure> {
@@ -37,12 +41,12 @@ pub(super) fn input(
         .with_context(|| path.display().to_string())?;
     let carried: Vec<&str> = input.carried().collect();
     if !carried.is_empty() {
-        say_error(&format!("carried through, and no part of the jobs: {}", carried.join(", ")));
-    }
-    if !carried.is_empty() && carried.len() == input.names().len() {
-        say_error(
-            "no column is called like a field of a job, so that all rows are of one job but for their ids: is line 1 the header?",
-        );
+        let mut names: Vec<String> =
+            carried.iter().take(NAMED).map(|name| printable(name, 60)).collect();
+        if carried.len() > NAMED {
+            names.push(format!("and {} more", carried.len() - NAMED));
+        }
+        say_error(&format!("carried through, and no part of the jobs: {}", names.join(", ")));
     }
     Ok((input, bytes))
 }

@@ -1,5 +1,6 @@
 //! How far a run is: a bar on a terminal, a line now and then elsewhere.
 
+use std::collections::VecDeque;
 use std::io::IsTerminal as _;
 use std::time::Duration;
 
@@ -7,42 +8,64 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::Instant;
 
 use crate::bulk::{Progress, Tally};
-use crate::cli::say_error;
+use crate::cli::{count as rows, say_error};
 
 /// How often a line is written where there is no terminal.
 const EVERY: Duration = Duration::from_secs(10);
 /// How often a bar's words change.
 const OFTEN: Duration = Duration::from_millis(200);
 
+/// How long ago things count for how fast they go.
+const LATELY: Duration = Duration::from_secs(30);
+
 pub(super) struct Shown {
     bar: Option<ProgressBar>,
     /// How many bytes the input has, if that is known.
     bytes: Option<u64>,
-    began: Instant,
     said: Instant,
+    /// How far it was lately.
+    seen: VecDeque<Seen>,
+}
+
+/// How far a run was at a time.
+#[derive(Debug, Clone, Copy)]
+struct Seen {
+    at: Instant,
+    /// Rows that were not written before.
+    fresh: u64,
+    /// Bytes of the input.
+    position: u64,
 }
 
 impl Shown {
     pub(super) fn new(bytes: Option<u64>) -> Self {
         let now = Instant::now();
         let bar = std::io::stderr().is_terminal().then(|| bar(bytes));
-        Self { bar, bytes, began: now, said: now }
+        let seen = [Seen { at: now, fresh: 0, position: 0 }].into();
+        Self { bar, bytes, said: now, seen }
     }
 
-    pub(super) fn tell(&mut self, progress: Progress<'_>) {
+    /// Tells now and then; `held` says what is waited for, if all waits for it.
+    pub(super) fn tell(&mut self, progress: Progress<'_>, held: Option<&str>) {
         let often = if self.bar.is_some() { OFTEN } else { EVERY };
         if self.said.elapsed() < often {
             return;
         }
-        self.said = Instant::now();
-        let words = words(progress.tally, self.began.elapsed());
-        if let Some(bar) = &self.bar {
-            bar.set_position(progress.position);
-            bar.set_message(words);
-            return;
+        let now = Instant::now();
+        self.said = now;
+        let fresh = progress.tally.rows.saturating_sub(progress.tally.kept);
+        self.seen.push_back(Seen { at: now, fresh, position: progress.position });
+        while self.seen.len() > 2 && now.duration_since(self.seen[0].at) > LATELY {
+            self.seen.pop_front();
         }
-        let left = self.bytes.map(|bytes| left(progress.position, bytes, self.began.elapsed()));
-        say_error(&format!("{words}{}", left.unwrap_or_default()));
+        let words = words(progress.tally, &self.seen, self.bytes, held);
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(progress.position);
+                bar.set_message(words);
+            }
+            None => say_error(&words),
+        }
     }
 
     pub(super) fn finish(&self) {
@@ -54,7 +77,7 @@ impl Shown {
 
 fn bar(bytes: Option<u64>) -> ProgressBar {
     let (bar, template) = match bytes {
-        Some(bytes) => (ProgressBar::new(bytes), "{bar:30} {percent} %, {eta} left; {msg}"),
+        Some(bytes) => (ProgressBar::new(bytes), "{bar:30} {percent} %, {msg}"),
         None => (ProgressBar::new_spinner(), "{spinner} {elapsed} {msg}"),
     };
     match ProgressStyle::with_template(template) {
@@ -63,28 +86,55 @@ fn bar(bytes: Option<u64>) -> ProgressBar {
     }
 }
 
-/// How many rows came to what, and how fast.
-fn words(tally: &Tally, elapsed: Duration) -> String {
-    let fresh = tally.rows.saturating_sub(tally.kept);
-    let rate = count(fresh) / elapsed.as_secs_f64().max(0.001);
-    let mut words = format!("{} rows, {rate:.0} a second", tally.rows);
+/// How many rows came to what, how fast it goes lately, and how much longer it may take then; or what is waited
+/// for.
+fn words(tally: &Tally, seen: &VecDeque<Seen>, bytes: Option<u64>, held: Option<&str>) -> String {
+    let mut words = rows(tally.rows, "row");
     for (status, rows) in &tally.statuses {
         words = format!("{words}, {rows} {status}");
+    }
+    if let Some(held) = held {
+        return format!("{words}; waiting: {held}");
+    }
+    let (Some(first), Some(last)) = (seen.front(), seen.back()) else { return words };
+    let seconds = last.at.duration_since(first.at).as_secs_f64();
+    if seconds <= 0.0 {
+        return words;
+    }
+    words = format!("{words}; {:.0} a second", as_float(last.fresh - first.fresh) / seconds);
+    let speed = as_float(last.position.saturating_sub(first.position)) / seconds;
+    let left = bytes.map(|bytes| bytes.saturating_sub(last.position)).filter(|left| *left > 0);
+    if let Some(left) = left.filter(|_| speed > 0.0 && last.fresh > first.fresh) {
+        let left = Duration::try_from_secs_f64(as_float(left) / speed).unwrap_or(Duration::MAX);
+        let left = Duration::from_secs(left.as_secs());
+        words = format!("{words}, about {} left", humantime::format_duration(left));
     }
     words
 }
 
-/// How much longer it may take, by the bytes that are read.
-fn left(position: u64, bytes: u64, elapsed: Duration) -> String {
-    if position == 0 || position >= bytes {
-        return String::new();
-    }
-    let whole = elapsed.as_secs_f64() * count(bytes) / count(position);
-    let left = Duration::from_secs_f64((whole - elapsed.as_secs_f64()).max(0.0));
-    format!("; about {} left", humantime::format_duration(Duration::from_secs(left.as_secs())))
+#[expect(clippy::cast_precision_loss, reason = "for the eye")]
+fn as_float(number: u64) -> f64 {
+    number as f64
 }
 
-#[expect(clippy::cast_precision_loss, reason = "for the eye")]
-fn count(number: u64) -> f64 {
-    number as f64
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seen(at: Instant, seconds: u64, fresh: u64, position: u64) -> Seen {
+        Seen { at: at + Duration::from_secs(seconds), fresh, position }
+    }
+
+    #[test]
+    fn it_says_how_fast_it_goes_lately_and_nothing_of_a_time_that_nobody_knows() {
+        let tally = Tally { rows: 1_200, ..Tally::default() };
+        let at = Instant::now();
+        let going = [seen(at, 0, 200, 2_000), seen(at, 10, 1_200, 12_000)].into();
+        let said = words(&tally, &going, Some(72_000), None);
+        assert_eq!(said, "1200 rows; 100 a second, about 1m left");
+        let standing = [seen(at, 0, 1_200, 12_000), seen(at, 10, 1_200, 12_000)].into();
+        assert_eq!(words(&tally, &standing, Some(72_000), None), "1200 rows; 0 a second");
+        let held = words(&tally, &going, Some(72_000), Some("the lane is paused"));
+        assert_eq!(held, "1200 rows; waiting: the lane is paused");
+    }
 }

@@ -105,7 +105,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         noted => noted.is_ok(),
     };
     let running = bulk::run(input, earlier, AT_ONCE, prove, send, &stages.soft, |progress| {
-        shown.tell(progress);
+        shown.tell(progress, None);
     });
     let ran = tokio::select! {
         ran = running => ran,

@@ -54,7 +54,7 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
     }
     if tally.statuses.contains_key(Status::Conflict.as_str()) {
         text.push_str(
-            ". A conflict: that request_id has a link for another job, which the flags and cells of its run bring back",
+            ". A conflict: that request_id has a link as another job, and error_message names the fields that differ: give the flags and cells of that run, or another --request-id-prefix for new links",
         );
     }
     if tally.linked() < tally.rows {

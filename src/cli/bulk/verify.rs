@@ -114,7 +114,7 @@ fn opened(settings: &Resolved, arguments: &Arguments) -> Result<(Links, Stems), 
     }
     let mut links = open()?;
     if !links.names_the_product() {
-        let text = "no column names the product of new links: give the flags of the first run as well (--product …)";
+        let text = "no column names the product of new links: give the flags of the first run as well (--product …). An output of NDJSON does not hold its jobs: make a file of new jobs for its dead links";
         return Err(Failure::Usage(text.to_owned()));
     }
     let stems = Stems::read(&mut links).with_context(|| arguments.file.display().to_string())?;

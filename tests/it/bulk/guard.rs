@@ -65,6 +65,9 @@ async fn a_paused_lane_holds_it_and_a_second_one_on_the_ledger_is_refused() {
     // Rows are left, and nothing is on its way: only the pause can be why.
     eventually("what was sent is answered", || async { desk.sessions() == posts() }).await;
     assert!(posts() < 500, "it did not hold");
+    let waits =
+        || process.log().iter().any(|line| line.contains("; waiting: the bulk lane of this"));
+    eventually("it says what it waits for", || async { waits() }).await;
     let resume = command(&["resume", "--lane", "bulk"], desk.settings.clone(), "").await;
     assert_eq!(resume.0, 0, "{resume:?}");
     assert_eq!(process.ended().await, 0);

@@ -92,6 +92,8 @@ async fn a_dry_run_names_line_column_and_fix_and_asks_nobody() {
     let (code, _, said) =
         run(desk.write("typo.csv", "request_id,product_id,dicsount_code\n")).await;
     assert!(code == 1 && said.contains("nearly `discount_code`"), "{said}");
+    let refresh = ["bulk", "x.csv", "--dry-run", "--refresh"];
+    assert_eq!(command(&refresh, BTreeMap::new(), "").await.0, 2, "it would check something else");
     assert_eq!(desk.simulator.log().posts().len(), 0);
 }
 

@@ -53,10 +53,14 @@ async fn dead_links_are_found_and_renewed_under_an_id_that_follows_from_theirs()
             assert!(log.set_status(&rows[row][4], status));
         }
     }
+    // Somebody has edited it since.
+    let edited = desk.read("links.csv").replace("somebody 2", "=1+1");
+    desk.write("links.csv", &edited);
     let checked = desk.path("checked.csv").display().to_string();
     let verify = ["bulk", &links, "--out", &checked, "--verify"];
     let (code, _, said) = command(&verify, desk.settings.clone(), "").await;
     assert_eq!(code, 1, "{said}");
+    assert!(desk.read("checked.csv").contains(",'=1+1,"), "no formula");
     assert!(said.contains("4 rows: 1 expired, 1 gone, 1 open, 1 paid"), "{said}");
     assert!(said.contains("--verify --refresh, with the flags"), "{said}");
     let words = |name: &str| -> Vec<String> {
