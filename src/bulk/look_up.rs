@@ -123,7 +123,7 @@ async fn ask(inside: &Inside, checkout_id: &str) -> Link {
     loop {
         let admitted = async { journey.pacer.pass(journey.pacer.admit(Lane::Bulk).await).await };
         tokio::select! {
-            () = admitted => {}
+            _ = admitted => {}
             () = journey.stop.cancelled() => return interrupted(),
         }
         let asked = tokio::time::Instant::now();

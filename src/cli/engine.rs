@@ -18,6 +18,7 @@ use crate::observe::metrics;
 use crate::pace::Pacer;
 use crate::retry::{Backoff, backoff};
 use crate::worker::budget::SharedBudget;
+use crate::worker::call_time::CallTime;
 use crate::worker::circuit::Circuit;
 use crate::worker::engine::Engine;
 use crate::worker::gate::Gate;
@@ -64,6 +65,7 @@ pub(super) fn engine(
         gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
         orders: Orders::default(),
         circuit: Circuit::new(settings.journey.request_timeout),
+        call_time: CallTime::new(settings.journey.request_timeout),
         turns: Turns::default(),
         trouble: Trouble::default(),
         key_accepted_at: tokio::sync::Mutex::default(),

@@ -160,7 +160,8 @@ pub enum Next {
     Wait {
         /// When.
         until: Millis,
-        /// How much of that time is none in which the job was tried, in milliseconds.
+        /// By how much later the job counts as opened from then on, in milliseconds: part of the wait is no time in
+        /// which it was tried.
         uncounted: Millis,
     },
 }

@@ -208,8 +208,7 @@ impl Pacer {
     fn step(&self, lane: Lane) -> Step {
         let now = Instant::now();
         let mut state = self.state();
-        let saved = if self.limits.ceiling.is_some() { HAIR } else { SAVED };
-        let recent = now.checked_sub(saved).unwrap_or(now).max(state.quiet_until);
+        let recent = self.freshest(&state);
         while state.returned.front().is_some_and(|place| *place < recent) {
             state.returned.pop_front();
         }
@@ -266,6 +265,10 @@ impl Pacer {
     /// Gives a place back at which no call was made; the next one who wants a place has it, if its time is not over.
     pub fn put_back(&self, place: Place) {
         let mut state = self.state();
+        if place.at < self.freshest(&state) {
+            // It is lost, and was somebody's.
+            return;
+        }
         state.owed -= place.owed;
         let behind = state.returned.partition_point(|other| *other < place.at);
         state.returned.insert(behind, place.at);
@@ -279,12 +282,19 @@ impl Pacer {
         self.state().quiet_until.saturating_duration_since(Instant::now())
     }
 
-    /// Waits for the time of the call; if its place is lost by then, for another one.
-    pub async fn pass(&self, mut place: Place) {
+    /// The earliest place that may be given out now.
+    fn freshest(&self, state: &State) -> Instant {
+        let now = Instant::now();
+        let saved = if self.limits.ceiling.is_some() { HAIR } else { SAVED };
+        now.checked_sub(saved).unwrap_or(now).max(state.quiet_until)
+    }
+
+    /// Waits for the time of the call; if its place is lost by then, for another one. Returns the one of the call.
+    pub async fn pass(&self, mut place: Place) -> Place {
         loop {
             place.come().await;
             if !self.is_lost(&place) {
-                return;
+                return place;
             }
             place = self.admit(place.lane).await;
         }

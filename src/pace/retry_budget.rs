@@ -71,7 +71,8 @@ impl RetryBudget {
         if wait > most {
             return None;
         }
-        *own -= 1.0;
+        // A debt that no wait tells of is none.
+        *own = (*own - 1.0).max(1.0 - LONGEST.as_secs_f64() * f64::from(FLOOR) / 2.0);
         Some(wait)
     }
 
@@ -174,6 +175,17 @@ mod tests {
         let longest = (0..100_000).map(|_| take(&mut budget, Lane::Interactive, now)).max();
         // The ledger's `LONGEST_WAIT`.
         assert!(longest.is_some_and(|longest| longest < Duration::from_mins(40)), "{longest:?}");
+    }
+
+    #[test]
+    fn the_longest_wait_is_over_when_its_time_is() {
+        let now = Instant::now();
+        let mut budget = RetryBudget::new(now);
+        for _ in 0..1_000_000 {
+            take(&mut budget, Lane::Bulk, now);
+        }
+        let later = now + LONGEST + Duration::from_secs(2);
+        assert_eq!(take(&mut budget, Lane::Bulk, later), Duration::ZERO);
     }
 
     #[test]

@@ -61,6 +61,26 @@ impl Pauses {
         self.closed = joined;
     }
 
+    /// How long after `from` so much time has counted, as far as is known at `now`; after that all time counts.
+    #[must_use]
+    pub fn later_by(&self, others: &Self, from: Millis, counted: Millis, now: Millis) -> Millis {
+        let until_now = self.counted(others, from, now);
+        if counted >= until_now {
+            return (now - from).max(0) + (counted - until_now);
+        }
+        // More time counts the longer one looks: the shortest that is enough is halved in on.
+        let (mut short, mut enough) = (0, (now - from).max(0));
+        while short < enough {
+            let middle = short + (enough - short) / 2;
+            if self.counted(others, from, from + middle) >= counted {
+                enough = middle;
+            } else {
+                short = middle + 1;
+            }
+        }
+        enough
+    }
+
     /// How much of `from..to` counts: what neither these pauses cover nor others do.
     #[must_use]
     pub fn counted(&self, others: &Self, from: Millis, to: Millis) -> Millis {
@@ -107,6 +127,22 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn what_is_taken_off_is_taken_off_once(
+            spans in prop::collection::vec((0_i64..1000, 1_i64..100), 0..20),
+            from in 0_i64..1000, length in 0_i64..1000, counted in 0_i64..1500, more in 0_i64..1000,
+        ) {
+            let now = from + length;
+            let within = |span: &(i64, i64)| span.0 + span.1 <= now;
+            let spans = spans.into_iter().filter(within);
+            let pauses = Pauses::from_intervals(spans.map(|(at, length)| (at, at + length)));
+            let none = Pauses::default();
+            let opened = from + pauses.later_by(&none, from, counted, now);
+            let then = now.max(opened) + more;
+            let expected = pauses.counted(&none, from, then) - counted;
+            prop_assert_eq!(pauses.counted(&none, opened, then), expected);
+        }
+
         #[test]
         fn counted_time_is_never_negative_nor_longer_than_the_time(
             spans in prop::collection::vec((0_i64..1000, 0_i64..100), 0..600),

@@ -178,6 +178,13 @@ impl Gate {
         as_duration(self.locked().counted(of_its_lane, from, self.clock.now()))
     }
 
+    /// How much later than `from` a job counts as opened of whose time `counted` more milliseconds are not to count;
+    /// what is paused does not count already.
+    #[must_use]
+    pub fn later_by(&self, from: Millis, counted: Millis, of_its_lane: &Pauses) -> Millis {
+        self.locked().later_by(of_its_lane, from, counted, self.clock.now())
+    }
+
     fn locked(&self) -> MutexGuard<'_, Pauses> {
         self.pauses.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -6,6 +6,7 @@
 mod adoption;
 pub mod ask;
 pub mod budget;
+pub mod call_time;
 mod care;
 pub mod circuit;
 pub mod engine;

@@ -12,10 +12,6 @@ use crate::retry::Policy;
 /// a copy of them may still be about.
 const RETENTION_MARGIN: Duration = Duration::from_hours(1);
 
-/// A call that would have less time than this is not begun: its answer would come too late, and a session
-/// might exist that nobody was given.
-const SHORTEST_CALL: Duration = Duration::from_millis(100);
-
 /// The rules of one lane.
 #[derive(Debug, Clone, Copy)]
 pub struct LaneRules {
@@ -58,16 +54,16 @@ impl Rules {
         [ask.deadline, aged].into_iter().flatten().min()
     }
 
-    /// When a call must begin at the latest for somebody still to wait for its answer.
+    /// When a call that needs so long must begin at the latest for somebody still to wait for its answer.
     #[must_use]
-    pub fn latest_call(&self, ask: &Ask) -> Option<Millis> {
-        self.expires_at(ask).map(|at| at.saturating_sub(as_millis(SHORTEST_CALL)))
+    pub fn latest_call(&self, ask: &Ask, needs: Duration) -> Option<Millis> {
+        self.expires_at(ask).map(|at| at.saturating_sub(as_millis(needs)))
     }
 
-    /// Why a call at that time would be in vain, if nobody would wait for its answer.
+    /// Why a call at that time that needs so long would be in vain, if nobody would wait for its answer.
     #[must_use]
-    pub fn in_vain(&self, ask: &Ask, at: Millis) -> Option<Problem> {
-        let end = at.saturating_add(as_millis(SHORTEST_CALL));
+    pub fn in_vain(&self, ask: &Ask, at: Millis, needs: Duration) -> Option<Problem> {
+        let end = at.saturating_add(as_millis(needs));
         if ask.deadline.is_some_and(|deadline| deadline < end) {
             let text = "its checkout-deadline leaves no time for a call, or for another one";
             return Some(Problem::new("deadline_passed", text));
@@ -91,10 +87,10 @@ impl Rules {
         left.map_or(self.request_timeout, |left| left.min(self.request_timeout))
     }
 
-    /// Why a job is not begun at `now`, if it is too late for it.
+    /// Why a job whose call needs so long is not begun at `now`, if it is too late for it.
     #[must_use]
-    pub fn too_late(&self, ask: &Ask, now: Millis) -> Option<Problem> {
-        if let Some(problem) = self.in_vain(ask, now) {
+    pub fn too_late(&self, ask: &Ask, now: Millis, needs: Duration) -> Option<Problem> {
+        if let Some(problem) = self.in_vain(ask, now, needs) {
             return Some(problem);
         }
         let oldest = now - as_millis(self.retention.saturating_sub(RETENTION_MARGIN));

@@ -253,8 +253,8 @@ impl LaneLoop {
             None => Vec::new(),
         };
         for delivery in waiting.into_iter().chain(rest) {
-            // That a new ledger may serve what was delivered before has not been said of all of them.
-            if fresh || !delivery.nears_its_limit() {
+            // Whether this ledger may serve it has not been asked of all of them.
+            if !delivery.nears_its_limit() || !self.shared.may_serve(&delivery, fresh).await {
                 delivery.give_back().await;
                 continue;
             }

@@ -23,6 +23,7 @@ use creem_checkout_worker::retry::{Backoff, Policy};
 use creem_checkout_worker::simulator::script::Script;
 use creem_checkout_worker::simulator::{Options as SimulatorOptions, Simulator};
 use creem_checkout_worker::worker::ask::{Ask, LONGEST_HOLD};
+use creem_checkout_worker::worker::call_time::CallTime;
 use creem_checkout_worker::worker::circuit::Circuit;
 use creem_checkout_worker::worker::gate::{Gate, Reason};
 use creem_checkout_worker::worker::journey::{Journey, Verdict};
@@ -116,6 +117,7 @@ fn bench_with(creem: &str, wrap: impl FnOnce(SqliteLedger) -> Arc<dyn Ledger>) -
         gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
         orders: WorkerOrders::default(),
         circuit: Circuit::new(Duration::from_secs(10)),
+        call_time: CallTime::new(Duration::from_secs(10)),
         turns: Turns::default(),
         trouble: Trouble::default(),
         key_accepted_at: tokio::sync::Mutex::default(),
@@ -342,6 +344,70 @@ async fn a_call_that_shows_whether_creem_is_back_is_no_attempt_of_the_job() {
     }
     let row = bench.row();
     assert_eq!((row.attempts, row.free, row.ambiguous), (1, 1, 1), "a session may exist");
+}
+
+#[tokio::test]
+async fn a_call_that_shows_whether_creem_is_back_has_all_the_time_that_a_call_may_take() {
+    // As many as a lane holds, each with hardly any time left when its turn comes.
+    let (bench, simulator) = with_creem(r#"{"latency_ms":600,"faults":[]}"#).await;
+    let Journey { circuit, gate, pacer, .. } = &bench.journey;
+    for _ in 0..FEWEST {
+        let failed = Reached::NotMade { reason: "connection refused".to_owned() };
+        circuit.note(&failed, None, gate, pacer);
+    }
+    let hurried = Ask { deadline: Some(START + 300), ..bench.ask() };
+    let told = tokio::select! {
+        told = bench.status(&hurried) => told,
+        () = circuit.keep_time() => unreachable!("it never ends"),
+    };
+    assert_eq!((told.0, simulator.log().posts().len()), (Status::Succeeded, 1));
+    assert!(gate.is_open(), "Creem is back");
+}
+
+#[tokio::test]
+async fn calls_that_deadlines_cut_short_say_nothing_of_creem_and_are_soon_not_begun() {
+    let (bench, simulator) = with_creem(r#"{"latency_ms":2000,"faults":[]}"#).await;
+    let Journey { circuit, call_time, gate, pacer, .. } = &bench.journey;
+    for _ in 1..FEWEST {
+        let failed = Reached::NotMade { reason: "connection refused".to_owned() };
+        circuit.note(&failed, None, gate, pacer);
+    }
+    let hurried = Ask { deadline: Some(START + 300), ..bench.ask() };
+    let passes = async {
+        simulator.posts_arrived(1).await;
+        bench.clock.advance(Duration::from_millis(300));
+    };
+    tokio::join!(bench.status(&hurried), passes);
+    assert!(gate.is_open(), "one more failure would have closed it");
+    for _ in 0..20 {
+        call_time.note(Duration::from_secs(2));
+    }
+    let next = Ask { deadline: Some(START + 1_300), picked_up_at: START + 400, ..bench.ask() };
+    bench.clock.advance(Duration::from_millis(100));
+    assert_ne!(bench.status(&next).await.0, Status::Succeeded);
+    assert_eq!(simulator.log().posts().len(), 1, "it would have made a session for nobody");
+}
+
+#[tokio::test]
+async fn a_wait_for_the_retry_budget_takes_no_pause_back() {
+    let (mut bench, _simulator) = with_creem(FAILS).await;
+    bench.journey.rules.interactive.policy.max_elapsed = Duration::from_mins(1);
+    bench.backoff(Duration::from_secs(5));
+    let delayed = async || {
+        let (verdict, _) = bench.journey.run(&bench.ask()).await;
+        let Verdict::Delay { wait, .. } = verdict else { panic!("{verdict:?}") };
+        bench.clock.advance(wait);
+    };
+    delayed().await;
+    bench.journey.gate.close(Reason::Key);
+    bench.clock.advance(Duration::from_mins(10));
+    bench.journey.gate.open(Reason::Key);
+    for _ in 0..200 {
+        bench.journey.circuit.withdraw_retry(Lane::Interactive, Duration::MAX).unwrap();
+    }
+    for _ in 0..5 {
+        delayed().await;
+    }
 }
 
 #[tokio::test]

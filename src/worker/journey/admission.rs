@@ -51,7 +51,7 @@ impl Journey {
             () = self.expiry(ask) => Admission::LookAgain,
             () = self.orders.cancelled(ask) => Admission::LookAgain,
             why = self.must_make_room(ask) => {
-                Admission::Verdict(Verdict::Delay { wait: ASIDE, why: why.as_str() })
+                Admission::Verdict(Verdict::Delay { wait: ASIDE, why })
             }
         };
         // The gate may have closed while the pacer was waited for.
@@ -61,6 +61,7 @@ impl Journey {
                 Some(_) => self.gate.is_held_only_by(Reason::Circuit),
             };
             if !may {
+                self.pacer.put_back(pass.place);
                 return Admission::LookAgain;
             }
         }
@@ -69,20 +70,19 @@ impl Journey {
 
     /// Resolves, with the reason, when an interactive job without a deadline holds a slot that one with a
     /// deadline may need: while Creem is not asked all wait, but those who are late must be told.
-    async fn must_make_room(&self, ask: &Ask) -> Reason {
+    async fn must_make_room(&self, ask: &Ask) -> &'static str {
         if ask.lane != Lane::Interactive || self.rules.expires_at(ask).is_some() {
             return std::future::pending().await;
         }
         loop {
-            tokio::select! {
-                () = self.gate.closed_by(Reason::Key) => {}
-                () = self.gate.closed_by(Reason::Circuit) => {}
-            }
             // Held first: a full lane must not send its whole backlog round and round.
             tokio::time::sleep(MAKE_ROOM).await;
             let held = [Reason::Key, Reason::Circuit];
             let held = held.into_iter().find(|reason| self.gate.is_closed_by(*reason));
-            if let Some(reason) = held.filter(|_| ask.permits.available_permits() == 0) {
+            let silent = (self.pacer.silence() > MAKE_ROOM).then_some("throttled");
+            if let Some(reason) =
+                held.map(Reason::as_str).or(silent).filter(|_| ask.permits.available_permits() == 0)
+            {
                 return reason;
             }
         }

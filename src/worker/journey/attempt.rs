@@ -34,28 +34,47 @@ impl Journey {
         pass: Pass<'_>,
         started: Instant,
     ) -> Step {
-        let in_time = self.in_time(pass.place).await;
+        let place = self.in_time(pass.place).await;
         let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
-        if !in_time || self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN
+        if place.is_none()
+            || self.stop.is_cancelled()
+            || left < self.rules.request_timeout + SETTLE_MARGIN
         {
-            self.pacer.put_back(pass.place);
+            if let Some(place) = place {
+                self.pacer.put_back(place);
+            }
             return self.settle(ask, lease, Attempt::GivenBack, self.at_once(), NOT_SENT).await;
         }
         let cancelled = self.orders.cancels(ask).map(Ending::Cancelled);
-        let too_late = || self.rules.too_late(ask, self.clock.now()).map(Ending::Expired);
+        let needs = self.call_time.needed();
+        let too_late = || self.rules.too_late(ask, self.clock.now(), needs).map(Ending::Expired);
         if let Some(ending) = cancelled.or_else(too_late) {
-            self.pacer.put_back(pass.place);
+            if let Some(place) = place {
+                self.pacer.put_back(place);
+            }
             let end = Next::End(ending);
             return self.settle(ask, lease, Attempt::GivenBack, end, NOT_SENT).await;
         }
         let asked = Instant::now();
         let is_probe = pass.probe.is_some();
         let body = ask.request.wire.clone();
-        let time = self.rules.time_for_a_call(ask, self.clock.now());
+        // A probe is not made for the job's sake, and has all the time that a call may take.
+        let time = if is_probe {
+            self.rules.request_timeout
+        } else {
+            self.rules.time_for_a_call(ask, self.clock.now())
+        };
         let answer = self.creem.create_checkout(&ask.request.request_id, body, time).await;
         metrics::creem_request(answer.label(), asked.elapsed());
         self.trouble.note(&answer);
-        self.circuit.note(&answer, pass.probe, &self.gate, &self.pacer);
+        // One that the job's own deadline has cut short says nothing of Creem.
+        let cut_short = time < self.rules.request_timeout && asked.elapsed() >= time;
+        if answer.pressure().is_some() || cut_short {
+            self.call_time.note(asked.elapsed());
+        }
+        if !cut_short {
+            self.circuit.note(&answer, pass.probe, &self.gate, &self.pacer);
+        }
         match answer.pressure() {
             Some(Pressure::Taken) => self.pacer.taken(asked),
             Some(Pressure::SlowDown) => self.pacer.slow_down(asked),
@@ -75,9 +94,9 @@ impl Journey {
     }
 
     /// Waits for the time of the call. If the claim took so long that its place is lost, another one
-    /// is waited for, as long as the lease can spare; says whether the call may be made.
-    async fn in_time(&self, place: Place) -> bool {
-        tokio::time::timeout(SPARE, self.pacer.pass(place)).await.is_ok()
+    /// is waited for, as long as the lease can spare; the place of the call, if it may be made.
+    async fn in_time(&self, place: Place) -> Option<Place> {
+        tokio::time::timeout(SPARE, self.pacer.pass(place)).await.ok()
     }
 
     /// A session exists, and its link did not come with the answer. To ask for it changes nothing, so that
@@ -203,6 +222,8 @@ impl Journey {
                     tracing::debug!(job.key = %ask.key, attempt = lease.attempt, error = reason, delay_ms, "asking again");
                     // Whoever finds the retry budget spent waits longer; nothing fails for it.
                     let uncounted = as_millis(waits.budget.saturating_sub(waits.delay));
+                    let pauses = self.orders.pauses(ask.lane);
+                    let uncounted = self.gate.later_by(lease.opened_at, uncounted, &pauses);
                     Next::Wait { until: self.clock.now() + delay_ms, uncounted }
                 }
                 Err(problem) => Next::End(Ending::Expired(problem)),
@@ -235,17 +256,18 @@ impl Journey {
         // What Creem wants is not cut short.
         let delay =
             if retry_after.is_some() { delay } else { self.rules.affordable(ask, delay, now) };
-        if let Some(problem) = self.rules.in_vain(ask, now + as_millis(delay)) {
+        let needs = self.call_time.needed();
+        if let Some(problem) = self.rules.in_vain(ask, now + as_millis(delay), needs) {
             return Err(problem);
         }
-        let latest = self.rules.latest_call(ask);
+        let latest = self.rules.latest_call(ask, needs);
         let most = latest.map_or(Duration::MAX, |latest| as_duration(latest - now));
         if let Some(budget) = self.circuit.withdraw_retry(ask.lane, most) {
             return Ok(Waits { delay, budget });
         }
         let after = latest.map_or(Millis::MAX, |latest| latest.saturating_add(1));
         let text = "so many calls fail that another try would come too late";
-        Err(self.rules.in_vain(ask, after).unwrap_or(Problem::new("deadline_passed", text)))
+        Err(self.rules.in_vain(ask, after, needs).unwrap_or(Problem::new("deadline_passed", text)))
     }
 
     fn at_once(&self) -> Next {

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::ask::Ask;
+use super::call_time::CallTime;
 use super::circuit::Circuit;
 use super::gate::Gate;
 use super::orders::Orders;
@@ -24,7 +25,7 @@ use super::trouble::Trouble;
 use super::turns::{Turn, Turns};
 use crate::clock::{Millis, SharedClock, as_duration, as_millis};
 use crate::creem::Client;
-use crate::job::Ending;
+use crate::job::{Ending, Status};
 use crate::ledger::{Claim, Ledger, LedgerError, Stored};
 use crate::observe::metrics;
 use crate::pace::Pacer;
@@ -81,6 +82,8 @@ pub struct Journey {
     pub orders: Orders,
     /// Whether Creem is there.
     pub circuit: Circuit,
+    /// How long a call takes.
+    pub call_time: CallTime,
     /// One at a time per key.
     pub turns: Turns,
     /// Wall-clock time.
@@ -128,11 +131,17 @@ impl Journey {
     async fn told_late(&self, ask: &Ask) -> Verdict {
         self.expiry(ask).await;
         match self.look(ask).await {
-            Some(Claim::Settled(stored)) => Verdict::Reply(stored),
-            Some(Claim::Conflict(fields)) => Verdict::Conflict(fields),
-            Some(Claim::Granted(_) | Claim::Busy { .. } | Claim::Waiting { .. }) | None => {
-                std::future::pending().await
+            // One that has yet to be parked is for whoever has the turn, or it would be parked twice.
+            Some(Claim::Settled(stored))
+                if stored.parked || stored.status != Status::Unresolved =>
+            {
+                Verdict::Reply(stored)
             }
+            Some(Claim::Conflict(fields)) => Verdict::Conflict(fields),
+            Some(
+                Claim::Settled(_) | Claim::Granted(_) | Claim::Busy { .. } | Claim::Waiting { .. },
+            )
+            | None => std::future::pending().await,
         }
     }
 
@@ -143,14 +152,16 @@ impl Journey {
             let now = self.clock.now();
             // While Creem wants silence nobody calls.
             let soonest = now.saturating_add(as_millis(self.pacer.silence()));
-            let late = self.rules.too_late(ask, now).or_else(|| self.rules.in_vain(ask, soonest));
+            let needs = self.call_time.needed();
+            let late = self.rules.too_late(ask, now, needs);
+            let late = late.or_else(|| self.rules.in_vain(ask, soonest, needs));
             late.map(Ending::Expired)
         })
     }
 
     /// Resolves when the job is too late.
     async fn expiry(&self, ask: &Ask) {
-        match self.rules.latest_call(ask) {
+        match self.rules.latest_call(ask, self.call_time.needed()) {
             Some(at) => {
                 tokio::time::sleep(as_duration(at.saturating_add(1) - self.clock.now())).await;
             }
@@ -198,7 +209,7 @@ impl Journey {
         };
         // Whoever has the job now may still make it; a try that is not due yet cannot.
         if why == NOT_DUE
-            && let Some(problem) = self.rules.in_vain(ask, until)
+            && let Some(problem) = self.rules.in_vain(ask, until, self.call_time.needed())
         {
             return Some(self.close(ask, Ending::Expired(problem)).await);
         }
