@@ -92,6 +92,14 @@ impl<W: io::Write> Writer<W> {
         })
     }
 
+    /// Hands what is written to the operating system.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+
     /// Writes whatever is left.
     ///
     /// # Errors

@@ -256,14 +256,15 @@ impl Line {
     /// Its row's id.
     #[must_use]
     pub fn request_id(&self) -> String {
-        meant(&self.text(self.places.request_id)).to_owned()
+        meant(&self.text(self.places.request_id)).trim().to_owned()
     }
 
     /// The session whose link it has, if it has one.
     #[must_use]
     pub fn checkout_id(&self) -> Option<String> {
-        let linked = Status::parse(&self.text(self.places.status)) == Some(Status::Succeeded);
-        Some(meant(&self.text(self.places.status + 1)).to_owned())
+        let status = self.text(self.places.status);
+        let linked = Status::parse(status.trim()) == Some(Status::Succeeded);
+        Some(meant(&self.text(self.places.status + 1)).trim().to_owned())
             .filter(|id| linked && !id.is_empty())
     }
 

@@ -384,7 +384,7 @@ async fn calls_that_deadlines_cut_short_say_nothing_of_creem_and_are_soon_not_be
     }
     let next = Ask { deadline: Some(START + 1_300), picked_up_at: START + 400, ..bench.ask() };
     bench.clock.advance(Duration::from_millis(100));
-    assert_ne!(bench.status(&next).await.0, Status::Succeeded);
+    assert_ne!(soon("an end", bench.status(&next)).await.0, Status::Succeeded);
     assert_eq!(simulator.log().posts().len(), 1, "it would have made a session for nobody");
 }
 

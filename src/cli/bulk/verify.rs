@@ -76,7 +76,11 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         let Some(looked) = next else { break };
         let now = rfc3339(inside.engine.journey.clock.now());
         table.record(&looked.line.with(looked.link.as_ref(), &now)).with_context(written)?;
-        over.wrote(&looked.line);
+        over.wrote(&looked.line, looked.link.as_ref());
+        // The next look is to know what this one has made, however it ends.
+        if looked.renewed == Some(Status::Succeeded) {
+            table.flush().with_context(written)?;
+        }
         tally.count(&looked);
     }
     drop(looked);

@@ -15,7 +15,7 @@ use crate::bulk::inside::Inside;
 use crate::bulk::layout::{EarlierLink, REQUEST_ID};
 use crate::bulk::output::{before_of, new_of, part_of, put_in_place};
 use crate::bulk::table::Writer;
-use crate::bulk::verify::{Line, Links, LinksError};
+use crate::bulk::verify::{Line, Link, Links, LinksError, stem};
 use crate::cli::Failure;
 use crate::config::check::Resolved;
 use crate::job::{Key, RequestId, Status, printable};
@@ -26,6 +26,8 @@ pub(super) struct WrittenOver<'a> {
     arguments: &'a Arguments,
     settings: &'a Resolved,
     left: RefCell<GivenLinks>,
+    /// What the ids begin with of lines that were written with a link that can be paid or was.
+    well: RefCell<GivenLinks>,
 }
 
 impl<'a> WrittenOver<'a> {
@@ -35,7 +37,8 @@ impl<'a> WrittenOver<'a> {
         arguments: &'a Arguments,
         settings: &'a Resolved,
     ) -> Result<Self, Failure> {
-        let mut over = Self { out, arguments, settings, left: RefCell::default() };
+        let mut over =
+            Self { out, arguments, settings, left: RefCell::default(), well: RefCell::default() };
         for file in [out.to_owned(), before_of(out)] {
             over.note_all(&file, false)?;
         }
@@ -117,8 +120,14 @@ impl<'a> WrittenOver<'a> {
         Ok(Some(rows.filter_map(|line| line.map(|line| link_of(&line)).transpose())))
     }
 
-    /// A line is written.
-    pub(super) fn wrote(&self, line: &Line) {
+    /// A line is written, with what was learned of its link.
+    pub(super) fn wrote(&self, line: &Line, learned: Option<&Link>) {
+        // Only those are asked for that would be lost.
+        let id = line.request_id();
+        let well = matches!(learned, Some(Link::Open | Link::Processing | Link::Paid));
+        if well && !self.left.borrow().is_empty() {
+            self.well.borrow_mut().note(stem(&id), "");
+        }
         if let Some(EarlierLink { request_id, checkout_id }) = link_of(line) {
             self.left.borrow_mut().forget(&request_id, &checkout_id);
         }
@@ -144,19 +153,26 @@ impl<'a> WrittenOver<'a> {
             for link in self.links(&file, false)?.into_iter().flatten() {
                 let EarlierLink { request_id, checkout_id } =
                     link.with_context(|| file.display().to_string())?;
-                if !self.is_of(&request_id, &checkout_id)
-                    || (self.arguments.refresh
-                        && is_known(inside, &request_id, &checkout_id).await?)
-                {
+                if !self.is_of(&request_id, &checkout_id) {
                     continue;
                 }
+                // A dead one may go whose row has another link now.
+                let known = is_known(inside, &request_id, &checkout_id).await?;
+                if self.arguments.refresh && known && self.well.borrow().has(stem(&request_id)) {
+                    continue;
+                }
+                let advice = if known {
+                    "give the flags of the run that made it, or another --out"
+                } else {
+                    "give the ledger that made it (LEDGER_URL), as another --out knows nothing of it, or remove the file if nobody was given its links"
+                };
                 return Err(Failure::Failed(anyhow!(
-                    "{} has a link for {} ({}) that is not in {}{}: it would be lost. Give another --out, or look at that file; {} has what was learned",
+                    "{} has a link for {} ({}) that this look at {} has not found again{}: it would be lost; look at that file, {advice}. {} has what was learned",
                     file.display(),
                     printable(&request_id, 128),
                     printable(&checkout_id, 128),
                     self.arguments.file.display(),
-                    if self.arguments.refresh { " and that the ledger has not made" } else { "" },
+                    if known { "" } else { " and that the ledger has not made" },
                     part.display()
                 )));
             }

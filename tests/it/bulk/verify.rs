@@ -225,6 +225,11 @@ async fn a_mere_look_is_not_written_over_links_that_another_one_has_renewed() {
     let (code, said) = desk.verify("links.csv", "checked.csv", &[]).await;
     assert!(code == 1 && said.contains("has a link for r-0.r1"), "{said}");
     assert_eq!(desk.read("checked.csv"), text);
+    // Nor is a refresh that does not find it again: its flags are other ones.
+    let forgotten = ["--refresh", "--discount-code", "AUTUMN"];
+    let (code, said) = desk.verify("links.csv", "checked.csv", &forgotten).await;
+    assert!(code == 1 && said.contains("give the flags of the run that made it"), "{said}");
+    assert_eq!(desk.read("checked.csv"), text);
     // Where it is renewed again, it may: the same link is found.
     assert_eq!(desk.verify("links.csv", "checked.csv", &["--refresh"]).await.0, 0);
     assert_eq!(desk.read("checked.csv").lines().count(), 2);
