@@ -178,6 +178,10 @@ async fn a_job_in_a_full_lane_makes_room_while_the_key_is_refused_but_not_at_onc
     bench.journey.gate.close(Reason::Key);
     let full = Ask { permits: Arc::new(Semaphore::new(0)), ..bench.ask() };
     bench.held("a full lane", full, Duration::from_secs(5)).await;
+    let silent = self::bench();
+    silent.journey.pacer.quiet(Duration::from_mins(5));
+    let full = Ask { permits: Arc::new(Semaphore::new(0)), ..silent.ask() };
+    silent.held("a full lane while Creem wants silence", full, Duration::from_secs(5)).await;
     let hurried =
         Ask { permits: Arc::new(Semaphore::new(0)), deadline: Some(i64::MAX), ..bench.ask() };
     bench.held("a job with a deadline keeps its place", hurried, LONGEST_HOLD).await;
@@ -529,6 +533,20 @@ async fn what_the_ledger_has_is_told_whatever_holds_calls_back() {
     assert_eq!(soon("what is stored", bench.status(&late)).await.0, Status::Succeeded);
     drop(turn);
     assert_eq!(simulator.log().posts().len(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_late_copy_of_a_job_that_is_yet_to_be_parked_waits_for_its_turn() {
+    let bench = bench();
+    let lost = Ask { elsewhere: true, ..bench.ask() };
+    assert_eq!(bench.status(&lost).await.0, Status::Unresolved);
+    let turn = bench.journey.turns.take(&key("a")).await;
+    let late = Ask { deadline: Some(START - 1), ..bench.ask() };
+    let (verdict, _) = bench.journey.run(&late).await;
+    assert!(matches!(verdict, Verdict::Delay { .. }), "its turn did not come: {verdict:?}");
+    drop(turn);
+    let again = Ask { deadline: Some(START - 1), ..bench.ask() };
+    assert_eq!(bench.status(&again).await.0, Status::Unresolved);
 }
 
 #[tokio::test(start_paused = true)]
