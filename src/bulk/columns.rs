@@ -31,7 +31,7 @@ pub const RESULT: [&str; 5] =
 pub enum HeaderError {
     /// No column is a field.
     #[error(
-        "no column of the header is a field of a job: name them product_id, request_id, customer.email, units, metadata.KEY and so on, in the first line, with commas, semicolons or tabs between them; or say --carry COLUMN for each, if all rows are to be the same job but for their ids"
+        "no column of the header is a field of a job: name them product_id, request_id, customer.email, units, metadata.KEY and so on, in the first line, with commas, semicolons, tabs or pipes between them; or give --product ID and say --carry COLUMN for each, if all rows are to be the same job but for their ids"
     )]
     NoField,
     /// More columns than any spreadsheet has.
@@ -126,7 +126,7 @@ impl Defaults {
     }
 }
 
-/// Says what each column is.
+/// Says what each column of jobs is: something must name them, and say what they are.
 ///
 /// `carry` names columns that are carried through though they look like fields; `extra_fields` is
 /// `job.extra_fields`.
@@ -136,6 +136,27 @@ impl Defaults {
 pub fn read_header(
     names: &[String],
     defaults: &Defaults,
+    carry: &[String],
+    extra_fields: &[String],
+) -> Result<Vec<Column>, HeaderError> {
+    let columns = read_columns(names, carry, extra_fields)?;
+    if defaults.request_id_prefix.is_none() && !columns.contains(&Column::Text("request_id")) {
+        return Err(HeaderError::NoRequestId);
+    }
+    let no_field = columns.iter().all(|column| *column == Column::Carried);
+    let wanted = |name: &String| carry.iter().any(|carried| carried == name.trim());
+    if no_field && !(defaults.product_id.is_some() && names.iter().all(wanted)) {
+        return Err(HeaderError::NoField);
+    }
+    Ok(columns)
+}
+
+/// Says what each column is, whether or not they make jobs.
+///
+/// # Errors
+/// See [`HeaderError`].
+pub(super) fn read_columns(
+    names: &[String],
     carry: &[String],
     extra_fields: &[String],
 ) -> Result<Vec<Column>, HeaderError> {
@@ -171,14 +192,6 @@ pub fn read_header(
         && let Some(Column::Metadata(key)) = columns.iter().find(metadata)
     {
         return Err(HeaderError::BothMetadata(format!("{METADATA}{key}")));
-    }
-    if defaults.request_id_prefix.is_none() && !columns.contains(&Column::Text("request_id")) {
-        return Err(HeaderError::NoRequestId);
-    }
-    let no_field = columns.iter().all(|column| *column == Column::Carried);
-    let wanted = |name: &String| carry.iter().any(|carried| carried == name.trim());
-    if no_field && !(defaults.product_id.is_some() && names.iter().all(wanted)) {
-        return Err(HeaderError::NoField);
     }
     Ok(columns)
 }

@@ -1,6 +1,6 @@
 //! Links that earlier runs have given to rows, as sixteen bytes each: which id has which session.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::hash::{BuildHasher as _, RandomState};
 
 use super::layout::{EarlierLink, Outcome};
@@ -11,6 +11,8 @@ use crate::job::Status;
 pub struct GivenLinks {
     hasher: RandomState,
     sessions: HashMap<u64, u64>,
+    /// Further sessions of an id: somebody has put lines of two outputs together.
+    further: BTreeSet<(u64, u64)>,
 }
 
 impl GivenLinks {
@@ -29,21 +31,29 @@ impl GivenLinks {
 
     /// Takes note of one.
     pub fn note(&mut self, request_id: &str, checkout_id: &str) {
-        let session = self.hasher.hash_one(checkout_id);
-        self.sessions.insert(self.hasher.hash_one(request_id), session);
+        let (id, session) = self.hashes(request_id, checkout_id);
+        if *self.sessions.entry(id).or_insert(session) != session {
+            self.further.insert((id, session));
+        }
+    }
+
+    fn hashes(&self, request_id: &str, checkout_id: &str) -> (u64, u64) {
+        (self.hasher.hash_one(request_id), self.hasher.hash_one(checkout_id))
     }
 
     /// Whether that id has a link.
     #[must_use]
     pub fn has(&self, request_id: &str) -> bool {
-        self.sessions.contains_key(&self.hasher.hash_one(request_id))
+        let id = self.hasher.hash_one(request_id);
+        self.sessions.contains_key(&id)
+            || self.further.range((id, u64::MIN)..=(id, u64::MAX)).next().is_some()
     }
 
-    /// Whether that session is the id's.
+    /// Whether that session is the id's, or one of them.
     #[must_use]
     pub fn is_of(&self, request_id: &str, checkout_id: &str) -> bool {
-        let session = self.hasher.hash_one(checkout_id);
-        self.sessions.get(&self.hasher.hash_one(request_id)) == Some(&session)
+        let (id, session) = self.hashes(request_id, checkout_id);
+        self.sessions.get(&id) == Some(&session) || self.further.contains(&(id, session))
     }
 
     /// Whether that is the answer of a ledger that has the id's link: the same link, or a conflict, if the job is
@@ -66,14 +76,36 @@ impl GivenLinks {
 
     /// Forgets one, if that session is the id's.
     pub fn forget(&mut self, request_id: &str, checkout_id: &str) {
-        if self.is_of(request_id, checkout_id) {
-            self.sessions.remove(&self.hasher.hash_one(request_id));
+        let (id, session) = self.hashes(request_id, checkout_id);
+        if !self.further.remove(&(id, session)) && self.sessions.get(&id) == Some(&session) {
+            self.sessions.remove(&id);
         }
     }
 
     /// Whether there is none.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.sessions.is_empty()
+        self.sessions.is_empty() && self.further.is_empty()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_session_of_an_id_is_remembered() {
+        let mut given = GivenLinks::default();
+        for session in ["ch_1", "ch_2", "ch_2"] {
+            given.note("a", session);
+        }
+        given.note("b", "ch_3");
+        given.forget("a", "ch_1");
+        assert!(given.has("a") && !given.is_of("a", "ch_1") && given.is_of("a", "ch_2"));
+        given.forget("b", "ch_2");
+        given.forget("a", "ch_2");
+        assert!(!given.has("a") && given.has("b"));
+        given.forget("b", "ch_3");
+        assert!(given.is_empty());
     }
 }

@@ -112,7 +112,7 @@ fn first_line(text: &[u8]) -> (&[u8], bool) {
 
 /// Whatever of the usual delimiters the header has most of.
 fn delimiter(line: &[u8]) -> u8 {
-    let mut counts = [(b',', 0_usize), (b';', 0), (b'\t', 0)];
+    let mut counts = [(b',', 0_usize), (b';', 0), (b'\t', 0), (b'|', 0)];
     let mut quoted = false;
     for byte in line {
         if *byte == b'"' {

@@ -133,18 +133,16 @@ impl Links {
             header.iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
         let places = places(&names).ok_or(LinksError::Foreign)?;
         let own = &names[..places.status];
-        // Its id it has already; a column that is none of these was carried through.
-        let with_ids = Defaults { request_id_prefix: Some(String::new()), ..defaults.clone() };
+        // A column that is no field's was carried through.
         let carry: Vec<String> = own
             .iter()
             .filter(|name| {
-                carry.contains(name)
-                    || columns::read_header(&[(*name).clone()], &with_ids, &[], &[]).is_err()
+                carry.contains(name) || columns::read_columns(&[(*name).clone()], &[], &[]).is_err()
             })
             .cloned()
             .collect();
-        let columns = columns::read_header(own, &with_ids, &carry, &rules.extra_fields)
-            .map_err(InputError::Header)?;
+        let columns =
+            columns::read_columns(own, &carry, &rules.extra_fields).map_err(InputError::Header)?;
         let making = Arc::new(Making { columns, defaults, rules });
         Ok(Self { reader, format, end, header, places, making })
     }
@@ -234,6 +232,14 @@ impl Renewal {
         judge(&columns::write_job(columns, &cells, defaults, Some(id)), rules).1
     }
 
+    /// Has the next job be the one with that number, if it would be an earlier one.
+    pub fn go_on_with(&mut self, number: u32) {
+        let last = numbered(&self.id).map_or(0, |(_, last)| last);
+        if let Some(before) = number.checked_sub(1).filter(|before| *before > last) {
+            self.id = format!("{}.r{before}", stem(&self.id));
+        }
+    }
+
     /// The job under the next id that follows from the last: `x` becomes `x.r1`, and that `x.r2`.
     pub fn next_job(&mut self) -> (String, Job) {
         self.id = next_id(&self.id);
@@ -318,7 +324,10 @@ fn places(names: &[String]) -> Option<Places> {
     // The last one that has all of them behind it: an input may have a column of the same name.
     let status = names.windows(RESULT.len()).rposition(|window| window.iter().eq(RESULT))?;
     let request_id = names.iter().rposition(|name| name.trim() == REQUEST_ID)?;
-    let link = names.windows(ADDED.len()).rposition(|window| window.iter().eq(ADDED));
+    // The input may have such columns, too.
+    let behind = status + RESULT.len();
+    let link = names[behind..].windows(ADDED.len()).rposition(|window| window.iter().eq(ADDED));
+    let link = link.map(|at| behind + at);
     Some(Places { status, request_id, link })
 }
 
@@ -335,7 +344,7 @@ pub fn stem(id: &str) -> &str {
     numbered(id).map_or(id, |(stem, _)| stem)
 }
 
-fn numbered(id: &str) -> Option<(&str, u32)> {
+pub(super) fn numbered(id: &str) -> Option<(&str, u32)> {
     let (stem, number) = id.rsplit_once(".r")?;
     Some((stem, number.parse().ok()?))
 }
@@ -400,12 +409,47 @@ mod tests {
     }
 
     #[test]
+    fn an_output_needs_no_column_of_a_job() {
+        let text = "Name|status|checkout_id|checkout_url|error_code|error_message|request_id\nAda|succeeded|ch_1|u|||a\n";
+        let mut links = Links::open(io::Cursor::new(text), Wishes::default()).unwrap();
+        let line = links.next_line().unwrap().unwrap();
+        assert_eq!(
+            (line.request_id().as_str(), line.checkout_id().as_deref()),
+            ("a", Some("ch_1"))
+        );
+    }
+
+    #[test]
+    fn a_renewal_goes_on_with_a_later_number_only() {
+        let text = "request_id,status,checkout_id,checkout_url,error_code,error_message\na.r2,succeeded,ch_1,u,,\n";
+        let next = |number: Option<u32>| {
+            let mut links = Links::open(io::Cursor::new(text), Wishes::default()).unwrap();
+            let mut renewal = links.next_line().unwrap().map(|line| links.renewal(&line)).unwrap();
+            if let Some(number) = number {
+                renewal.go_on_with(number);
+            }
+            renewal.next_job().0
+        };
+        let ids = [None, Some(0), Some(2), Some(3), Some(7)].map(next);
+        assert_eq!(ids, ["a.r3", "a.r3", "a.r3", "a.r3", "a.r7"]);
+    }
+
+    #[test]
     fn a_second_look_takes_the_place_of_the_first() {
         let text = "request_id,status,checkout_id,checkout_url,error_code,error_message,link,checked_at\na,succeeded,ch_1,u,,,open,then\n";
         let mut links = Links::open(io::Cursor::new(text), Wishes::default()).unwrap();
         assert_eq!(links.header().len(), 8);
         let line = links.next_line().unwrap().unwrap().with(Some(&Link::Paid), "now");
         assert_eq!(line.iter().skip(6).collect::<Vec<_>>(), [b"paid".as_slice(), b"now"]);
+        // The input's own columns are not written over.
+        let text = "request_id,link,checked_at,status,checkout_id,checkout_url,error_code,error_message\na,mine,as well,succeeded,ch_1,u,,\n";
+        let mut links = Links::open(io::Cursor::new(text), Wishes::default()).unwrap();
+        let line = links.next_line().unwrap().unwrap().with(Some(&Link::Paid), "now");
+        let cells: Vec<_> = line.iter().map(|cell| String::from_utf8_lossy(cell)).collect();
+        assert_eq!(
+            cells,
+            ["a", "mine", "as well", "succeeded", "ch_1", "u", "", "", "paid", "now"]
+        );
         let other = Links::open(io::Cursor::new("a,b\n"), Wishes::default());
         assert!(matches!(other, Err(LinksError::Foreign)));
     }

@@ -2,12 +2,14 @@
 
 use std::fs::File;
 use std::io::{self, BufWriter};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use csv::ByteRecord;
 
 use super::files::{
-    before_of, copied, new_of, nothing_else_is_there, open_part, part_of, put_in_place, run_of,
+    State, before_of, copied, new_of, nothing_else_is_there, open_part, part_of, put_in_place,
+    run_of, state_of, write_run,
 };
 use super::links::{EarlierLinks, LinkedFile, byte_before, read, read_part, whole_lines};
 use super::{Output, OutputError};
@@ -27,6 +29,8 @@ pub struct Earlier {
     path: PathBuf,
     /// Where the links are that rows were given before which are asked for again.
     linked: Vec<LinkedFile>,
+    /// What was looked at, as it was then.
+    looked_at: Vec<(PathBuf, State)>,
 }
 
 #[derive(Debug)]
@@ -48,13 +52,20 @@ impl Part {
         let line = next_line(&mut self.reader)?;
         let outcome = layout.outcome_in(&line, row)?;
         let end = layout.end_of_line(&self.reader);
-        // However whole a line looks that does not end.
-        if end > self.whole {
+        // However whole a line looks that does not end, or not as lines do that are written here.
+        if end > self.whole || !self.ends_at(end, layout) {
             return None;
         }
         self.good = end;
         self.lines += 1;
         Some(outcome)
+    }
+
+    /// Whether a line ends before that byte; a reader takes either end of a line for one.
+    fn ends_at(&self, end: u64, layout: &Layout) -> bool {
+        let mut last = [0];
+        !layout.format.is_crlf()
+            || (self.reader.get_ref().read_exact_at(&mut last, end - 1).is_ok() && last == *b"\n")
     }
 }
 
@@ -69,6 +80,8 @@ impl Earlier {
     /// See [`OutputError`].
     pub fn look(path: &Path, layout: Layout, run: String) -> Result<Self, OutputError> {
         let part_path = part_of(path);
+        let looked_at = [path.to_owned(), before_of(path), part_path.clone()];
+        let looked_at = looked_at.map(|file| (file.clone(), state_of(&file))).into();
         // Something else is not written over.
         let mut linked = Vec::new();
         for whole in [path.to_owned(), before_of(path)] {
@@ -97,7 +110,7 @@ impl Earlier {
                 }
             }
         };
-        Ok(Self { layout, part, run, path: path.to_owned(), linked })
+        Ok(Self { layout, part, run, path: path.to_owned(), linked, looked_at })
     }
 
     /// The links that rows were given before which are asked for again: whoever makes the same links again knows
@@ -162,13 +175,13 @@ impl Earlier {
             nothing_else_is_there(ours)?;
         }
         let file = open_part(&part)?;
-        let good = self.part.as_ref().map_or(0, |part| part.good);
-        if file.metadata().map_err(io)?.len() < good {
-            // Another run has brought it to its end since it was looked at.
-            return Err(OutputError::InUse(part));
+        // Another run may have been at it until it was locked: links that are not known would be written over.
+        if let Some((file, _)) = self.looked_at.iter().find(|(file, was)| state_of(file) != *was) {
+            return Err(OutputError::Changed(file.clone()));
         }
+        let good = self.part.as_ref().map_or(0, |part| part.good);
         self.keep_links(&part, &before)?;
-        std::fs::write(&run, &self.run).map_err(|error| OutputError::Io(run, error))?;
+        write_run(&run, &self.run).map_err(|error| OutputError::Io(run, error))?;
         file.set_len(good).map_err(io)?;
         let writer = self.layout.append_to(file).map_err(io)?;
         Ok(Output { layout: self.layout.clone(), writer, part, path: self.path.clone() })

@@ -1,7 +1,7 @@
 //! The files beside an output, and who may write them.
 
 use std::fs::{File, Metadata, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
@@ -58,6 +58,35 @@ pub(super) fn open_part(part: &Path) -> Result<File, OutputError> {
         Ok(false) => Err(OutputError::InUse(part.to_owned())),
         Err(error) => Err(OutputError::Io(part.to_owned(), error)),
     }
+}
+
+/// What tells whether a file is the one that was there before, as it was.
+pub(super) type State = Option<(u64, u64, u64, i64, i64)>;
+
+/// The state of a file; none if it is not there, which an empty one is as good as.
+pub(super) fn state_of(path: &Path) -> State {
+    let about = std::fs::metadata(path).ok().filter(|about| about.len() > 0)?;
+    Some((about.dev(), about.ino(), about.len(), about.mtime(), about.mtime_nsec()))
+}
+
+/// Takes a part away in which nothing was written.
+pub fn remove_empty(file: &File, part: &Path) {
+    if file.metadata().is_ok_and(|about| about.len() == 0) {
+        drop(std::fs::remove_file(part));
+    }
+}
+
+/// Writes what a part is made with, so that a crash leaves all of it or what was there before.
+pub(super) fn write_run(run: &Path, text: &str) -> io::Result<()> {
+    if std::fs::read_to_string(run).is_ok_and(|known| known == text) {
+        return Ok(());
+    }
+    let new = new_of(run);
+    // What else may be there is nobody's: it is this one's own name.
+    drop(std::fs::remove_file(&new));
+    let mut file = File::create_new(&new)?;
+    file.write_all(text.as_bytes())?;
+    put_in_place(&file, &new, run)
 }
 
 /// Whether an open file has that name.

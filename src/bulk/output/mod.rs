@@ -14,7 +14,7 @@ use std::path::PathBuf;
 use super::input::Row;
 use super::layout::{Layout, Outcome};
 pub use earlier::Earlier;
-pub use files::{before_of, begin_anew, new_of, part_of, put_in_place, run_of};
+pub use files::{before_of, begin_anew, new_of, part_of, put_in_place, remove_empty, run_of};
 pub use links::EarlierLinks;
 
 /// Why there is no output. Each says what to do.
@@ -36,6 +36,9 @@ pub enum OutputError {
     /// Somebody writes it.
     #[error("{0} is being written by another run: wait for it, or give another --out")]
     InUse(PathBuf),
+    /// Another run was at it.
+    #[error("{0} has changed since this run looked at it: the same command looks again")]
+    Changed(PathBuf),
     /// Its rows may be of another product, or of a sandbox.
     #[error(
         "{0} was begun by another command (another key, ledger, or other flags): finish that one, or remove the file and its .run"
@@ -84,8 +87,10 @@ impl Output {
         let io = |error| OutputError::Io(self.path.clone(), error);
         put_in_place(self.writer.get_ref().get_ref(), &self.part, &self.path).map_err(io)?;
         // Without a part they say nothing.
-        drop(std::fs::remove_file(run_of(&self.path)));
-        drop(std::fs::remove_file(before_of(&self.path)));
+        let (run, before) = (run_of(&self.path), before_of(&self.path));
+        for ours in [new_of(&run), run, new_of(&before), before] {
+            drop(std::fs::remove_file(ours));
+        }
         Ok(())
     }
 }
@@ -241,6 +246,66 @@ mod tests {
         assert!(matches!(second, Err(OutputError::InUse(_))), "{second:?}");
         drop(written);
         assert!(look(&path, layout).unwrap().go_on().is_ok());
+    }
+
+    #[test]
+    fn what_another_run_has_written_since_it_was_looked_at_is_not_written_over() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("links.csv");
+        let (layout, rows) = rows(TABLE);
+        let late = look(&path, layout.clone()).unwrap();
+        let mut output = look(&path, layout.clone()).unwrap().go_on().unwrap();
+        output.write(&rows[0], &link(1)).unwrap();
+        drop(output);
+        let refused = late.go_on();
+        assert!(matches!(&refused, Err(OutputError::Changed(file)) if *file == part_of(&path)));
+        let late = look(&path, layout.clone()).unwrap();
+        look(&path, layout.clone()).unwrap().go_on().unwrap().finish().unwrap();
+        let refused = late.go_on();
+        assert!(matches!(&refused, Err(OutputError::Changed(file)) if *file == path));
+        assert!(look(&path, layout).unwrap().go_on().is_ok());
+    }
+
+    #[test]
+    fn a_line_that_ends_otherwise_is_asked_for_again() {
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("links.csv");
+        let (layout, rows) = rows(&TABLE.replace('\n', "\r\n"));
+        let mut output = look(&path, layout.clone()).unwrap().go_on().unwrap();
+        for (row, outcome) in rows.iter().zip([link(1), link(2), link(3)]) {
+            output.write(row, &outcome).unwrap();
+        }
+        drop(output);
+        let whole = std::fs::read_to_string(part_of(&path)).unwrap();
+        let second = whole.find("prod_3").unwrap();
+        let torn = [&whole[..second - 2], "\n", &whole[second..]].concat();
+        std::fs::write(part_of(&path), torn).unwrap();
+        let (earlier, known) = known(&path, &layout, &rows);
+        assert_eq!(known, [Some(Status::Succeeded), None, None]);
+        assert_eq!(earlier.cut_off().count(), 2);
+        let mut output = earlier.go_on().unwrap();
+        for (row, outcome) in rows.iter().zip([link(1), link(2), link(3)]).skip(1) {
+            output.write(row, &outcome).unwrap();
+        }
+        drop(output);
+        assert_eq!(std::fs::read_to_string(part_of(&path)).unwrap(), whole);
+    }
+
+    #[test]
+    fn what_a_part_is_made_with_is_not_written_again() {
+        use std::os::unix::fs::MetadataExt as _;
+        let directory = tempfile::TempDir::new().unwrap();
+        let path = directory.path().join("links.csv");
+        let (layout, _) = rows(TABLE);
+        let inode = || std::fs::metadata(run_of(&path)).unwrap().ino();
+        // Of one that an earlier run has not finished, nothing is left.
+        std::fs::write(new_of(&run_of(&path)), "half").unwrap();
+        drop(look(&path, layout.clone()).unwrap().go_on().unwrap());
+        let first = inode();
+        let again = look(&path, layout).unwrap().go_on().unwrap();
+        assert_eq!(inode(), first, "a full disk would leave it empty");
+        again.finish().unwrap();
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
     }
 
     #[test]

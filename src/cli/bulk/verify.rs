@@ -13,7 +13,7 @@ use super::summary::interrupted;
 use super::written_over::WrittenOver;
 use crate::bulk::inside::{Inside, problem};
 use crate::bulk::look_up::{GoneTally, ask_for, known_before, same_job};
-use crate::bulk::output::{begin_anew, part_of, put_in_place};
+use crate::bulk::output::{begin_anew, part_of, put_in_place, remove_empty};
 use crate::bulk::stems::Stems;
 use crate::bulk::table::Writer;
 use crate::bulk::verify::{Line, Link, Links, Renewal, stem};
@@ -34,7 +34,6 @@ struct Looked {
 
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
     let part = part_of(out);
-    let mut over = WrittenOver::read(out, arguments, settings)?;
     let shown = || arguments.file.display().to_string();
     let (mut links, stems) = opened(settings, arguments)?;
     let Some(Begun { inside, stages, mut tasks, at_once }) = begin(settings, arguments).await?
@@ -43,6 +42,8 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     };
     let file = begin_anew(out)?;
     let written = || format!("{} cannot be written", part.display());
+    let read = WrittenOver::read(out, arguments, settings);
+    let mut over = read.inspect_err(|_| remove_empty(&file, &part))?;
     over.keep_part()?;
     file.set_len(0).with_context(written)?;
     // Locked until it is in its place.
@@ -66,7 +67,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     let over = &over;
     let renewing = Renewing { inside: &inside, over, stems: &stems };
     let looked = futures::stream::iter(rows).map(|(line, new)| look(&renewing, &seen, line, new));
-    // In the order of the file.
+    // In the order of the file. What was renewed behind a slow line is in the ledger until it is written.
     let mut looked = looked.buffered(at_once);
     loop {
         let next = tokio::select! {
@@ -224,6 +225,10 @@ async fn renew(
     mut state: Link,
     mut renewal: Renewal,
 ) -> Looked {
+    // Whatever the ledger has forgotten, nothing is made beside a later one.
+    if let Some(number) = over.last_renewal(&line.request_id()) {
+        renewal.go_on_with(number);
+    }
     for _ in 0..MOST_RENEWALS {
         let (id, job) = renewal.next_job();
         let before = match &job {

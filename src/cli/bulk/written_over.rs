@@ -14,6 +14,7 @@ use crate::bulk::input::InputError;
 use crate::bulk::inside::Inside;
 use crate::bulk::layout::{EarlierLink, REQUEST_ID};
 use crate::bulk::output::{before_of, new_of, part_of, put_in_place};
+use crate::bulk::stems::LastRenewals;
 use crate::bulk::table::Writer;
 use crate::bulk::verify::{Line, Link, Links, LinksError, stem};
 use crate::cli::Failure;
@@ -28,17 +29,20 @@ pub(super) struct WrittenOver<'a> {
     left: RefCell<GivenLinks>,
     /// What the ids begin with of lines that were written with a link that can be paid or was.
     well: RefCell<GivenLinks>,
+    renewals: LastRenewals,
 }
 
 impl<'a> WrittenOver<'a> {
-    /// Reads the file, if it is there; it must be a file of links as well.
+    /// Reads the file, if it is there; it must be a file of links as well, and whoever reads it holds its part: nobody
+    /// else is to write it.
     pub(super) fn read(
         out: &'a Path,
         arguments: &'a Arguments,
         settings: &'a Resolved,
     ) -> Result<Self, Failure> {
-        let mut over =
-            Self { out, arguments, settings, left: RefCell::default(), well: RefCell::default() };
+        let (left, well) = (RefCell::default(), RefCell::default());
+        let renewals = LastRenewals::default();
+        let mut over = Self { out, arguments, settings, left, well, renewals };
         for file in [out.to_owned(), before_of(out)] {
             over.note_all(&file, false)?;
         }
@@ -50,6 +54,7 @@ impl<'a> WrittenOver<'a> {
             let EarlierLink { request_id, checkout_id } =
                 link.with_context(|| file.display().to_string())?;
             self.left.get_mut().note(&request_id, &checkout_id);
+            self.renewals.note(&request_id);
         }
         Ok(())
     }
@@ -84,7 +89,10 @@ impl<'a> WrittenOver<'a> {
 
     /// The output is in its place, and has all that was kept.
     pub(super) fn is_in_place(&self) {
-        drop(std::fs::remove_file(before_of(self.out)));
+        let before = before_of(self.out);
+        for kept in [new_of(&before), before] {
+            drop(std::fs::remove_file(kept));
+        }
     }
 
     /// The links of a file, if it is there; of one that may be torn, those of its whole lines.
@@ -131,6 +139,11 @@ impl<'a> WrittenOver<'a> {
         if let Some(EarlierLink { request_id, checkout_id }) = link_of(line) {
             self.left.borrow_mut().forget(&request_id, &checkout_id);
         }
+    }
+
+    /// The number of the last renewal that it has of that id.
+    pub(super) fn last_renewal(&self, request_id: &str) -> Option<u32> {
+        self.renewals.number(request_id)
     }
 
     /// Whether it has a link for that id.

@@ -117,9 +117,7 @@ async fn what_is_in_the_way_is_left_alone() {
 
 #[tokio::test]
 async fn links_that_this_ledger_has_not_made_are_not_made_again_over_them() {
-    let mut desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(3));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (mut desk, input) = Desk::with_links(3).await;
     let made = desk.read("links.csv");
     // From another directory, with another ledger.
     let elsewhere = format!("sqlite:{}", desk.path("other.db").display());
@@ -136,9 +134,7 @@ async fn links_that_this_ledger_has_not_made_are_not_made_again_over_them() {
 
 #[tokio::test]
 async fn a_link_that_this_ledger_has_forgotten_is_not_made_again_over_it() {
-    let desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(3));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (desk, input) = Desk::with_links(3).await;
     let made = desk.read("links.csv");
     forget(&desk.path("ledger.db"), "r-2");
     let (code, said) = desk.bulk(&input, &[]).await;
@@ -187,9 +183,7 @@ async fn ids_with_spaces_around_them_are_guarded_as_well() {
 
 #[tokio::test]
 async fn a_ledger_is_told_how_long_a_run_keeps_its_links() {
-    let desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(1));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (desk, _input) = Desk::with_links(1).await;
     let connection = rusqlite::Connection::open(desk.path("ledger.db")).unwrap();
     let said = "SELECT count(*) FROM meta WHERE name = 'retention.test.604800000'";
     assert_eq!(connection.query_row(said, [], |row| row.get::<_, i64>(0)).unwrap(), 1);

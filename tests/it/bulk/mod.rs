@@ -48,6 +48,14 @@ impl Desk {
         Self { directory, simulator, serving: tokio::spawn(serve), settings }
     }
 
+    /// One on which a table of so many rows was made into `links.csv`; and the table.
+    async fn with_links(rows: usize) -> (Self, String) {
+        let desk = Self::new().await;
+        let input = desk.write("in.csv", &table(rows));
+        assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+        (desk, input)
+    }
+
     fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }

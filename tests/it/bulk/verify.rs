@@ -5,9 +5,7 @@ use crate::cli::command;
 
 #[tokio::test]
 async fn a_look_at_links_loses_none_in_the_file_that_it_is_written_over() {
-    let desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(2));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (desk, _input) = Desk::with_links(2).await;
     let links = desk.path("links.csv").display().to_string();
     let other = desk.read("links.csv").replace("r-0,", "x-0,").replace("ch_", "ch_precious_");
     let onto = desk.write("other.csv", &other);
@@ -42,9 +40,7 @@ async fn a_look_at_links_loses_none_in_the_file_that_it_is_written_over() {
 
 #[tokio::test]
 async fn dead_links_are_found_and_renewed_under_an_id_that_follows_from_theirs() {
-    let desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(4));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (desk, _input) = Desk::with_links(4).await;
     let links = desk.path("links.csv").display().to_string();
     let rows = cells(&desk.read("links.csv"));
     {
@@ -88,9 +84,7 @@ async fn dead_links_are_found_and_renewed_under_an_id_that_follows_from_theirs()
 
 #[tokio::test]
 async fn a_link_that_only_this_key_does_not_know_is_not_dead() {
-    let mut desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(3));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (mut desk, _input) = Desk::with_links(3).await;
     // One id was bent by a spreadsheet.
     let rows = cells(&desk.read("links.csv"));
     let bent = desk.read("links.csv").replace(&rows[2][4], "ch_1E+15");
@@ -113,9 +107,7 @@ async fn a_link_that_only_this_key_does_not_know_is_not_dead() {
 
 #[tokio::test]
 async fn a_renewed_link_that_has_died_as_well_is_renewed_again() {
-    let desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(1));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (desk, _input) = Desk::with_links(1).await;
     let links = desk.path("links.csv").display().to_string();
     let renewed = desk.path("renewed.csv").display().to_string();
     let refresh = ["bulk", &links, "--out", &renewed, "--verify", "--refresh"];
@@ -128,6 +120,40 @@ async fn a_renewed_link_that_has_died_as_well_is_renewed_again() {
         assert_eq!((row[0].as_str(), row[8].as_str()), (id, "open"));
     }
     assert_eq!(desk.sessions(), 3);
+}
+
+#[tokio::test]
+async fn nothing_is_made_beside_a_later_link_that_the_ledger_has_forgotten() {
+    let (desk, _input) = Desk::with_links(1).await;
+    let refresh = ["--refresh"];
+    let rows = |name: &str| cells(&desk.read(name));
+    desk.call(&rows("links.csv")[0], "expired");
+    assert_eq!(desk.verify("links.csv", "renewed.csv", &refresh).await.0, 0);
+    desk.call(&rows("renewed.csv")[0], "expired");
+    assert_eq!(desk.verify("links.csv", "renewed.csv", &refresh).await.0, 0);
+    let (renewed, made) = (desk.read("renewed.csv"), desk.sessions());
+    assert_eq!(rows("renewed.csv")[0][0], "r-0.r2");
+    // A ledger from before it was renewed knows neither.
+    for id in ["r-0.r1", "r-0.r2"] {
+        forget(&desk.path("ledger.db"), id);
+    }
+    let (code, said) = desk.verify("links.csv", "renewed.csv", &refresh).await;
+    assert!(code == 1 && said.contains("r-0.r2: no new link: the output has one"), "{said}");
+    assert_eq!((desk.read("renewed.csv"), desk.sessions()), (renewed, made));
+}
+
+#[tokio::test]
+async fn rows_of_one_job_are_renewed_together() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", "request_id,product_id,Name\nr-0,prod_1,a\nr-0,prod_1,b\n");
+    // That an id came twice is told.
+    assert_eq!(desk.bulk(&input, &[]).await.0, 1);
+    desk.call(&cells(&desk.read("links.csv"))[0], "expired");
+    let (code, said) = desk.verify("links.csv", "renewed.csv", &["--refresh"]).await;
+    assert!(code == 0 && said.contains("2 rows: 2 renewed"), "{said}");
+    assert_eq!(desk.sessions(), 2);
+    let renewed = cells(&desk.read("renewed.csv"));
+    assert_eq!((renewed[0][0].as_str(), &renewed[0][4]), ("r-0.r1", &renewed[1][4]));
 }
 
 #[tokio::test]
@@ -163,9 +189,7 @@ async fn a_dead_link_is_only_renewed_as_the_job_that_it_was_made_for() {
 
 #[tokio::test]
 async fn links_that_an_interrupted_look_has_made_are_not_made_again() {
-    let desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(2));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (desk, _input) = Desk::with_links(2).await;
     for row in cells(&desk.read("links.csv")) {
         desk.call(&row, "expired");
     }
@@ -188,9 +212,7 @@ async fn links_that_an_interrupted_look_has_made_are_not_made_again() {
 
 #[tokio::test]
 async fn a_link_in_another_lines_cells_is_not_renewed() {
-    let desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(2));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (desk, _input) = Desk::with_links(2).await;
     let text = desk.read("links.csv");
     let rows = cells(&text);
     desk.call(&rows[1], "expired");
@@ -216,9 +238,7 @@ async fn no_line_is_given_the_link_of_one_whose_id_looks_like_a_renewal() {
 
 #[tokio::test]
 async fn a_mere_look_is_not_written_over_links_that_another_one_has_renewed() {
-    let desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(1));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (desk, _input) = Desk::with_links(1).await;
     desk.call(&cells(&desk.read("links.csv"))[0], "expired");
     assert_eq!(desk.verify("links.csv", "checked.csv", &["--refresh"]).await.0, 0);
     let text = desk.read("checked.csv");
@@ -237,9 +257,7 @@ async fn a_mere_look_is_not_written_over_links_that_another_one_has_renewed() {
 
 #[tokio::test]
 async fn a_quote_that_is_left_open_in_a_file_of_links_is_told() {
-    let desk = Desk::new().await;
-    let input = desk.write("in.csv", &table(3));
-    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let (desk, _input) = Desk::with_links(3).await;
     desk.write("links.csv", &desk.read("links.csv").replace("somebody 1", "\"somebody 1"));
     let (code, said) = desk.verify("links.csv", "checked.csv", &[]).await;
     assert!(code == 1 && said.contains("line 3"), "{said}");
