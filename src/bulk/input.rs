@@ -50,7 +50,9 @@ pub enum InputError {
     )]
     OpenQuote(u64),
     /// A row without end.
-    #[error("the row that begins on line {0} is larger than 1 MiB, which no row may be{1}")]
+    #[error(
+        "the row that begins on line {0} is larger than 1 MiB, the most that a row may have{1}"
+    )]
     Endless(u64, &'static str),
 }
 

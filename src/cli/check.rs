@@ -31,8 +31,13 @@ pub(super) struct Arguments {
     publish: bool,
 }
 
-/// What it means for workers that share a ledger that they share no budget.
-pub(super) const UNLIMITED: &str = "it is not set, so that each worker finds by itself how fast Creem may be asked. Where buyers and campaigns are served by different workers (run --lanes), set it: otherwise neither knows of the other's calls, and buyers do not go first";
+/// What workers of one ledger should know where nothing says how many calls all of them may make.
+pub(super) fn budget_note(settings: &Resolved) -> Option<&'static str> {
+    let shared = matches!(settings.ledger, Ledger::Database(_));
+    (shared && settings.limits.ceiling.is_none()).then_some(
+        "rate_limit.per_second: it is not set, so that each worker finds by itself how fast Creem may be asked. Where buyers and campaigns are served by different workers (run --lanes), set it: otherwise neither knows of the other's calls, and buyers do not go first",
+    )
+}
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let settings =
@@ -68,8 +73,8 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
             report(what, line);
         }
     }
-    if matches!(settings.ledger, Ledger::Database(_)) && settings.limits.ceiling.is_none() {
-        say(&format!("note     rate_limit.per_second: {UNLIMITED}"));
+    if let Some(note) = budget_note(&settings) {
+        say(&format!("note     {note}"));
     }
     report("http.listen", listen);
     for (what, result) in broker {

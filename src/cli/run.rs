@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::task::JoinSet;
 
-use super::check::UNLIMITED;
+use super::check::budget_note;
 use super::engine::{self, Opened};
 use super::look::shown;
 use super::{Failure, Outcome, block_on, count, resolved};
@@ -82,9 +82,10 @@ async fn serve(
         http = %address,
         "starting"
     );
-    let alone = settings.lanes.len() < Lane::ALL.len();
-    if alone && settings.limits.ceiling.is_none() {
-        tracing::warn!("rate_limit.per_second: {UNLIMITED}");
+    if settings.lanes.len() < Lane::ALL.len()
+        && let Some(note) = budget_note(&settings)
+    {
+        tracing::warn!("{note}");
     }
     let opened = engine::open(&settings.ledger, &health, &stages).await?;
     let Some(opened) = opened else { return Ok(()) };

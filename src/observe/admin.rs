@@ -128,7 +128,7 @@ async fn status(State(sources): State<Sources>) -> impl IntoResponse {
         || "closed".to_owned(),
         |open| {
             let seconds = open.as_secs();
-            format!("open for {seconds} s: half of the calls to Creem or more failed; one now and then shows whether it is back")
+            format!("open for {seconds} s: at least half of the last calls to Creem failed; one now and then shows whether it is back")
         },
     );
     Json(json!({

@@ -86,7 +86,7 @@ impl Health {
         self.locked().key = state;
     }
 
-    /// How fast Creem is asked, and for how long it has not been because most calls failed.
+    /// How fast Creem is asked, and for how long it has not been because at least half of the last calls failed.
     pub fn set_calls(&self, rate: Rate, circuit_open_for: Option<Duration>) {
         let mut parts = self.locked();
         parts.rate = rate;

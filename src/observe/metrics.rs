@@ -91,7 +91,7 @@ fn describe() {
     );
     describe_gauge!(
         "checkout_worker_circuit_open",
-        "1 while the circuit breaker is open: half of the calls to Creem or more failed, and none is made but one now and then"
+        "1 while the circuit breaker is open: at least half of the last calls to Creem failed, and none is made but one now and then"
     );
     describe_gauge!(
         "checkout_worker_broker_connected",

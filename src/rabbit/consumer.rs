@@ -60,15 +60,7 @@ impl Delivery {
     /// limit it takes the message away.
     #[must_use]
     pub fn nears_its_limit(&self) -> bool {
-        let headers = self.properties.headers().as_ref();
-        let count = headers.and_then(|headers| headers.inner().get("x-delivery-count"));
-        let count = match count {
-            Some(AMQPValue::LongLongInt(count)) => *count,
-            Some(AMQPValue::LongInt(count)) => i64::from(*count),
-            Some(AMQPValue::LongUInt(count)) => i64::from(*count),
-            Some(_) | None => 0,
-        };
-        count >= i64::from(DELIVERY_LIMIT / 2)
+        is_near_its_limit(self.properties.headers().as_ref())
     }
 
     /// Tells the broker that the message is dealt with.
@@ -102,6 +94,18 @@ impl Delivery {
             () = self.session.cancelled() => Acked::TooLate,
         }
     }
+}
+
+/// RabbitMQ counts deliveries of quorum queues in `x-delivery-count`; 4.x counts those alone that came back by
+/// themselves.
+fn is_near_its_limit(headers: Option<&FieldTable>) -> bool {
+    let count = match headers.and_then(|headers| headers.inner().get("x-delivery-count")) {
+        Some(AMQPValue::LongLongInt(count)) => *count,
+        Some(AMQPValue::LongInt(count)) => i64::from(*count),
+        Some(AMQPValue::LongUInt(count)) => i64::from(*count),
+        Some(_) | None => 0,
+    };
+    count >= i64::from(DELIVERY_LIMIT / 2)
 }
 
 /// Why a session could not begin.
@@ -417,5 +421,28 @@ impl Deliveries {
         let next = tokio::time::timeout(Duration::from_millis(200), self.consumer.next());
         let Ok(Some(Ok(delivery))) = next.await else { return None };
         Some(self.wrap(delivery))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_is_near_its_limit_at_half_of_it_however_it_is_counted() {
+        let near = |count: AMQPValue| {
+            let mut headers = FieldTable::default();
+            headers.insert("x-delivery-count".into(), count);
+            is_near_its_limit(Some(&headers))
+        };
+        for (count, expected) in [(0, false), (9, false), (10, true), (21, true)] {
+            let kinds = [
+                AMQPValue::LongLongInt(count),
+                AMQPValue::LongInt(count.try_into().unwrap()),
+                AMQPValue::LongUInt(count.try_into().unwrap()),
+            ];
+            assert_eq!(kinds.map(near), [expected; 3], "{count}");
+        }
+        assert!(!is_near_its_limit(None) && !is_near_its_limit(Some(&FieldTable::default())));
     }
 }

@@ -36,12 +36,12 @@ pub struct Received {
 
 /// How long a queue of a name is kept that nobody uses, in milliseconds: a run that was interrupted on a
 /// Friday goes on on Monday.
-const KEPT: i64 = 4 * 24 * 3600 * 1000;
+const EXPIRES_MS: i64 = 4 * 24 * 3600 * 1000;
 
 /// For how long whoever consumes the queue is thought to be one that was killed just now.
-const ENDING: Duration = Duration::from_secs(5);
+const TAKEOVER_PATIENCE: Duration = Duration::from_secs(5);
 /// How long until it is tried again.
-const AGAIN: Duration = Duration::from_millis(200);
+const RETRY_EVERY: Duration = Duration::from_millis(200);
 
 /// Declares the queue and consumes it: one of that name, which outlives its connection, or one that does not.
 async fn declared(
@@ -62,7 +62,7 @@ async fn declared(
     if stays {
         // Whatever the virtual host's default is: it is one run's, and may be lost with its node.
         arguments.insert("x-queue-type".into(), AMQPValue::LongString("classic".into()));
-        arguments.insert("x-expires".into(), AMQPValue::LongLongInt(KEPT));
+        arguments.insert("x-expires".into(), AMQPValue::LongLongInt(EXPIRES_MS));
     }
     let queue = channel.queue_declare(short(name.unwrap_or(""))?, declare, arguments).await?;
     let name = queue.name().as_str().to_owned();
@@ -96,8 +96,9 @@ impl ReplyQueue {
         Ok(Self { name, consumer, _connection: connection })
     }
 
-    /// The same with a name of its own, which what comes while nobody is there still leads to. Nobody else may
-    /// consume it; one that was killed just now is waited for.
+    /// Opens the queue of that name, which outlives its connection: replies that come while nobody consumes it wait
+    /// for whoever opens it next. Nobody else may consume it; a consumer that was killed just now is waited for, 5 s at
+    /// most.
     ///
     /// # Errors
     /// If the broker is not there or says no, or somebody else takes its replies.
@@ -108,13 +109,15 @@ impl ReplyQueue {
         name: &str,
     ) -> Result<Self, LinkError> {
         let connection = link::connect(options, connection_name).await?;
-        let patience = Instant::now() + ENDING;
+        let patience = Instant::now() + TAKEOVER_PATIENCE;
         let (name, consumer) = loop {
             match in_time(declared(&connection, exchange, Some(name))).await {
+                // RabbitMQ says 403 both for a missing permission and for a queue that another consumer has: only
+                // the text tells them apart.
                 Err(LinkError::Denied(why))
                     if why.contains("exclusive use") && Instant::now() < patience =>
                 {
-                    tokio::time::sleep(AGAIN).await;
+                    tokio::time::sleep(RETRY_EVERY).await;
                 }
                 declared => break declared?,
             }

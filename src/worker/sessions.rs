@@ -260,7 +260,8 @@ impl LaneLoop {
             }
             // Its lane is paused, or the worker stops: its journey ends at once, by way of a delay queue.
             let permits = Arc::new(Semaphore::new(1));
-            let Ok(permit) = permits.clone().try_acquire_owned() else { continue };
+            let permit =
+                permits.clone().try_acquire_owned().expect("a new semaphore has its permit");
             let shared = self.shared.clone();
             self.shared.jobs.spawn(shared.handle(delivery, permits, permit));
         }

@@ -123,6 +123,9 @@ async fn a_job_that_was_given_back_often_is_not_taken_away_for_it() {
     })
     .await;
     if !counts.get() {
+        eprintln!("skipped from here on: this broker does not count what is given back");
+        let other = ["TEST_BROKER", "TEST_AMQP_URL"].map(|name| std::env::var_os(name).is_some());
+        assert_ne!(other, [false, false], "Debian's 3.10 counts it");
         return;
     }
     world.simulator.accept_only("creem_test_other");

@@ -15,7 +15,7 @@ pub fn put_in_place(file: &File, part: &Path, path: &Path) -> io::Result<()> {
     file.sync_all()?;
     if !is_still(file, part)? {
         let text = format!(
-            "something else is called {} now: whatever has saved it there must not; the same command does what is missing",
+            "{} was replaced while it was being written: close the program that saved it, and run the same command again",
             part.display()
         );
         return Err(io::Error::other(text));

@@ -198,7 +198,7 @@ async fn the_same_rows_under_other_ids_are_not_made_a_second_time() {
     let (code, said) = desk.bulk(&input, &["--request-id-prefix", "autum-"]).await;
     assert!(code == 1 && said.contains("its first row is autumn-1"), "{said}");
     assert_eq!((desk.read("links.csv"), desk.sessions()), (made, 2));
-    // With another product, they are other jobs.
+    // With other metadata they are other jobs.
     let flags = ["--request-id-prefix", "autumn-", "--metadata", "a=b"];
     let (code, said) = desk.bulk(&input, &flags).await;
     assert!(code == 1 && said.contains("A conflict:"), "{said}");
