@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::layout::Outcome;
-use crate::clock::Millis;
+use crate::clock::{Millis, as_millis};
 use crate::job::reply::Reply;
 use crate::job::{CheckoutRequest, Fingerprint, Key, Lane, Status};
 use crate::ledger::Stored;
@@ -50,7 +50,7 @@ impl Inside {
             ),
             (
                 Reason::Circuit,
-                "half of the calls to Creem or more fail; one now and then shows whether it is back",
+                "at least half of the last calls to Creem failed; one now and then shows whether it is back",
             ),
             (Reason::Ledger, "the ledger cannot be written; it is tried again"),
         ];
@@ -70,7 +70,11 @@ impl Inside {
             lane: Lane::Bulk,
             campaign: self.campaign.clone(),
             deadline: only_known.then_some(0),
-            published_at: Some(self.began_at),
+            published_at: Some(published_at(
+                self.began_at,
+                journey.clock.now(),
+                journey.rules.retention,
+            )),
             // A row's time to be tried begins when its turn comes.
             picked_up_at: journey.clock.now(),
             redelivered: false,
@@ -154,5 +158,25 @@ pub fn problem(status: Status, code: &str, message: &str) -> Outcome {
         checkout_url: None,
         error_code: Some(code.to_owned()),
         error_message: Some(message.to_owned()),
+    }
+}
+
+/// When a row counts as published that is begun now: with its run, as cancelling means all that were there before, and
+/// yet never so long ago that the ledger may have forgotten it, however long the run.
+fn published_at(began_at: Millis, now: Millis, retention: Duration) -> Millis {
+    began_at.max(now - as_millis(retention / 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_rows_of_a_long_run_do_not_grow_too_old() {
+        let day = Duration::from_hours(24);
+        let now = as_millis(day * 100);
+        let of_a_run = |days: u32| now - published_at(now - as_millis(day * days), now, day * 7);
+        assert_eq!(of_a_run(3), as_millis(day * 3));
+        assert_eq!(of_a_run(30), as_millis(day * 7 / 2));
     }
 }

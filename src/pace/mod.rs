@@ -6,11 +6,12 @@
 //! pacer knows nothing of HTTP: it is told that a call was taken, or "slow down".
 //!
 //! Interactive callers come first. Bulk takes the rest, and where both wait a small share of its own, so
-//! that it is never starved.
+//! that it is never starved. A call that was begun, and has lost its place, is first of all.
 
 pub mod breaker;
 pub mod rate;
 pub mod retry_budget;
+pub mod usual;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,6 +23,7 @@ use tokio::time::Instant;
 
 use crate::job::Lane;
 use rate::{Held, Rate};
+use usual::Usual;
 
 /// How late a call may be for its place, where there is a ceiling. Places are that much further apart in a
 /// second, so that late calls and those that are in time still keep the ceiling together.
@@ -33,8 +35,11 @@ const HAIR: Duration = Duration::from_millis(8);
 /// Without a ceiling: for how long places that nobody took are kept, so that a few callers who come together
 /// after an idle moment need not wait for each other.
 const SAVED: Duration = Duration::from_millis(250);
-/// How long before its time a place is given out: what a caller must do before its call it does then.
+/// How long before its time a place is given out at least: what a caller must do before its call it does then, and
+/// where that takes longer, the lead does as well.
 const LEAD: Duration = Duration::from_millis(25);
+/// No place is given out earlier: whoever comes first in the meantime would stand behind it.
+const LONGEST_LEAD: Duration = Duration::from_secs(1);
 
 /// What a pacer is to keep.
 #[derive(Debug, Clone, Copy)]
@@ -53,8 +58,12 @@ pub struct Pacer {
     granted: bool,
     /// Who waits for a place holds its lane's, so that one timer serves them all, and the others stand in line.
     lines: [tokio::sync::Mutex<()>; 2],
+    /// The same for those who are ahead of all others.
+    ahead: tokio::sync::Mutex<()>,
     /// How many callers wait in each lane.
     waiting: [AtomicUsize; 2],
+    /// How many of them are ahead.
+    waiting_ahead: AtomicUsize,
     state: Mutex<State>,
     /// Whoever waits may look again.
     changed: watch::Sender<()>,
@@ -76,6 +85,14 @@ struct State {
     quiet_until: Instant,
     /// How many places bulk is owed; at one it is its turn.
     owed: f64,
+    /// How long callers take from their place to their call.
+    preparing: Usual,
+}
+
+impl State {
+    fn lead(&self) -> Duration {
+        self.preparing.most().clamp(LEAD, LONGEST_LEAD)
+    }
 }
 
 /// What a caller at the head of its line does next.
@@ -100,18 +117,22 @@ pub struct Waiters {
 struct Waiting<'a> {
     pacer: &'a Pacer,
     lane: usize,
+    ahead: bool,
 }
 
 impl<'a> Waiting<'a> {
-    fn new(pacer: &'a Pacer, lane: usize) -> Self {
+    fn new(pacer: &'a Pacer, lane: Lane, ahead: bool) -> Self {
+        let lane = index(lane);
         pacer.waiting[lane].fetch_add(1, Ordering::Relaxed);
-        Self { pacer, lane }
+        pacer.waiting_ahead.fetch_add(usize::from(ahead), Ordering::Relaxed);
+        Self { pacer, lane, ahead }
     }
 }
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         self.pacer.waiting[self.lane].fetch_sub(1, Ordering::Relaxed);
+        self.pacer.waiting_ahead.fetch_sub(usize::from(self.ahead), Ordering::Relaxed);
         // It may have been the other lane's turn all along.
         self.pacer.changed.send_replace(());
     }
@@ -120,6 +141,7 @@ impl Drop for Waiting<'_> {
 /// The right to make one call, at its time.
 #[derive(Debug, Clone, Copy)]
 pub struct Place {
+    given_at: Instant,
     at: Instant,
     /// After which it is lost.
     latest: Option<Instant>,
@@ -161,7 +183,9 @@ impl Pacer {
             limits,
             granted,
             lines: Default::default(),
+            ahead: tokio::sync::Mutex::default(),
             waiting: Default::default(),
+            waiting_ahead: AtomicUsize::new(0),
             state: Mutex::new(State {
                 rate: Rate::new(limits.ceiling, now),
                 next: now,
@@ -169,6 +193,7 @@ impl Pacer {
                 returned: VecDeque::new(),
                 quiet_until: now,
                 owed: 0.0,
+                preparing: Usual::default(),
             }),
             changed: watch::Sender::new(()),
             wanted: Notify::new(),
@@ -188,11 +213,26 @@ impl Pacer {
     /// Calls are spaced evenly, so that no second holds more than the ceiling (rounded up to whole
     /// calls), after an idle time neither. A caller that gives up while it waits has taken nothing.
     pub async fn admit(&self, lane: Lane) -> Place {
-        let _waiting = Waiting::new(self, index(lane));
+        let _waiting = Waiting::new(self, lane, false);
         let _line = self.lines[index(lane)].lock().await;
+        self.place(lane, false).await
+    }
+
+    /// The same ahead of all who wait in line: for a call without which one that was made would be in vain, or whose
+    /// place was lost while its caller prepared it. Whoever holds something meanwhile, as a lease, must not stand
+    /// behind those who do not.
+    pub async fn admit_ahead(&self, lane: Lane) -> Place {
+        let _waiting = Waiting::new(self, lane, true);
+        // Those who are first in their lines look again.
+        self.changed.send_replace(());
+        let _line = self.ahead.lock().await;
+        self.place(lane, true).await
+    }
+
+    async fn place(&self, lane: Lane, ahead: bool) -> Place {
         loop {
             let mut changed = self.changed.subscribe();
-            match self.step(lane) {
+            match self.step(lane, ahead) {
                 Step::Take(place) => return place,
                 Step::Sleep(until) => {
                     tokio::select! {
@@ -205,9 +245,13 @@ impl Pacer {
         }
     }
 
-    fn step(&self, lane: Lane) -> Step {
+    fn step(&self, lane: Lane, ahead: bool) -> Step {
+        if !ahead && self.waiting_ahead.load(Ordering::Relaxed) > 0 {
+            return Step::Wait;
+        }
         let now = Instant::now();
         let mut state = self.state();
+        let lead = state.lead();
         let recent = self.freshest(&state);
         while state.returned.front().is_some_and(|place| *place < recent) {
             state.returned.pop_front();
@@ -217,8 +261,8 @@ impl Pacer {
         if own > now {
             state.rate.press(now);
         }
-        if returned.is_none() && own > now + LEAD {
-            return Step::Sleep(own - LEAD);
+        if returned.is_none() && own > now + lead {
+            return Step::Sleep(own - lead);
         }
         let at = if returned.is_some() {
             returned
@@ -235,11 +279,11 @@ impl Pacer {
             return Step::Wait;
         };
         let contested = self.waiting[1 - index(lane)].load(Ordering::Relaxed) > 0;
-        if contested && (lane == Lane::Bulk) != (state.owed >= 1.0) {
+        if contested && !ahead && (lane == Lane::Bulk) != (state.owed >= 1.0) {
             return Step::Wait;
         }
-        if at > now + LEAD {
-            return Step::Sleep(at - LEAD);
+        if at > now + lead {
+            return Step::Sleep(at - lead);
         }
         if returned.is_some() {
             state.returned.pop_front();
@@ -259,7 +303,7 @@ impl Pacer {
         };
         state.owed += owed;
         let latest = self.limits.ceiling.map(|_| at + LATENESS);
-        Step::Take(Place { at, latest, lane, owed })
+        Step::Take(Place { given_at: now, at, latest, lane, owed })
     }
 
     /// Gives a place back at which no call was made; the next one who wants a place has it, if its time is not over.
@@ -291,12 +335,13 @@ impl Pacer {
 
     /// Waits for the time of the call; if its place is lost by then, for another one. Returns the one of the call.
     pub async fn pass(&self, mut place: Place) -> Place {
+        self.state().preparing.note(place.given_at.elapsed());
         loop {
             place.come().await;
             if !self.is_lost(&place) {
                 return place;
             }
-            place = self.admit(place.lane).await;
+            place = self.admit_ahead(place.lane).await;
         }
     }
 
@@ -614,6 +659,74 @@ mod tests {
         let started = Instant::now();
         pacer.admit(Lane::Interactive).await.come().await;
         assert_eq!(started.elapsed(), Duration::from_secs(5));
+    }
+
+    /// How many calls a second callers make who do something first that takes so long; whoever waits too long for a
+    /// place after it gives up, and begins again.
+    async fn calls_of_callers_who_prepare(pacer: &Pacer, preparing: Duration) -> f64 {
+        const SECONDS: u32 = 600;
+        let calls = AtomicUsize::new(0);
+        let callers = futures::future::join_all((0..64).map(|_| async {
+            loop {
+                let place = pacer.admit(Lane::Interactive).await;
+                tokio::time::sleep(preparing).await;
+                let passed = tokio::time::timeout(Duration::from_secs(8), pacer.pass(place));
+                calls.fetch_add(usize::from(passed.await.is_ok()), Ordering::Relaxed);
+            }
+        }));
+        drop(tokio::time::timeout(Duration::from_secs(SECONDS.into()), callers).await);
+        f64::from(u32::try_from(calls.load(Ordering::Relaxed)).unwrap()) / f64::from(SECONDS)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn callers_who_prepare_their_calls_slowly_lose_hardly_a_place() {
+        for rate in [1.0, 5.0, 20.0] {
+            for millis in [10, 55, 200, 900] {
+                let pacer = own(Some(rate));
+                let calls =
+                    calls_of_callers_who_prepare(&pacer, Duration::from_millis(millis)).await;
+                assert!(calls >= rate * 0.9, "{rate} a second, {millis} ms: {calls}");
+            }
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn callers_who_take_longer_than_any_lead_still_come_to_their_calls() {
+        for rate in [1.0, 5.0, 20.0] {
+            let calls =
+                calls_of_callers_who_prepare(&own(Some(rate)), Duration::from_secs(2)).await;
+            assert!(calls >= rate * 0.4, "{rate} a second: {calls}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_begun_goes_ahead_of_both_lines() {
+        let pacer = own(Some(10.0));
+        let line = |lane| {
+            let pacer = &pacer;
+            futures::future::join_all((0..64).map(move |_| async move {
+                loop {
+                    pacer.admit(lane).await.come().await;
+                }
+            }))
+        };
+        let begun = async {
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            for lane in Lane::ALL {
+                let came = Instant::now();
+                pacer.admit_ahead(lane).await.come().await;
+                assert!(came.elapsed() <= Duration::from_millis(250), "{:?}", came.elapsed());
+            }
+            // One that gives up holds nobody.
+            let ahead = pacer.admit_ahead(Lane::Bulk);
+            drop(tokio::time::timeout(Duration::from_millis(1), ahead).await);
+        };
+        tokio::select! {
+            _ = futures::future::join(line(Lane::Interactive), line(Lane::Bulk)) => unreachable!(),
+            () = begun => {}
+        }
+        let place = tokio::time::timeout(Duration::from_secs(1), pacer.admit(Lane::Bulk)).await;
+        assert!(place.is_ok());
     }
 
     #[tokio::test(start_paused = true)]

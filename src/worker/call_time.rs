@@ -6,10 +6,10 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::pace::usual::Usual;
+
 /// No call is thought to take less.
 const SHORTEST: Duration = Duration::from_millis(100);
-/// How much a new call counts.
-const WEIGHT: f64 = 0.125;
 /// Without calls, half of what was learned is forgotten in this time: if nobody calls because of it, it is tried again.
 const HALF_LIFE: Duration = Duration::from_secs(15);
 
@@ -23,18 +23,15 @@ pub struct CallTime {
 
 #[derive(Debug)]
 struct State {
-    /// Seconds.
-    mean: f64,
-    /// Seconds by which calls differ from it.
-    deviation: f64,
-    noted_at: Instant,
+    usual: Usual,
+    decayed_at: Instant,
 }
 
 impl CallTime {
     /// Nothing is known yet. No more than half of the time for a call is ever asked for.
     #[must_use]
     pub fn new(request_timeout: Duration) -> Self {
-        let state = State { mean: 0.0, deviation: 0.0, noted_at: Instant::now() };
+        let state = State { usual: Usual::default(), decayed_at: Instant::now() };
         Self { state: Mutex::new(state), longest: (request_timeout / 2).max(SHORTEST) }
     }
 
@@ -43,9 +40,7 @@ impl CallTime {
         let now = Instant::now();
         let mut state = self.state();
         state.age(now);
-        let off = took.as_secs_f64() - state.mean;
-        state.mean += WEIGHT * off;
-        state.deviation += WEIGHT * (off.abs() - state.deviation);
+        state.usual.note(took);
     }
 
     /// How much time a call should have.
@@ -53,8 +48,7 @@ impl CallTime {
     pub fn needed(&self) -> Duration {
         let mut state = self.state();
         state.age(Instant::now());
-        let needed = Duration::from_secs_f64((state.mean + 2.0 * state.deviation).max(0.0));
-        needed.clamp(SHORTEST, self.longest)
+        state.usual.most().clamp(SHORTEST, self.longest)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -64,11 +58,9 @@ impl CallTime {
 
 impl State {
     fn age(&mut self, now: Instant) {
-        let idle = now.saturating_duration_since(self.noted_at);
-        let left = 0.5_f64.powf(idle.div_duration_f64(HALF_LIFE));
-        self.mean *= left;
-        self.deviation *= left;
-        self.noted_at = now;
+        let idle = now.saturating_duration_since(self.decayed_at);
+        self.usual.fade(0.5_f64.powf(idle.div_duration_f64(HALF_LIFE)));
+        self.decayed_at = now;
     }
 }
 

@@ -4,6 +4,7 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
@@ -22,8 +23,11 @@ const WORD_HOLDS: Duration = Duration::from_secs(10);
 /// How often a worker that is held by another one's word looks for itself, at most: it may be the other one's own way
 /// to Creem that is broken.
 const LOOK_FOR_ITSELF: Duration = Duration::from_secs(5);
-/// For how long a worker that has seen Creem answer believes no other one.
+/// For how long a worker that has seen Creem answer believes no other one; twice as long each time, as the other one's
+/// own way to Creem may stay broken.
 const BELIEVES_ITSELF: Duration = Duration::from_secs(30);
+/// And no longer.
+const BELIEVES_ITSELF_MOST: Duration = Duration::from_mins(8);
 
 /// Follows the answers of all jobs, and holds calls back while Creem is down.
 #[derive(Debug)]
@@ -46,8 +50,12 @@ struct State {
     found_at: Option<Instant>,
     /// Since when another worker finds Creem down.
     by_others: Option<Instant>,
+    /// Whether a call of its own has failed since.
+    bears_them_out: bool,
     /// Until when it believes no other worker.
     believes_itself_until: Option<Instant>,
+    /// For how long it will when it has seen Creem answer again.
+    believes_itself: Duration,
 }
 
 /// The right to make the one call that shows whether Creem is back; somebody else's if it is not used.
@@ -74,7 +82,9 @@ impl Circuit {
             breaker: Breaker::new(now),
             found_at: None,
             by_others: None,
+            bears_them_out: false,
             believes_itself_until: None,
+            believes_itself: BELIEVES_ITSELF,
         };
         Self {
             state: Mutex::new(state),
@@ -117,6 +127,7 @@ impl Circuit {
             // Held by another one's word alone: it has looked for itself.
             Change::Same if is_probe && state.by_others.is_some() => {
                 if failed {
+                    state.bears_them_out = true;
                     self.due.send_replace(Some(now + LOOK_FOR_ITSELF));
                 } else {
                     self.close(&mut state, now, gate, pacer);
@@ -124,7 +135,11 @@ impl Circuit {
             }
             Change::Same => {}
             Change::Pause(pause) => {
-                state.found_at = Some(now);
+                if state.found_at.is_none() {
+                    self.forget_right();
+                }
+                (state.found_at, state.bears_them_out) = (Some(now), true);
+                state.believes_itself = BELIEVES_ITSELF;
                 self.due.send_replace(Some(now + pause));
                 metrics::circuit_open(true);
                 if gate.close(Reason::Circuit) {
@@ -139,17 +154,32 @@ impl Circuit {
 
     /// Creem has answered this worker: whatever others say.
     fn close(&self, state: &mut State, now: Instant, gate: &Gate, pacer: &Pacer) {
-        state.believes_itself_until = Some(now + BELIEVES_ITSELF);
+        state.believes_itself_until = Some(now + state.believes_itself);
+        if !state.bears_them_out {
+            state.believes_itself = (state.believes_itself * 2).min(BELIEVES_ITSELF_MOST);
+            self.hold_no_more(state, gate);
+            tracing::info!("Creem answers this worker, whatever another one finds; intake goes on");
+            return;
+        }
         self.go_on(state, gate, pacer);
     }
 
     fn go_on(&self, state: &mut State, gate: &Gate, pacer: &Pacer) {
-        (state.found_at, state.by_others) = (None, None);
+        pacer.restart();
+        self.hold_no_more(state, gate);
+        tracing::info!("Creem is back; intake goes on, slowly at first");
+    }
+
+    fn hold_no_more(&self, state: &mut State, gate: &Gate) {
+        (state.found_at, state.by_others, state.bears_them_out) = (None, None, false);
         self.due.send_replace(None);
         metrics::circuit_open(false);
-        pacer.restart();
         gate.open(Reason::Circuit);
-        tracing::info!("Creem is back; intake goes on, slowly at first");
+    }
+
+    /// Forgets the right to be the probe that nobody has used while the circuit was open before.
+    fn forget_right(&self) {
+        let _unused = self.right.notified().now_or_never();
     }
 
     /// Whether this worker's own calls show that Creem is down. It holds no longer than they are made: a worker
@@ -178,20 +208,27 @@ impl Circuit {
             return self.go_on(&mut state, gate, pacer);
         }
         state.by_others = Some(now);
+        self.forget_right();
         let look = LOOK_FOR_ITSELF.mul_f64(0.5 + backoff::chance() / 2.0);
         self.due.send_replace(Some(now + look));
         metrics::circuit_open(true);
         if gate.close(Reason::Circuit) {
             tracing::warn!(
-                "intake is paused: another worker of this ledger finds that at least half of the calls to Creem fail"
+                "intake is paused: another worker of this ledger finds that at least half of its last calls to Creem failed"
             );
         }
     }
 
-    /// Takes a retry from the budget, and says how long it has to wait for it; takes none where that is longer than
-    /// `most`.
-    pub fn withdraw_retry(&self, lane: Lane, most: Duration) -> Option<Duration> {
-        self.retries().withdraw(lane, most, Instant::now())
+    /// How long a retry has to wait; none where that is longer than `most`. See [`RetryBudget::promise`].
+    #[must_use]
+    pub fn promise_retry(&self, lane: Lane, most: Duration) -> Option<Duration> {
+        self.retries().promise(lane, most, Instant::now())
+    }
+
+    /// Takes a retry that is made now; says whether there was one.
+    #[must_use]
+    pub fn spend_retry(&self, lane: Lane) -> bool {
+        self.retries().spend(lane, Instant::now())
     }
 
     /// For how long the circuit has been open, if it is.
@@ -234,8 +271,6 @@ impl Circuit {
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
-
-    use futures::FutureExt as _;
 
     use super::*;
     use crate::clock::SystemClock;
@@ -356,6 +391,54 @@ mod tests {
         tokio::time::advance(BELIEVES_ITSELF).await;
         circuit.hear(true, &gate, &pacer);
         assert!(!gate.is_open());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_only_another_worker_finds_slows_this_one_hardly_and_ever_more_seldom() {
+        let gate = Gate::recording(Arc::new(SystemClock), Pauses::default(), |_, _| {});
+        let pacer = Pacer::new(Limits { ceiling: Some(1_000.0), bulk_share: 0.05 });
+        let rate = pacer.explain().0;
+        let circuit = Circuit::new(Duration::from_secs(10));
+        let mut looked = 0;
+        let looks = async {
+            loop {
+                circuit.hear(true, &gate, &pacer);
+                if gate.is_open() {
+                    tokio::time::sleep(Duration::from_secs(1)).await;
+                    continue;
+                }
+                let probe = circuit.probe(&gate).await;
+                let answered = Answer::Throttled { retry_after: None };
+                circuit.note(&answered, Some(probe), &gate, &pacer);
+                assert!(pacer.explain().0 >= rate, "Creem was never away");
+                looked += 1;
+            }
+        };
+        tokio::select! {
+            () = looks => {}
+            () = circuit.keep_time() => unreachable!("it never ends"),
+            () = tokio::time::sleep(Duration::from_hours(1)) => {}
+        }
+        assert!((8..=12).contains(&looked), "{looked} times in an hour");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_right_to_probe_that_was_not_used_is_forgotten() {
+        let gate = Gate::recording(Arc::new(SystemClock), Pauses::default(), |_, _| {});
+        let pacer = Pacer::new(Limits { ceiling: None, bulk_share: 0.05 });
+        let circuit = Circuit::new(Duration::from_secs(10));
+        circuit.hear(true, &gate, &pacer);
+        tokio::select! {
+            probe = circuit.probe(&gate) => {
+                circuit.hear(false, &gate, &pacer);
+                drop(probe);
+            }
+            () = circuit.keep_time() => unreachable!("it never ends"),
+        }
+        for _ in 0..FEWEST {
+            circuit.note(&failed(), None, &gate, &pacer);
+        }
+        assert!(circuit.probe(&gate).now_or_never().is_none(), "its pause is not over");
     }
 
     #[tokio::test(start_paused = true)]

@@ -181,8 +181,8 @@ impl Gate {
     /// How much later than `from` a job counts as opened of whose time `counted` more milliseconds are not to count;
     /// what is paused does not count already.
     #[must_use]
-    pub fn later_by(&self, from: Millis, counted: Millis, of_its_lane: &Pauses) -> Millis {
-        self.locked().later_by(of_its_lane, from, counted, self.clock.now())
+    pub fn span_that_counts(&self, from: Millis, counted: Millis, of_its_lane: &Pauses) -> Millis {
+        self.locked().span_that_counts(of_its_lane, from, counted, self.clock.now())
     }
 
     fn locked(&self) -> MutexGuard<'_, Pauses> {

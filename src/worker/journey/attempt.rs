@@ -7,14 +7,13 @@ use tokio::time::Instant;
 use super::admission::Pass;
 use super::record::LEASE_MARGIN;
 use super::{Journey, Step, Verdict};
-use crate::clock::{Millis, as_duration, as_millis};
 use crate::creem::{Answer, Fetched, KeyCheck, Pressure};
 use crate::job::{Ending, Problem};
-use crate::ledger::{Attempt, Lease, Next};
+use crate::ledger::{Attempt, Lease, Next, OnUnknown};
 use crate::observe::metrics;
 use crate::pace::Place;
-use crate::retry::policy::Tried;
-use crate::retry::{backoff, policy};
+
+use crate::retry::backoff;
 use crate::worker::ask::Ask;
 use crate::worker::gate::Reason;
 
@@ -34,26 +33,18 @@ impl Journey {
         pass: Pass<'_>,
         started: Instant,
     ) -> Step {
-        let place = self.in_time(pass.place).await;
-        let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
-        if place.is_none()
-            || self.stop.is_cancelled()
-            || left < self.rules.request_timeout + SETTLE_MARGIN
-        {
-            if let Some(place) = place {
-                self.pacer.put_back(place);
-            }
+        let Some(place) = self.in_time(pass.place).await else {
             return self.settle(ask, lease, Attempt::GivenBack, self.at_once(), NOT_SENT).await;
+        };
+        if let Some(next) = self.not_to_be_sent(ask, started) {
+            self.pacer.put_back(place);
+            return self.settle(ask, lease, Attempt::GivenBack, next, NOT_SENT).await;
         }
-        let cancelled = self.orders.cancels(ask).map(Ending::Cancelled);
-        let needs = self.call_time.needed();
-        let too_late = || self.rules.too_late(ask, self.clock.now(), needs).map(Ending::Expired);
-        if let Some(ending) = cancelled.or_else(too_late) {
-            if let Some(place) = place {
-                self.pacer.put_back(place);
-            }
-            let end = Next::End(ending);
-            return self.settle(ask, lease, Attempt::GivenBack, end, NOT_SENT).await;
+        let is_retry = lease.attempt > 1 && pass.probe.is_none();
+        if is_retry && !self.circuit.spend_retry(ask.lane) {
+            self.pacer.put_back(place);
+            let next = self.retry_is_not_earned(ask, lease);
+            return self.settle(ask, lease, Attempt::GivenBack, next, "retry_budget").await;
         }
         let asked = Instant::now();
         let is_probe = pass.probe.is_some();
@@ -67,8 +58,8 @@ impl Journey {
         let answer = self.creem.create_checkout(&ask.request.request_id, body, time).await;
         metrics::creem_request(answer.label(), asked.elapsed());
         self.trouble.note(&answer);
-        // One that the job's own deadline has cut short says nothing of Creem.
-        let cut_short = time < self.rules.request_timeout && asked.elapsed() >= time;
+        // One that the job's own deadline has cut short says little of Creem, but where it had half of a call's time.
+        let cut_short = time < self.rules.request_timeout / 2 && asked.elapsed() >= time;
         if answer.pressure().is_some() || cut_short {
             self.call_time.note(asked.elapsed());
         }
@@ -93,6 +84,18 @@ impl Journey {
         self.settle(ask, lease, attempt, next, why).await
     }
 
+    /// What follows for a job whose call is not to be made now: too little of its lease is left, or it has ended.
+    fn not_to_be_sent(&self, ask: &Ask, started: Instant) -> Option<Next> {
+        let left = (self.rules.request_timeout + LEASE_MARGIN).saturating_sub(started.elapsed());
+        if self.stop.is_cancelled() || left < self.rules.request_timeout + SETTLE_MARGIN {
+            return Some(self.at_once());
+        }
+        let cancelled = self.orders.cancels(ask).map(Ending::Cancelled);
+        let needs = self.call_time.needed();
+        let too_late = || self.rules.too_late(ask, self.clock.now(), needs).map(Ending::Expired);
+        cancelled.or_else(too_late).map(Next::End)
+    }
+
     /// Waits for the time of the call. If the claim took so long that its place is lost, another one
     /// is waited for, as long as the lease can spare; the place of the call, if it may be made.
     async fn in_time(&self, place: Place) -> Option<Place> {
@@ -100,13 +103,13 @@ impl Journey {
     }
 
     /// A session exists, and its link did not come with the answer. To ask for it changes nothing, so that
-    /// is done until the call's deadline; each time is a call like others, at a place of its own.
+    /// is done until the call's deadline; each time is a call like others, at a place of its own, ahead of the line: the
+    /// call that made the session would be in vain.
     async fn fetch_link(&self, ask: &Ask, checkout_id: String, deadline: Instant) -> Answer {
         let mut tries = 0;
         let fetching = async {
             loop {
-                let place = self.pacer.admit(ask.lane).await;
-                self.pacer.pass(place).await;
+                self.pacer.admit_ahead(ask.lane).await.come().await;
                 let id = &ask.request.request_id;
                 let asked = Instant::now();
                 let fetched = self.creem.fetch_link(id, &checkout_id, deadline).await;
@@ -158,16 +161,21 @@ impl Journey {
                 (attempt, Next::End(Ending::Unresolved(problem)))
             }
             Answer::NotMade { reason } => {
-                let next = self.again(ask, counts_not(lease), None, why, &reason);
+                let next = self.again(ask, without_this_call(lease), None, why, &reason);
                 (Attempt::Free, next)
             }
             Answer::Unknown { reason, retry_after, overloaded } => {
                 if let Some(delay) = retry_after.filter(|_| overloaded) {
                     self.pacer.quiet(backoff::clamp_retry_after(delay));
                 }
+                if self.rules.on_unknown == OnUnknown::Park {
+                    // The ledger parks it: nothing of the retry budget is its.
+                    let attempt = Attempt::Ambiguous { checkout_id: None, reason };
+                    return (attempt, self.at_once());
+                }
                 // Not made for this job's sake, and so no attempt of it.
                 if is_probe {
-                    let next = self.again(ask, counts_not(lease), retry_after, why, &reason);
+                    let next = self.again(ask, without_this_call(lease), retry_after, why, &reason);
                     return (Attempt::Probed { reason }, next);
                 }
                 let next = self.again(ask, lease, retry_after, why, &reason);
@@ -191,83 +199,11 @@ impl Journey {
                     self.pacer.quiet(backoff::clamp_retry_after(delay));
                 }
                 let text = "Creem said 429, too many requests";
-                let next = self.again(ask, counts_not(lease), retry_after, why, text);
+                let next = self.again(ask, without_this_call(lease), retry_after, why, text);
                 (Attempt::Free, next)
             }
             Answer::KeyRefused(problem) => self.key_refused(problem, asked).await,
         }
-    }
-
-    /// Another try, or the end of trying.
-    fn again(
-        &self,
-        ask: &Ask,
-        lease: Lease,
-        retry_after: Option<Duration>,
-        code: &'static str,
-        reason: &str,
-    ) -> Next {
-        let tried = Tried {
-            attempts: lease.attempt,
-            free: lease.free,
-            elapsed: self.gate.counted_since(lease.opened_at, &self.orders.pauses(ask.lane)),
-        };
-        let lane = &self.rules.of(ask.lane).policy;
-        let failed = |code: &str, text: String| Next::End(Ending::Failed(Problem::new(code, text)));
-        match lane.next(tried, retry_after, backoff::chance()) {
-            policy::Next::After(delay) => match self.afford(ask, delay, retry_after) {
-                Ok(waits) => {
-                    metrics::retry(code);
-                    let delay_ms = as_millis(waits.delay.max(waits.budget));
-                    tracing::debug!(job.key = %ask.key, attempt = lease.attempt, error = reason, delay_ms, "asking again");
-                    // Whoever finds the retry budget spent waits longer; nothing fails for it.
-                    let uncounted = as_millis(waits.budget.saturating_sub(waits.delay));
-                    let pauses = self.orders.pauses(ask.lane);
-                    let uncounted = self.gate.later_by(lease.opened_at, uncounted, &pauses);
-                    Next::Wait { until: self.clock.now() + delay_ms, uncounted }
-                }
-                Err(problem) => Next::End(Ending::Expired(problem)),
-            },
-            policy::Next::AttemptsExhausted => failed(
-                "attempts_exhausted",
-                format!("{} attempts were made; the last one: {reason}", lease.attempt),
-            ),
-            policy::Next::TimeExhausted => {
-                let most = humantime::format_duration(lane.max_elapsed);
-                failed(
-                    "time_exhausted",
-                    format!(
-                        "no link within {most} after {} attempts; the last one: {reason}",
-                        lease.attempt
-                    ),
-                )
-            }
-        }
-    }
-
-    /// What a retry has to wait for; nothing is taken from the retry budget for one that would come too late.
-    fn afford(
-        &self,
-        ask: &Ask,
-        delay: Duration,
-        retry_after: Option<Duration>,
-    ) -> Result<Waits, Problem> {
-        let now = self.clock.now();
-        // What Creem wants is not cut short.
-        let delay =
-            if retry_after.is_some() { delay } else { self.rules.affordable(ask, delay, now) };
-        let needs = self.call_time.needed();
-        if let Some(problem) = self.rules.in_vain(ask, now + as_millis(delay), needs) {
-            return Err(problem);
-        }
-        let latest = self.rules.latest_call(ask, needs);
-        let most = latest.map_or(Duration::MAX, |latest| as_duration(latest - now));
-        if let Some(budget) = self.circuit.withdraw_retry(ask.lane, most) {
-            return Ok(Waits { delay, budget });
-        }
-        let after = latest.map_or(Millis::MAX, |latest| latest.saturating_add(1));
-        let text = "so many calls fail that another try would come too late";
-        Err(self.rules.in_vain(ask, after, needs).unwrap_or(Problem::new("deadline_passed", text)))
     }
 
     fn at_once(&self) -> Next {
@@ -316,7 +252,7 @@ impl Journey {
         let ending = Ending::Unresolved(Problem::new("worker_panicked", reason.clone()));
         let attempt = Attempt::Ambiguous { checkout_id: None, reason };
         match self.settle(ask, lease, attempt, Next::End(ending), NOT_SENT).await {
-            Step::WaitUntil(..) => Step::Verdict(Verdict::Panicked),
+            Step::WaitUntil(..) | Step::NotDue(_) => Step::Verdict(Verdict::Panicked),
             verdict @ Step::Verdict(_) => verdict,
         }
     }
@@ -332,14 +268,8 @@ struct Called {
     why: &'static str,
 }
 
-/// What a retry waits for; the longer one counts.
-struct Waits {
-    delay: Duration,
-    budget: Duration,
-}
-
 /// The same lease, where this call is no attempt of the job's.
-const fn counts_not(lease: Lease) -> Lease {
+const fn without_this_call(lease: Lease) -> Lease {
     Lease { free: lease.free + 1, ..lease }
 }
 

@@ -4,6 +4,7 @@
 //! here leaves the message unacked, and the ledger decides what the next worker may do.
 
 mod admission;
+mod again;
 mod attempt;
 mod record;
 
@@ -102,6 +103,8 @@ pub struct Journey {
 enum Step {
     /// Wait until then, and try again; what for.
     WaitUntil(Millis, &'static str),
+    /// Its next try is not due until then.
+    NotDue(Millis),
     /// The end.
     Verdict(Verdict),
 }
@@ -205,14 +208,13 @@ impl Journey {
     async fn follow(&self, ask: &Ask, step: Step) -> Option<Verdict> {
         let (until, why) = match step {
             Step::Verdict(verdict) => return Some(verdict),
+            // Whoever has the job now may still make it; a try that is not due yet cannot.
+            Step::NotDue(until) => match self.rules.in_vain(ask, until, self.call_time.needed()) {
+                Some(problem) => return Some(self.close(ask, Ending::Expired(problem)).await),
+                None => (until, NOT_DUE),
+            },
             Step::WaitUntil(until, why) => (until, why),
         };
-        // Whoever has the job now may still make it; a try that is not due yet cannot.
-        if why == NOT_DUE
-            && let Some(problem) = self.rules.in_vain(ask, until, self.call_time.needed())
-        {
-            return Some(self.close(ask, Ending::Expired(problem)).await);
-        }
         let wait = as_duration(until - self.clock.now());
         if wait > LONGEST_IN_PLACE {
             return Some(Verdict::Delay { wait, why });
@@ -234,8 +236,8 @@ impl Journey {
                 let soonest = self.clock.now() + 100;
                 Step::WaitUntil(until.max(soonest), "busy")
             }
-            Claim::Waiting { until } => Step::WaitUntil(until, NOT_DUE),
-            // Nobody but its worker may have it.
+            Claim::Waiting { until } => Step::NotDue(until),
+            // `step` takes a granted claim itself, and a look grants none: the message stays the broker's.
             Claim::Granted(_) => Step::Verdict(Verdict::Abandon),
         }
     }
