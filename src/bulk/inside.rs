@@ -10,8 +10,8 @@ use tokio_util::sync::CancellationToken;
 use super::layout::Outcome;
 use crate::clock::{Millis, as_millis};
 use crate::job::reply::Reply;
-use crate::job::{CheckoutRequest, Fingerprint, Key, Lane, Status};
-use crate::ledger::Stored;
+use crate::job::{CheckoutRequest, Fingerprint, Key, Lane, RequestId, Status};
+use crate::ledger::{Known, LedgerError, Stored};
 use crate::worker::Fatal;
 use crate::worker::ask::{Ask, LONGEST_HOLD};
 use crate::worker::engine::Engine;
@@ -56,6 +56,25 @@ impl Inside {
         ];
         let held = reasons.into_iter().find(|(reason, _)| journey.gate.is_closed_by(*reason));
         held.map(|(_, text)| text)
+    }
+
+    /// What the ledger knows of a job, if it knows it.
+    ///
+    /// # Errors
+    /// If the ledger cannot be asked.
+    pub async fn known(&self, request_id: RequestId) -> Result<Option<Known>, LedgerError> {
+        let key = Key { mode: self.engine.mode, request_id };
+        self.engine.journey.ledger.known(key).await
+    }
+
+    /// Whether the ledger has made that link for that id; for what is no id it has made none.
+    ///
+    /// # Errors
+    /// If the ledger cannot be asked.
+    pub async fn has_made(&self, request_id: &str, checkout_id: &str) -> Result<bool, LedgerError> {
+        let Ok(request_id) = RequestId::parse(request_id) else { return Ok(false) };
+        let known = self.known(request_id).await?.and_then(|known| known.checkout_id);
+        Ok(known.as_deref() == Some(checkout_id))
     }
 
     /// Brings a row's job to its end; `None` if it was not begun, because everything ends. `only_known`, it gets

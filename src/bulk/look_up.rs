@@ -7,8 +7,7 @@ use super::inside::Inside;
 use super::verify::{Link, Renewal};
 use crate::creem::Seen;
 use crate::job::key::Comparison;
-use crate::job::{CheckoutRequest, Fingerprint, Key, Lane, RequestId};
-use crate::ledger::{Known, LedgerError};
+use crate::job::{Fingerprint, Lane};
 use crate::retry::{Backoff, backoff};
 
 /// How often one link is asked for.
@@ -58,9 +57,7 @@ pub async fn same_job(
     renewal: &Renewal,
 ) -> Result<(), String> {
     let job = renewal.own_job().map_err(|flaw| flaw.message)?;
-    let key = Key { mode: inside.engine.mode, request_id: job.request_id.clone() };
-    let ledger = &inside.engine.journey.ledger;
-    let known = ledger.known(key).await.map_err(|error| error.to_string())?;
+    let known = inside.known(job.request_id.clone()).await.map_err(|error| error.to_string())?;
     let Some(known) = known else {
         return Err(format!(
             "this ledger does not know {id} (any more), so nobody can tell whether line and flags make the same job again: make a new file of jobs"
@@ -71,7 +68,8 @@ pub async fn same_job(
             "the ledger has another link for {id} than {checkout_id}: has somebody moved cells of the file? Take the run's own output"
         ));
     }
-    let again = Fingerprint::of(&job.members, &ledger.identity().secret);
+    let secret = &inside.engine.journey.ledger.identity().secret;
+    let again = Fingerprint::of(&job.members, secret);
     match known.fingerprint.compare(&again) {
         Comparison::Same => Ok(()),
         Comparison::Differs(fields) => Err(format!(
@@ -82,18 +80,6 @@ pub async fn same_job(
     }
 }
 
-/// What the ledger knows of that job, if an earlier look has had it made.
-///
-/// # Errors
-/// If the ledger cannot be asked.
-pub async fn known_before(
-    inside: &Inside,
-    request: &CheckoutRequest,
-) -> Result<Option<Known>, LedgerError> {
-    let key = Key { mode: inside.engine.mode, request_id: request.request_id.clone() };
-    inside.engine.journey.ledger.known(key).await
-}
-
 /// What has become of a row's session. That Creem knows no such session tells something only if it was made
 /// with this key: another key's sessions are unknown to it as well, and so is an id that a spreadsheet has bent.
 pub async fn ask_for(inside: &Inside, request_id: &str, checkout_id: &str) -> Link {
@@ -102,13 +88,9 @@ pub async fn ask_for(inside: &Inside, request_id: &str, checkout_id: &str) -> Li
         return state;
     }
     let doubt = |text: &str| Link::Unknown(format!("Creem knows no {checkout_id}, {text}"));
-    let Ok(request_id) = RequestId::parse(request_id) else {
-        return doubt("and the row's request_id is none");
-    };
-    let key = Key { mode: inside.engine.mode, request_id };
-    match inside.engine.journey.ledger.known(key).await {
-        Ok(Some(Known { checkout_id: Some(known), .. })) if known == checkout_id => Link::Gone,
-        Ok(_) => doubt(
+    match inside.has_made(request_id, checkout_id).await {
+        Ok(true) => Link::Gone,
+        Ok(false) => doubt(
             "and this ledger has not made it: is it of another key, mode or ledger, or forgotten after ledger.retention?",
         ),
         Err(error) => doubt(&format!("and the ledger cannot be asked: {error}")),

@@ -221,7 +221,7 @@ async fn first_new(
     let (mut given, mut first) = (None, true);
     while let Some((row, job)) = rows.next().await? {
         if std::mem::take(&mut first) {
-            earlier.same_ids(&row)?;
+            earlier.refuse_other_ids(&row)?;
         }
         tally.shared = rows.shared();
         let Some(written) = earlier.outcome_of(&row) else { return Ok((Some((row, job)), given)) };

@@ -47,6 +47,12 @@ impl Link {
         }
     }
 
+    /// Whether a buyer can pay by it or one has.
+    #[must_use]
+    pub const fn is_usable(&self) -> bool {
+        matches!(self, Self::Open | Self::Processing | Self::Paid)
+    }
+
     /// Whether a buyer cannot pay by it and none has.
     #[must_use]
     pub const fn is_dead(&self) -> bool {

@@ -50,7 +50,7 @@ async fn an_outage_pauses_intake_and_is_over_by_itself() {
     assert!(metrics.contains("checkout_worker_circuit_open 1"), "{metrics}");
 
     world.script(r#"{"faults":[]}"#);
-    soon("Creem is back", worker.logged("Creem is back")).await;
+    soon("Creem is back", worker.logged("intake goes on")).await;
 
     let mut answered = HashSet::new();
     while answered.len() < JOBS {
@@ -87,7 +87,7 @@ async fn what_one_worker_finds_holds_all_workers_of_a_ledger() {
     world.publish_to(&world.queue("jobs.bulk"), body("held"), persistent()).await;
     world.script(r#"{"faults":[]}"#);
     for worker in [&finder, &other] {
-        soon("Creem is back", worker.logged("Creem is back")).await;
+        soon("Creem is back", worker.logged("intake goes on")).await;
     }
     for _ in 0..=JOBS {
         assert_eq!(next(&mut replies).await.status(), "succeeded");

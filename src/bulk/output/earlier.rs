@@ -147,7 +147,7 @@ impl Earlier {
     ///
     /// # Errors
     /// See [`OutputError`].
-    pub fn same_ids(&self, first: &Row) -> Result<(), OutputError> {
+    pub fn refuse_other_ids(&self, first: &Row) -> Result<(), OutputError> {
         let other =
             match read(&self.layout, &self.path)?.and_then(|mut lines| next_line(&mut lines)) {
                 Some(line) => self.layout.other_id(&line, first),

@@ -10,7 +10,7 @@ use crate::bulk::layout::EarlierLink;
 use crate::bulk::output::{OutputError, before_of, part_of};
 use crate::cli::look::shown;
 use crate::config::check::Ledger;
-use crate::job::{Key, RequestId, printable};
+use crate::job::printable;
 
 /// Links of an earlier output that the ledger is asked about at once.
 const LINKS_AT_ONCE: usize = 256;
@@ -34,13 +34,8 @@ async fn made_here(
     out: &Path,
 ) -> anyhow::Result<()> {
     let EarlierLink { request_id, checkout_id } = link;
-    if let Ok(request_id) = RequestId::parse(request_id) {
-        let key = Key { mode: inside.engine.mode, request_id };
-        let known = inside.engine.journey.ledger.known(key).await;
-        let known = known.with_context(|| shown(ledger))?.and_then(|known| known.checkout_id);
-        if known.as_ref() == Some(checkout_id) {
-            return Ok(());
-        }
+    if inside.has_made(request_id, checkout_id).await.with_context(|| shown(ledger))? {
+        return Ok(());
     }
     Err(not_made_here(request_id, Some(checkout_id), ledger, out))
 }

@@ -12,7 +12,7 @@ use super::open::source;
 use super::summary::interrupted;
 use super::written_over::WrittenOver;
 use crate::bulk::inside::{Inside, problem};
-use crate::bulk::look_up::{GoneTally, ask_for, known_before, same_job};
+use crate::bulk::look_up::{GoneTally, ask_for, same_job};
 use crate::bulk::output::{begin_anew, part_of, put_in_place, remove_empty};
 use crate::bulk::stems::Stems;
 use crate::bulk::table::Writer;
@@ -77,7 +77,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
         let Some(looked) = next else { break };
         let now = rfc3339(inside.engine.journey.clock.now());
         table.record(&looked.line.with(looked.link.as_ref(), &now)).with_context(written)?;
-        over.wrote(&looked.line, looked.link.as_ref());
+        over.note_written(&looked.line, looked.link.as_ref());
         // The next look is to know what this one has made, however it ends.
         if looked.renewed == Some(Status::Succeeded) {
             table.flush().with_context(written)?;
@@ -99,7 +99,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     over.check(&inside, &part).await?;
     put_in_place(&whole, &part, out)
         .with_context(|| format!("{} cannot be written", out.display()))?;
-    over.is_in_place();
+    over.forget_kept();
     tally.summary(out, arguments.refresh)
 }
 
@@ -139,7 +139,7 @@ struct LinkTally {
     rows: u64,
     words: BTreeMap<&'static str, u64>,
     /// Lines whose link can be paid or was.
-    well: u64,
+    usable: u64,
     dead: u64,
     /// Why one of them could not be learned.
     unknown: Option<String>,
@@ -152,8 +152,7 @@ impl LinkTally {
         let word = if looked.renewed == Some(Status::Succeeded) { "renewed" } else { word };
         *self.words.entry(word).or_default() += 1;
         let link = looked.link.as_ref();
-        let well = matches!(link, Some(Link::Open | Link::Processing | Link::Paid));
-        self.well += u64::from(well);
+        self.usable += u64::from(link.is_some_and(Link::is_usable));
         self.dead += u64::from(link.is_some_and(Link::is_dead));
         if let (Some(Link::Unknown(why)), None) = (link, &self.unknown) {
             self.unknown = Some(format!("{}: {why}", looked.line.request_id()));
@@ -165,7 +164,7 @@ impl LinkTally {
             self.words.iter().map(|(word, rows)| format!("{rows} {word}")).collect();
         let rows = count(self.rows, "row");
         let text = format!("{rows}: {}: {}", words.join(", "), out.display());
-        if self.well == self.rows {
+        if self.usable == self.rows {
             say_error(&text);
             return Ok(());
         }
@@ -232,7 +231,8 @@ async fn renew(
     for _ in 0..MOST_RENEWALS {
         let (id, job) = renewal.next_job();
         let before = match &job {
-            Ok(request) => known_before(inside, request).await,
+            // An earlier look may have had it made.
+            Ok(request) => inside.known(request.request_id.clone()).await,
             Err(_) => Ok(None),
         };
         let before = match before {

@@ -19,16 +19,16 @@ use crate::bulk::table::Writer;
 use crate::bulk::verify::{Line, Link, Links, LinksError, stem};
 use crate::cli::Failure;
 use crate::config::check::Resolved;
-use crate::job::{Key, RequestId, Status, printable};
+use crate::job::{Status, printable};
 
 /// Its links, and those of an interrupted look, but for those that were written again.
 pub(super) struct WrittenOver<'a> {
     out: &'a Path,
     arguments: &'a Arguments,
     settings: &'a Resolved,
-    left: RefCell<GivenLinks>,
+    not_written: RefCell<GivenLinks>,
     /// What the ids begin with of lines that were written with a link that can be paid or was.
-    well: RefCell<GivenLinks>,
+    usable: RefCell<GivenLinks>,
     renewals: LastRenewals,
 }
 
@@ -40,9 +40,9 @@ impl<'a> WrittenOver<'a> {
         arguments: &'a Arguments,
         settings: &'a Resolved,
     ) -> Result<Self, Failure> {
-        let (left, well) = (RefCell::default(), RefCell::default());
+        let (not_written, usable) = (RefCell::default(), RefCell::default());
         let renewals = LastRenewals::default();
-        let mut over = Self { out, arguments, settings, left, well, renewals };
+        let mut over = Self { out, arguments, settings, not_written, usable, renewals };
         for file in [out.to_owned(), before_of(out)] {
             over.note_all(&file, false)?;
         }
@@ -53,7 +53,7 @@ impl<'a> WrittenOver<'a> {
         for link in self.links(file, torn)?.into_iter().flatten() {
             let EarlierLink { request_id, checkout_id } =
                 link.with_context(|| file.display().to_string())?;
-            self.left.get_mut().note(&request_id, &checkout_id);
+            self.not_written.get_mut().note(&request_id, &checkout_id);
             self.renewals.note(&request_id);
         }
         Ok(())
@@ -87,8 +87,8 @@ impl<'a> WrittenOver<'a> {
         self.note_all(&before, false)
     }
 
-    /// The output is in its place, and has all that was kept.
-    pub(super) fn is_in_place(&self) {
+    /// Takes away what was kept: the output is in its place, and has all of it.
+    pub(super) fn forget_kept(&self) {
         let before = before_of(self.out);
         for kept in [new_of(&before), before] {
             drop(std::fs::remove_file(kept));
@@ -129,15 +129,14 @@ impl<'a> WrittenOver<'a> {
     }
 
     /// A line is written, with what was learned of its link.
-    pub(super) fn wrote(&self, line: &Line, learned: Option<&Link>) {
+    pub(super) fn note_written(&self, line: &Line, learned: Option<&Link>) {
         // Only those are asked for that would be lost.
         let id = line.request_id();
-        let well = matches!(learned, Some(Link::Open | Link::Processing | Link::Paid));
-        if well && !self.left.borrow().is_empty() {
-            self.well.borrow_mut().note(stem(&id), "");
+        if learned.is_some_and(Link::is_usable) && !self.not_written.borrow().is_empty() {
+            self.usable.borrow_mut().note(stem(&id), "");
         }
         if let Some(EarlierLink { request_id, checkout_id }) = link_of(line) {
-            self.left.borrow_mut().forget(&request_id, &checkout_id);
+            self.not_written.borrow_mut().forget(&request_id, &checkout_id);
         }
     }
 
@@ -148,18 +147,18 @@ impl<'a> WrittenOver<'a> {
 
     /// Whether it has a link for that id.
     pub(super) fn has(&self, request_id: &str) -> bool {
-        self.left.borrow().has(request_id)
+        self.not_written.borrow().has(request_id)
     }
 
     /// Whether that is its link for that id.
     pub(super) fn is_of(&self, request_id: &str, checkout_id: &str) -> bool {
-        self.left.borrow().is_of(request_id, checkout_id)
+        self.not_written.borrow().is_of(request_id, checkout_id)
     }
 
     /// Refuses to lose a link that was not written again and that the ledger has not made. A mere look also loses
     /// none that the ledger knows: its line may be what an earlier one has renewed.
     pub(super) async fn check(&self, inside: &Inside, part: &Path) -> Result<(), Failure> {
-        if self.left.borrow().is_empty() {
+        if self.not_written.borrow().is_empty() {
             return Ok(());
         }
         for file in [self.out.to_owned(), before_of(self.out)] {
@@ -170,8 +169,8 @@ impl<'a> WrittenOver<'a> {
                     continue;
                 }
                 // A dead one may go whose row has another link now.
-                let known = is_known(inside, &request_id, &checkout_id).await?;
-                if self.arguments.refresh && known && self.well.borrow().has(stem(&request_id)) {
+                let known = inside.has_made(&request_id, &checkout_id).await?;
+                if self.arguments.refresh && known && self.usable.borrow().has(stem(&request_id)) {
                     continue;
                 }
                 let advice = if known {
@@ -197,13 +196,6 @@ impl<'a> WrittenOver<'a> {
 fn link_of(line: &Line) -> Option<EarlierLink> {
     let checkout_id = line.checkout_id()?;
     Some(EarlierLink { request_id: line.request_id(), checkout_id })
-}
-
-async fn is_known(inside: &Inside, request_id: &str, checkout_id: &str) -> anyhow::Result<bool> {
-    let Ok(request_id) = RequestId::parse(request_id) else { return Ok(false) };
-    let key = Key { mode: inside.engine.mode, request_id };
-    let known = inside.engine.journey.ledger.known(key).await?;
-    Ok(known.is_some_and(|known| known.checkout_id.as_deref() == Some(checkout_id)))
 }
 
 /// How many bytes there are up to the last end of a line, if there is one.

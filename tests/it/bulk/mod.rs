@@ -97,8 +97,8 @@ impl Desk {
         (code, said)
     }
 
-    /// Has Creem call the session of a line of links so.
-    fn call(&self, row: &[String], status: &str) {
+    /// Sets the status that Creem tells of a line's session.
+    fn set_status(&self, row: &[String], status: &str) {
         assert!(self.simulator.log().set_status(&row[4], status));
     }
 

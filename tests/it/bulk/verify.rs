@@ -127,9 +127,9 @@ async fn nothing_is_made_beside_a_later_link_that_the_ledger_has_forgotten() {
     let (desk, _input) = Desk::with_links(1).await;
     let refresh = ["--refresh"];
     let rows = |name: &str| cells(&desk.read(name));
-    desk.call(&rows("links.csv")[0], "expired");
+    desk.set_status(&rows("links.csv")[0], "expired");
     assert_eq!(desk.verify("links.csv", "renewed.csv", &refresh).await.0, 0);
-    desk.call(&rows("renewed.csv")[0], "expired");
+    desk.set_status(&rows("renewed.csv")[0], "expired");
     assert_eq!(desk.verify("links.csv", "renewed.csv", &refresh).await.0, 0);
     let (renewed, made) = (desk.read("renewed.csv"), desk.sessions());
     assert_eq!(rows("renewed.csv")[0][0], "r-0.r2");
@@ -148,7 +148,7 @@ async fn rows_of_one_job_are_renewed_together() {
     let input = desk.write("in.csv", "request_id,product_id,Name\nr-0,prod_1,a\nr-0,prod_1,b\n");
     // That an id came twice is told.
     assert_eq!(desk.bulk(&input, &[]).await.0, 1);
-    desk.call(&cells(&desk.read("links.csv"))[0], "expired");
+    desk.set_status(&cells(&desk.read("links.csv"))[0], "expired");
     let (code, said) = desk.verify("links.csv", "renewed.csv", &["--refresh"]).await;
     assert!(code == 0 && said.contains("2 rows: 2 renewed"), "{said}");
     assert_eq!(desk.sessions(), 2);
@@ -191,7 +191,7 @@ async fn a_dead_link_is_only_renewed_as_the_job_that_it_was_made_for() {
 async fn links_that_an_interrupted_look_has_made_are_not_made_again() {
     let (desk, _input) = Desk::with_links(2).await;
     for row in cells(&desk.read("links.csv")) {
-        desk.call(&row, "expired");
+        desk.set_status(&row, "expired");
     }
     let refresh = ["--refresh"];
     assert_eq!(desk.verify("links.csv", "checked.csv", &refresh).await.0, 0);
@@ -215,7 +215,7 @@ async fn a_link_in_another_lines_cells_is_not_renewed() {
     let (desk, _input) = Desk::with_links(2).await;
     let text = desk.read("links.csv");
     let rows = cells(&text);
-    desk.call(&rows[1], "expired");
+    desk.set_status(&rows[1], "expired");
     // As if one column had been sorted alone.
     let moved = text.replace(&rows[0][4], "a").replace(&rows[1][4], &rows[0][4]);
     desk.write("links.csv", &moved.replace(",a,", &format!(",{},", rows[1][4])));
@@ -239,7 +239,7 @@ async fn no_line_is_given_the_link_of_one_whose_id_looks_like_a_renewal() {
 #[tokio::test]
 async fn a_mere_look_is_not_written_over_links_that_another_one_has_renewed() {
     let (desk, _input) = Desk::with_links(1).await;
-    desk.call(&cells(&desk.read("links.csv"))[0], "expired");
+    desk.set_status(&cells(&desk.read("links.csv"))[0], "expired");
     assert_eq!(desk.verify("links.csv", "checked.csv", &["--refresh"]).await.0, 0);
     let text = desk.read("checked.csv");
     let (code, said) = desk.verify("links.csv", "checked.csv", &[]).await;
