@@ -110,7 +110,7 @@ fn first_line(text: &[u8]) -> (&[u8], bool) {
     (text, false)
 }
 
-/// Whatever of the usual delimiters the header has most of.
+/// Whatever of the usual delimiters the header has most of; pipes, where it has no other.
 fn delimiter(line: &[u8]) -> u8 {
     let mut counts = [(b',', 0_usize), (b';', 0), (b'\t', 0), (b'|', 0)];
     let mut quoted = false;
@@ -121,6 +121,10 @@ fn delimiter(line: &[u8]) -> u8 {
         if let Some((_, count)) = counts.iter_mut().find(|(known, _)| known == byte && !quoted) {
             *count += 1;
         }
+    }
+    let [others @ .., (_, pipes)] = &mut counts;
+    if others.iter().any(|(_, count)| *count > 0) {
+        *pipes = 0;
     }
     // Of equals the first one: a single column has none.
     let most = counts.iter().map(|(_, count)| *count).max().unwrap_or(0);
@@ -198,5 +202,24 @@ impl Read for Bounded {
         self.read += u64::try_from(count).unwrap_or(u64::MAX);
         self.last = buffer[..count].last().copied().unwrap_or(self.last);
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pipes_are_between_cells_where_nothing_else_is() {
+        for (line, expected) in [
+            ("a|b", b'|'),
+            ("request_id,product_id,metadata.tags a|b|c|d", b','),
+            ("\"a,b\"|c", b'|'),
+            ("a;b,c;d", b';'),
+            ("a\tb", b'\t'),
+            ("a", b','),
+        ] {
+            assert_eq!(delimiter(line.as_bytes()), expected, "{line}");
+        }
     }
 }

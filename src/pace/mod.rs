@@ -247,6 +247,10 @@ impl Pacer {
 
     fn step(&self, lane: Lane, ahead: bool) -> Step {
         if !ahead && self.waiting_ahead.load(Ordering::Relaxed) > 0 {
+            // Whoever grants places may have one for this lane and none for the other.
+            if self.granted {
+                self.wanted.notify_one();
+            }
             return Step::Wait;
         }
         let now = Instant::now();
@@ -334,8 +338,13 @@ impl Pacer {
     }
 
     /// Waits for the time of the call; if its place is lost by then, for another one. Returns the one of the call.
-    pub async fn pass(&self, mut place: Place) -> Place {
+    pub async fn pass(&self, place: Place) -> Place {
         self.state().preparing.note(place.given_at.elapsed());
+        self.keep(place).await
+    }
+
+    /// The same for a call that needs no preparing.
+    pub async fn keep(&self, mut place: Place) -> Place {
         loop {
             place.come().await;
             if !self.is_lost(&place) {
@@ -727,6 +736,46 @@ mod tests {
         }
         let place = tokio::time::timeout(Duration::from_secs(1), pacer.admit(Lane::Bulk)).await;
         assert!(place.is_ok());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_buyer_is_granted_a_place_while_a_call_of_bulks_that_was_begun_is_not() {
+        let pacer = granted();
+        let began = Instant::now();
+        // Others' buyers have the places that bulk could have.
+        let grants = async {
+            loop {
+                let waiters = pacer.wanted().await;
+                let now = Instant::now();
+                let bulk_may = now >= began + Duration::from_secs(8);
+                if waiters.interactive > 0 || bulk_may {
+                    pacer.grant([now + Duration::from_millis(10), now + Duration::from_millis(20)]);
+                }
+            }
+        };
+        let ahead = async { pacer.admit_ahead(Lane::Bulk).await };
+        let buyer = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            let came = Instant::now();
+            pacer.admit(Lane::Interactive).await.come().await;
+            came.elapsed()
+        };
+        let waited = tokio::select! {
+            (_, waited) = futures::future::join(ahead, buyer) => waited,
+            () = grants => unreachable!("it never ends"),
+        };
+        assert!(waited < Duration::from_millis(300), "{waited:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silence_holds_whoever_has_a_place_already() {
+        let pacer = own(Some(2.0));
+        pacer.admit_ahead(Lane::Interactive).await.come().await;
+        let place = pacer.admit_ahead(Lane::Interactive).await;
+        pacer.quiet(Duration::from_secs(30));
+        let told = Instant::now();
+        pacer.keep(place).await;
+        assert!(told.elapsed() >= Duration::from_secs(30), "{:?}", told.elapsed());
     }
 
     #[tokio::test(start_paused = true)]

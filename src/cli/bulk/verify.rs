@@ -1,6 +1,7 @@
 //! `bulk --verify`: whether links still can be paid, and new ones for those that cannot.
 
-use std::collections::BTreeMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 
 use anyhow::{Context as _, anyhow};
@@ -65,7 +66,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     let rows = rows.take_while(|_| !stages.soft.is_cancelled());
     let seen = GoneTally::default();
     let over = &over;
-    let renewing = Renewing { inside: &inside, over, stems: &stems };
+    let renewing = Renewing { inside: &inside, over, stems: &stems, made: RefCell::default() };
     let looked = futures::stream::iter(rows).map(|(line, new)| look(&renewing, &seen, line, new));
     // In the order of the file. What was renewed behind a slow line is in the ledger until it is written.
     let mut looked = looked.buffered(at_once);
@@ -184,6 +185,8 @@ struct Renewing<'a> {
     inside: &'a Inside,
     over: &'a WrittenOver<'a>,
     stems: &'a Stems,
+    /// The ids of links that this look has made.
+    made: RefCell<HashSet<String>>,
 }
 
 /// Asks what has become of a line's link, and where it is dead and may be renewed, has a new one made.
@@ -219,7 +222,7 @@ async fn look(
 
 /// Has a new link made under the next id that has no dead one: an earlier look may have renewed it before.
 async fn renew(
-    Renewing { inside, over, .. }: &Renewing<'_>,
+    Renewing { inside, over, made: made_now, .. }: &Renewing<'_>,
     line: Line,
     mut state: Link,
     mut renewal: Renewal,
@@ -263,10 +266,12 @@ async fn renew(
             say_error(&format!("{id}: no new link: {}: {why}", made.status));
             return Looked { line, link: Some(state), renewed: Some(made.status) };
         };
-        // One that was made now is not asked for: that Creem does not show it yet would say nothing.
-        state = if known == Some(&checkout_id) {
+        // One that was made now is not asked for, by this line or another one of its id: that Creem does not show it
+        // yet would say nothing.
+        state = if known == Some(&checkout_id) && !made_now.borrow().contains(&id) {
             ask_for(inside, &id, &checkout_id).await
         } else {
+            made_now.borrow_mut().insert(id.clone());
             Link::Open
         };
         if !state.is_dead() {

@@ -109,7 +109,7 @@ impl Journey {
         let mut tries = 0;
         let fetching = async {
             loop {
-                self.pacer.admit_ahead(ask.lane).await.come().await;
+                self.pacer.keep(self.pacer.admit_ahead(ask.lane).await).await;
                 let id = &ask.request.request_id;
                 let asked = Instant::now();
                 let fetched = self.creem.fetch_link(id, &checkout_id, deadline).await;

@@ -2,6 +2,7 @@
 
 use super::{Desk, cells, forget, table};
 use crate::cli::command;
+use crate::support::eventually;
 
 #[tokio::test]
 async fn a_look_at_links_loses_none_in_the_file_that_it_is_written_over() {
@@ -154,6 +155,28 @@ async fn rows_of_one_job_are_renewed_together() {
     assert_eq!(desk.sessions(), 2);
     let renewed = cells(&desk.read("renewed.csv"));
     assert_eq!((renewed[0][0].as_str(), &renewed[0][4]), ("r-0.r1", &renewed[1][4]));
+}
+
+#[tokio::test]
+async fn a_link_that_creem_does_not_show_yet_is_not_renewed_by_another_row_of_its_job() {
+    let desk = Desk::new().await;
+    let rows = "r-0,prod_1,a\n".repeat(400);
+    let input = desk.write("in.csv", &format!("request_id,product_id,Name\n{rows}"));
+    assert_eq!(desk.bulk(&input, &[]).await.0, 1);
+    desk.set_status(&cells(&desk.read("links.csv"))[0], "expired");
+    let hides = async {
+        let second = eventually("a second session", || async { desk.sessions() == 2 });
+        second.await;
+        let new = desk.simulator.log().sessions()[1].id.clone();
+        assert!(desk.simulator.log().set_status(&new, "gone"));
+        std::future::pending::<()>().await;
+    };
+    let (code, said) = tokio::select! {
+        ended = desk.verify("links.csv", "renewed.csv", &["--refresh"]) => ended,
+        () = hides => unreachable!("it never ends"),
+    };
+    assert!(code == 0 && said.contains("400 rows: 400 renewed"), "{said}");
+    assert_eq!(desk.sessions(), 2);
 }
 
 #[tokio::test]
