@@ -1,18 +1,14 @@
 //! Rows out of a table or out of NDJSON, one at a time, whatever a spreadsheet made of the file.
 
-use std::io::{self, BufReader, Read};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::io::{self, Read};
 
 use csv::ByteRecord;
 
 use super::columns::{self, Column, Defaults, HeaderError, add_keys};
-use super::source::{Bounded, End, EndMet, Format, LOOK_AT, recognise};
+use super::records::Records;
+use super::source::Format;
 use crate::job::json::{JsonError, Node};
 use crate::job::{CheckoutRequest, Refusal, RequestId, Rules};
-
-/// Largest row in bytes: with a quote left open, the rest of the file is one.
-const MAX_ROW: u64 = 1024 * 1024;
 
 /// Why an input cannot be read. Each says what to do.
 #[derive(Debug, thiserror::Error)]
@@ -92,10 +88,7 @@ pub type Job = Result<Box<CheckoutRequest>, Flaw>;
 
 /// An input that is being read.
 pub struct Input {
-    reader: csv::Reader<Bounded>,
-    bound: Arc<AtomicU64>,
-    end: End,
-    format: Format,
+    records: Records,
     names: Vec<String>,
     columns: Vec<Column>,
     defaults: Defaults,
@@ -106,7 +99,7 @@ pub struct Input {
 
 impl std::fmt::Debug for Input {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Input").field("format", &self.format).finish_non_exhaustive()
+        f.debug_struct("Input").field("format", &self.format()).finish_non_exhaustive()
     }
 }
 
@@ -127,25 +120,10 @@ impl Input {
     /// # Errors
     /// See [`InputError`].
     pub fn open(source: impl Read + Send + 'static, wishes: Wishes) -> Result<Self, InputError> {
-        let bound = Arc::new(AtomicU64::new(u64::MAX));
-        let mut source =
-            BufReader::with_capacity(LOOK_AT, Box::new(source) as Box<dyn Read + Send>);
-        let format = recognise(&mut source)?;
-        let end = End::of(format);
-        let bounded =
-            Bounded { source, read: 0, last: b'\n', bound: bound.clone(), end: end.tail() };
-        let mut builder = csv::ReaderBuilder::new();
-        builder.has_headers(false).flexible(true);
-        match format {
-            Format::Csv { delimiter, .. } => builder.delimiter(delimiter),
-            // Nothing is a quote or a cell in it; only lines count.
-            Format::Ndjson => builder.quoting(false).delimiter(0),
-        };
+        let records = Records::open(source)?;
+        let format = records.format();
         let mut input = Self {
-            reader: builder.from_reader(bounded),
-            bound,
-            end,
-            format,
+            records,
             names: Vec::new(),
             columns: Vec::new(),
             defaults: wishes.defaults,
@@ -154,7 +132,7 @@ impl Input {
             empty: 0,
         };
         if format != Format::Ndjson {
-            let header = input.record()?.ok_or(InputError::Empty)?;
+            let header = input.records.read()?.ok_or(InputError::Empty)?;
             let count =
                 |of: fn(&u8) -> bool| header.iter().flatten().filter(|byte| of(byte)).count();
             match count(|byte| *byte == 0) {
@@ -182,7 +160,7 @@ impl Input {
     /// What kind of file it is.
     #[must_use]
     pub fn format(&self) -> Format {
-        self.format
+        self.records.format()
     }
 
     /// The header, as it is written; empty with NDJSON.
@@ -206,10 +184,16 @@ impl Input {
             && self.defaults.request_id_prefix.is_none()
     }
 
+    /// Whether the ids of rows are their numbers.
+    #[must_use]
+    pub fn numbers_rows(&self) -> bool {
+        self.format() != Format::Ndjson && !self.columns.contains(&Column::Text("request_id"))
+    }
+
     /// How many bytes have been read so far.
     #[must_use]
     pub fn position(&self) -> u64 {
-        self.reader.position().byte()
+        self.records.position()
     }
 
     /// How many rows without a single value were passed over.
@@ -224,33 +208,25 @@ impl Input {
     /// See [`InputError`].
     pub fn next_row(&mut self) -> Result<Option<(Row, Job)>, InputError> {
         loop {
-            let Some(record) = self.record()? else { return Ok(None) };
+            let Some(record) = self.records.read()? else { return Ok(None) };
             // Spreadsheets export rows that somebody once clicked into.
             if record.iter().all(<[u8]>::is_empty) {
                 self.empty += 1;
                 continue;
             }
             self.number += 1;
-            let line = self.line_of(&record);
-            let (request_id, job) = match self.format {
+            let line = self.records.line_of(&record);
+            let (request_id, job) = match self.format() {
                 Format::Csv { .. } => self.read_cells(&record),
                 Format::Ndjson => self.read_line(&record),
             };
-            let cells =
-                if self.format == Format::Ndjson { ByteRecord::new() } else { self.filled(record) };
+            let cells = if self.format() == Format::Ndjson {
+                ByteRecord::new()
+            } else {
+                self.filled(record)
+            };
             return Ok(Some((Row { number: self.number, line, cells, request_id }, job)));
         }
-    }
-
-    /// The line on which the record begins that was read last. The reader itself counts from where the one
-    /// before it ended, empty lines and the rest of a line's end included.
-    fn line_of(&self, record: &ByteRecord) -> u64 {
-        let breaks = record.iter().flatten().filter(|byte| **byte == b'\n').count();
-        let bounded = self.reader.get_ref();
-        let cut = self.reader.position().byte() == bounded.read && bounded.last != b'\n';
-        // Of the two characters that end a line on Windows it has read one, and no line is over yet.
-        let over = u64::from(!self.format.is_crlf() && !cut);
-        self.reader.position().line().saturating_sub(over + breaks as u64)
     }
 
     /// As many cells as the header has: trailing empty ones may be left out.
@@ -262,36 +238,6 @@ impl Input {
         record
     }
 
-    fn record(&mut self) -> Result<Option<ByteRecord>, InputError> {
-        let at = self.reader.position().clone();
-        self.bound.store(at.byte().saturating_add(MAX_ROW), Ordering::Relaxed);
-        let mut record = ByteRecord::new();
-        match self.reader.read_byte_record(&mut record) {
-            Ok(true) => match self.end.seen(&record) {
-                Some(EndMet::End) => Ok(None),
-                Some(EndMet::InACell) => {
-                    Err(InputError::OpenQuote(at.line() + u64::from(self.format.is_crlf())))
-                }
-                None => Ok(Some(record)),
-            },
-            Ok(false) => Ok(None),
-            Err(error) => {
-                let csv::ErrorKind::Io(error) = error.into_kind() else {
-                    return Err(InputError::Io(io::Error::other("it is no table")));
-                };
-                if error.kind() == io::ErrorKind::FileTooLarge {
-                    let line = at.line() + u64::from(self.format.is_crlf());
-                    let advice = match self.format {
-                        Format::Csv { .. } => ": is a quote (\") left open in it?",
-                        Format::Ndjson => "",
-                    };
-                    return Err(InputError::Endless(line, advice));
-                }
-                Err(InputError::Io(error))
-            }
-        }
-    }
-
     fn read_cells(&self, record: &ByteRecord) -> Judged {
         let count = self.names.len();
         if record.iter().skip(count).any(|cell| !cell.is_empty()) {
@@ -301,7 +247,7 @@ impl Input {
             );
             return (None, Err(Flaw { column: None, code: "row_length", message }));
         }
-        if let Some(column) = self.swallows(record) {
+        if let Some(column) = swallows(&self.names, self.format(), record) {
             let message = format!(
                 "the cell of column {column:?} goes on over lines that look like rows: is a quote (\") left open? If all of it is that cell's, take its line breaks out"
             );
@@ -312,22 +258,6 @@ impl Input {
         let own = columns::own_id(&self.columns, &cells);
         let id = self.defaults.request_id(own, self.number);
         self.judge(&columns::write_job(&self.columns, &cells, &self.defaults, id.as_deref()))
-    }
-
-    /// The column with a cell that seems to hold other rows: a whole line of it has as many cells as the header,
-    /// or its last line, which the cell shares with a row then, as many as come before it and a quote.
-    fn swallows(&self, record: &ByteRecord) -> Option<&str> {
-        let Format::Csv { delimiter, .. } = self.format else { return None };
-        let cells = |line: &[u8]| line.split(|byte| *byte == delimiter).count();
-        // In a table of two columns, any sentence with one comma looks like a row.
-        let whole = |line: &&[u8]| self.names.len() > 2 && cells(line) == self.names.len();
-        let swallows = |(at, cell): (usize, &[u8])| {
-            let lines: Vec<&[u8]> = cell.split(|byte| *byte == b'\n').collect();
-            let [_, within @ .., last] = lines.as_slice() else { return false };
-            within.iter().any(whole) || (last.contains(&b'"') && cells(last) > at)
-        };
-        let at = record.iter().enumerate().position(swallows)?;
-        self.names.get(at).map(String::as_str)
     }
 
     fn read_line(&self, record: &ByteRecord) -> Judged {
@@ -391,6 +321,26 @@ impl Input {
     fn judge(&self, body: &[u8]) -> Judged {
         judge(body, &self.rules)
     }
+}
+
+/// The column with a cell that seems to hold other rows: a whole line of it has as many cells as the header,
+/// or its last line, which the cell shares with a row then, as many as come before it and a quote.
+pub(super) fn swallows<'a>(
+    names: &'a [String],
+    format: Format,
+    record: &ByteRecord,
+) -> Option<&'a str> {
+    let Format::Csv { delimiter, .. } = format else { return None };
+    let cells = |line: &[u8]| line.split(|byte| *byte == delimiter).count();
+    // In a table of two columns, any sentence with one comma looks like a row.
+    let whole = |line: &&[u8]| names.len() > 2 && cells(line) == names.len();
+    let swallows = |(at, cell): (usize, &[u8])| {
+        let lines: Vec<&[u8]> = cell.split(|byte| *byte == b'\n').collect();
+        let [_, within @ .., last] = lines.as_slice() else { return false };
+        within.iter().any(whole) || (last.contains(&b'"') && cells(last) > at)
+    };
+    let at = record.iter().enumerate().position(swallows)?;
+    names.get(at).map(String::as_str)
 }
 
 /// Whether a body is a job.
@@ -526,7 +476,7 @@ mod tests {
         let mut input = open(b"sep=|\r\nproduct_id|Name\r\nprod_1|a,b\r\n").unwrap();
         assert_eq!(input.names(), ["product_id", "Name"]);
         let (row, job) = input.next_row().unwrap().unwrap();
-        assert!(job.is_ok() && row.line == 2, "{}", row.line);
+        assert!(job.is_ok() && row.line == 3, "{}", row.line);
         assert!(input.next_row().unwrap().is_none());
     }
 

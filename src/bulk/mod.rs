@@ -7,12 +7,14 @@
 
 pub mod columns;
 pub mod given;
+mod had;
 pub mod input;
 pub mod inside;
 pub mod layout;
 pub mod look_up;
 pub mod output;
 mod reading;
+mod records;
 pub mod source;
 pub mod stems;
 pub mod table;
@@ -28,6 +30,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::job::{CheckoutRequest, Status};
+use had::Had;
 use input::{Flaw, Input, InputError, Job, Row};
 use layout::Outcome;
 use output::{Earlier, EarlierLinks, Output, OutputError};
@@ -52,6 +55,11 @@ pub enum BulkError {
     /// The output.
     #[error(transparent)]
     Output(#[from] OutputError),
+    /// People would be given each other's links.
+    #[error(
+        "row {0} (line {1}) had another number when it was given its link, and ids are numbers of rows: rows were put in, taken out or moved, so people would get each other's links. Put them back as they were and new ones at the end, or give the table a column request_id (then all rows get new links)"
+    )]
+    Moved(u64, u64),
 }
 
 /// How many rows came to what.
@@ -67,6 +75,8 @@ pub struct Tally {
     pub shared: u64,
     /// Whether all rows of the input are among them.
     pub whole: bool,
+    /// How many links of the earlier output no row was given again, and the id of one: then that output stays.
+    pub left: Option<(usize, String)>,
 }
 
 impl Tally {
@@ -112,10 +122,11 @@ pub async fn run<F>(
 where
     F: Future<Output = Option<Outcome>>,
 {
+    let mut had = Had::read(&earlier, input.numbers_rows())?;
     let mut rows = Reading::begin(input).map_err(InputError::Io)?;
     let mut tally = Tally::default();
     let skipped = tokio::select! {
-        skipped = first_new(&mut rows, &mut earlier, &mut tally, &mut tell) => Some(skipped?),
+        skipped = first_new(&mut rows, &mut earlier, &mut had, &mut tally, &mut tell) => Some(skipped?),
         () = stop.cancelled() => None,
     };
     // What was not looked through is not cut off either.
@@ -124,12 +135,15 @@ where
     if earlier.was_interrupted() && !prove(proof).await {
         return Ok(tally);
     }
-    let mut window = Window::new(earlier.go_on()?, tally, at_once);
+    if earlier.is_given_out() {
+        had.note_all(earlier.cut_off())?;
+    }
+    let mut window = Window::new(earlier.go_on()?, had, tally, at_once);
     window.position = rows.position();
     let mut going = FuturesUnordered::new();
     let ran = go_through(first, &mut rows, &mut window, &mut going, make, stop, tell).await;
     match ran {
-        Ok(read_all) => window.end(read_all),
+        Ok(read_all) => window.end(read_all, &earlier),
         Err(error) => {
             // The ledger learns what comes of the calls; the same command finds it there.
             while let Some((number, outcome)) = going.next().await {
@@ -157,6 +171,9 @@ async fn go_through<'a, F: Future<Output = Option<Outcome>> + 'a>(
     let mut tick = tokio::time::interval(TICK);
     loop {
         if let Some((row, job)) = next.take() {
+            if window.had.is_moved(&row) {
+                return Err(BulkError::Moved(row.number, row.line));
+            }
             let number = row.number;
             match job {
                 Err(flaw) => window.push(row, rows.position(), Slot::Done(flaw.into())),
@@ -215,6 +232,7 @@ type Next = Option<(Row, Job)>;
 async fn first_new(
     rows: &mut Reading,
     earlier: &mut Earlier,
+    had: &mut Had,
     tally: &mut Tally,
     tell: &mut impl FnMut(Progress<'_>),
 ) -> Result<(Next, Option<Given>), BulkError> {
@@ -225,6 +243,7 @@ async fn first_new(
         }
         tally.shared = rows.shared();
         let Some(written) = earlier.outcome_of(&row) else { return Ok((Some((row, job)), given)) };
+        had.wrote(&row, &written);
         tally.count(written.status);
         tally.kept += 1;
         if let (Ok(request), Some(checkout_id)) = (job, written.checkout_id) {
@@ -246,6 +265,7 @@ enum Slot {
 /// Rows in the order of the input, from the first that is not written.
 struct Window {
     output: Output,
+    had: Had,
     /// Rows, and how many bytes were read up to each one's end.
     slots: VecDeque<(Row, u64, Slot)>,
     position: u64,
@@ -256,10 +276,10 @@ struct Window {
 }
 
 impl Window {
-    fn new(output: Output, tally: Tally, at_once: usize) -> Self {
+    fn new(output: Output, had: Had, tally: Tally, at_once: usize) -> Self {
         let flushed_at = Instant::now();
         let (slots, position) = (VecDeque::new(), 0);
-        Self { output, slots, position, unflushed: 0, flushed_at, tally, at_once }
+        Self { output, had, slots, position, unflushed: 0, flushed_at, tally, at_once }
     }
 
     /// Whether another row may be read, with so many under way.
@@ -287,6 +307,7 @@ impl Window {
     fn write(&mut self) -> Result<(), OutputError> {
         while let Some((row, end, Slot::Done(outcome))) = self.slots.front() {
             self.output.write(row, outcome)?;
+            self.had.wrote(row, outcome);
             self.position = *end;
             self.tally.count(outcome.status);
             self.unflushed += 1;
@@ -301,11 +322,15 @@ impl Window {
         Ok(())
     }
 
-    fn end(mut self, read_all: bool) -> Result<Tally, BulkError> {
+    fn end(mut self, read_all: bool, earlier: &Earlier) -> Result<Tally, BulkError> {
         self.output.flush()?;
         self.tally.whole = read_all && self.slots.is_empty();
         if self.tally.whole {
-            self.output.finish()?;
+            let left = self.had.left(earlier.kept_links())?;
+            self.tally.left = left.map(|(links, first)| (links, first.request_id));
+            if self.tally.left.is_none() {
+                self.output.finish()?;
+            }
         }
         Ok(self.tally)
     }

@@ -1,12 +1,13 @@
 //! The bytes of a file of rows: what kind of file it is, how far is read of it, and where it ends.
 
-use std::io::{self, BufRead as _, BufReader, Read};
+use std::io::{self, BufReader, Read};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use csv::ByteRecord;
 
 use super::input::InputError;
+use super::table::BOM;
 
 /// What is looked at to tell what kind of file it is.
 pub(super) const LOOK_AT: usize = 64 * 1024;
@@ -49,11 +50,18 @@ impl Format {
     }
 }
 
-/// Looks at the beginning, and passes over a byte order mark.
-pub(super) fn recognise(
-    source: &mut BufReader<Box<dyn Read + Send>>,
-) -> Result<Format, InputError> {
-    let look = source.fill_buf()?;
+/// What the beginning of a file tells.
+pub(super) struct Recognised {
+    pub(super) format: Format,
+    /// All of it, but for what is no row or header.
+    pub(super) rest: Box<dyn Read + Send>,
+    /// How many lines that are left out.
+    pub(super) lines: u64,
+}
+
+/// Looks at the beginning, and passes over a byte order mark and what tells Excel the delimiter.
+pub(super) fn recognise(mut source: impl Read + Send + 'static) -> Result<Recognised, InputError> {
+    let look = beginning(&mut source)?;
     if look.is_empty() {
         return Err(InputError::Empty);
     }
@@ -64,8 +72,8 @@ pub(super) fn recognise(
     if look.starts_with(b"PK\x03\x04") || look.starts_with(b"\xd0\xcf\x11\xe0") {
         return Err(InputError::Workbook);
     }
-    let bom = look.starts_with(b"\xef\xbb\xbf");
-    let mut passed = if bom { 3 } else { 0 };
+    let bom = look.starts_with(BOM);
+    let mut passed = if bom { BOM.len() } else { 0 };
     let text = &look[passed..];
     let begins = text.trim_ascii_start();
     if let Some(first) = begins.strip_prefix(b"[").map(<[u8]>::trim_ascii_start)
@@ -76,16 +84,48 @@ pub(super) fn recognise(
     let format = if begins.starts_with(b"{") {
         Format::Ndjson
     } else {
-        let (line, ended) = first_line(text);
+        let header = behind_empty_lines(text);
+        let (line, ended) = first_line(header);
         let crlf = ended && line.last() == Some(&b'\r');
         let told = told_delimiter(line);
         if told.is_some() {
-            passed += line.len() + usize::from(ended);
+            passed += text.len() - header.len() + line.len() + usize::from(ended);
         }
         Format::Csv { delimiter: told.unwrap_or_else(|| delimiter(line)), crlf, bom }
     };
-    source.consume(passed);
-    Ok(format)
+    let lines = (look[..passed].split(|byte| *byte == b'\n').count() - 1) as u64;
+    let mut look = io::Cursor::new(look);
+    look.set_position(passed as u64);
+    Ok(Recognised { format, rest: Box::new(look.chain(source)), lines })
+}
+
+/// The first bytes of a file up to the end of its first line that is not empty, if that is not too long: a pipe may
+/// give them piece by piece.
+fn beginning(source: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut look = Vec::new();
+    loop {
+        let text = look.strip_prefix(BOM).unwrap_or(&look);
+        if look.len() == LOOK_AT || first_line(behind_empty_lines(text)).1 {
+            return Ok(look);
+        }
+        let length = look.len();
+        look.resize(LOOK_AT, 0);
+        let read = loop {
+            match source.read(&mut look[length..]) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                read => break read?,
+            }
+        };
+        look.truncate(length + read);
+        if read == 0 {
+            return Ok(look);
+        }
+    }
+}
+
+fn behind_empty_lines(text: &[u8]) -> &[u8] {
+    let empty = text.iter().take_while(|byte| matches!(byte, b'\r' | b'\n')).count();
+    &text[empty..]
 }
 
 /// What Excel is told by a line before the header, `sep=;`.
@@ -181,13 +221,30 @@ impl End {
 
 /// Gives no more than a row's bytes beyond where a row begins, and the end behind the last one.
 pub(super) struct Bounded {
-    pub(super) source: BufReader<Box<dyn Read + Send>>,
-    /// How many bytes were given, and the last of them.
-    pub(super) read: u64,
-    pub(super) last: u8,
+    source: BufReader<Box<dyn Read + Send>>,
+    /// How many bytes were given.
+    read: u64,
+    /// The last of them.
+    last: Vec<u8>,
     /// How far may be read, beyond what the reader has in its own buffer.
-    pub(super) bound: Arc<AtomicU64>,
-    pub(super) end: io::Cursor<Vec<u8>>,
+    bound: Arc<AtomicU64>,
+    end: io::Cursor<Vec<u8>>,
+}
+
+impl Bounded {
+    pub(super) fn new(
+        source: BufReader<Box<dyn Read + Send>>,
+        bound: Arc<AtomicU64>,
+        end: io::Cursor<Vec<u8>>,
+    ) -> Self {
+        Self { source, read: 0, last: Vec::new(), bound, end }
+    }
+
+    /// The byte before a place among those that were given last.
+    pub(super) fn byte_before(&self, at: u64) -> Option<u8> {
+        let behind = usize::try_from(self.read.checked_sub(at)?).ok()?;
+        self.last.get(self.last.len().checked_sub(behind + 1)?).copied()
+    }
 }
 
 impl Read for Bounded {
@@ -200,7 +257,10 @@ impl Read for Bounded {
             count = self.end.read(buffer)?;
         }
         self.read += u64::try_from(count).unwrap_or(u64::MAX);
-        self.last = buffer[..count].last().copied().unwrap_or(self.last);
+        if count > 0 {
+            self.last.clear();
+            self.last.extend_from_slice(&buffer[..count]);
+        }
         Ok(count)
     }
 }

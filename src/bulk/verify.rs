@@ -1,17 +1,18 @@
 //! Links of an earlier run, looked at again: Creem does not say how long a link lives.
 
-use std::io::{self, Read};
+use std::io::Read;
 use std::sync::Arc;
 
 use csv::ByteRecord;
 
 use super::columns::{self, Column, Defaults, RESULT};
-use super::input::{InputError, Job, Wishes, judge};
+use super::input::{InputError, Job, Wishes, judge, swallows};
 use super::layout::REQUEST_ID;
-use super::source::{End, EndMet, Format, recognise};
+use super::records::Records;
+use super::source::Format;
 use super::table::{guarded, meant};
 use crate::creem::Seen;
-use crate::job::{Rules, Status};
+use crate::job::{Rules, Status, printable};
 
 /// What is added to each line.
 pub const ADDED: [&str; 2] = ["link", "checked_at"];
@@ -88,9 +89,8 @@ struct Places {
 
 /// A file of links that is being read.
 pub struct Links {
-    reader: csv::Reader<Box<dyn Read + Send>>,
-    format: Format,
-    end: End,
+    records: Records,
+    names: Vec<String>,
     header: ByteRecord,
     places: Places,
     making: Arc<Making>,
@@ -98,7 +98,7 @@ pub struct Links {
 
 impl std::fmt::Debug for Links {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Links").field("format", &self.format).finish_non_exhaustive()
+        f.debug_struct("Links").field("format", &self.format()).finish_non_exhaustive()
     }
 }
 
@@ -113,6 +113,28 @@ pub enum LinksError {
         "it is no output of `bulk`: the columns status, checkout_id, checkout_url, error_code, error_message or request_id are missing"
     )]
     Foreign,
+    /// Somebody has written behind a line.
+    #[error(
+        "the row that begins on line {line} has {count} cells and the header {expected}: take out what was written behind it, or give it a column of its own in the first line"
+    )]
+    Length {
+        /// Where it begins, from 1.
+        line: u64,
+        /// Its cells.
+        count: usize,
+        /// The header's.
+        expected: usize,
+    },
+    /// A quote swallows rows.
+    #[error(
+        "in the row that begins on line {line}, the cell of column {column:?} goes on over lines that look like rows: is a quote (\") left open?"
+    )]
+    Swallows {
+        /// Where it begins, from 1.
+        line: u64,
+        /// The cell's.
+        column: String,
+    },
 }
 
 impl Links {
@@ -124,17 +146,11 @@ impl Links {
         source: impl Read + Send + 'static,
         Wishes { defaults, carry, rules }: Wishes,
     ) -> Result<Self, LinksError> {
-        let source: Box<dyn Read + Send> = Box::new(source);
-        let mut source = io::BufReader::new(source);
-        let format = recognise(&mut source)?;
-        let Format::Csv { delimiter, .. } = format else { return Err(LinksError::Foreign) };
-        let mut builder = csv::ReaderBuilder::new();
-        builder.has_headers(false).flexible(true).delimiter(delimiter);
-        let end = End::of(format);
-        let source = source.chain(end.tail());
-        let mut reader = builder.from_reader(Box::new(source) as Box<dyn Read + Send>);
-        let mut header = ByteRecord::new();
-        read(&mut reader, &mut header)?;
+        let mut records = Records::open(source)?;
+        if records.format() == Format::Ndjson {
+            return Err(LinksError::Foreign);
+        }
+        let header = records.read()?.ok_or(InputError::Empty)?;
         let names: Vec<String> =
             header.iter().map(|name| String::from_utf8_lossy(name).into_owned()).collect();
         let places = places(&names).ok_or(LinksError::Foreign)?;
@@ -150,13 +166,13 @@ impl Links {
         let columns =
             columns::read_columns(own, &carry, &rules.extra_fields).map_err(InputError::Header)?;
         let making = Arc::new(Making { columns, defaults, rules });
-        Ok(Self { reader, format, end, header, places, making })
+        Ok(Self { records, names, header, places, making })
     }
 
     /// What kind of file it is.
     #[must_use]
     pub fn format(&self) -> Format {
-        self.format
+        self.records.format()
     }
 
     /// The header with what is added.
@@ -176,16 +192,16 @@ impl Links {
     /// # Errors
     /// See [`LinksError`].
     pub fn next_line(&mut self) -> Result<Option<Line>, LinksError> {
-        let mut cells = ByteRecord::new();
-        let line = self.reader.position().line() + u64::from(self.format.is_crlf());
-        if !read(&mut self.reader, &mut cells)? {
-            return Ok(None);
+        let Some(mut cells) = self.records.read()? else { return Ok(None) };
+        let line = self.records.line_of(&cells);
+        let (count, expected) = (cells.len(), self.header.len());
+        if cells.iter().skip(expected).any(|cell| !cell.is_empty()) {
+            return Err(LinksError::Length { line, count, expected });
         }
-        match self.end.seen(&cells) {
-            Some(EndMet::End) => return Ok(None),
-            Some(EndMet::InACell) => return Err(InputError::OpenQuote(line).into()),
-            None => {}
+        if let Some(column) = swallows(&self.names, self.format(), &cells) {
+            return Err(LinksError::Swallows { line, column: printable(column, 60) });
         }
+        cells.truncate(expected);
         while cells.len() < self.header.len() {
             cells.push_field(b"");
         }
@@ -319,13 +335,6 @@ impl Line {
     }
 }
 
-fn read(
-    reader: &mut csv::Reader<Box<dyn Read + Send>>,
-    record: &mut ByteRecord,
-) -> Result<bool, InputError> {
-    reader.read_byte_record(record).map_err(|error| InputError::Io(io::Error::from(error)))
-}
-
 fn places(names: &[String]) -> Option<Places> {
     // The last one that has all of them behind it: an input may have a column of the same name.
     let status = names.windows(RESULT.len()).rposition(|window| window.iter().eq(RESULT))?;
@@ -357,6 +366,8 @@ pub(super) fn numbered(id: &str) -> Option<(&str, u32)> {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
     use crate::bulk::layout::Outcome;
 
@@ -412,6 +423,31 @@ mod tests {
         );
         assert_eq!(links.next_line().unwrap().unwrap().checkout_id(), None);
         assert!(links.next_line().unwrap().is_none());
+    }
+
+    #[test]
+    fn what_was_written_behind_a_line_or_swallows_others_is_told() {
+        let header = "request_id,Name,status,checkout_id,checkout_url,error_code,error_message";
+        let line = |id: &str| format!("{id},Ada,succeeded,ch_{id},u,,");
+        let next = |text: &str| {
+            let text = format!("{header}\n{text}");
+            Links::open(io::Cursor::new(text), Wishes::default()).unwrap().next_line()
+        };
+        let behind = next(&format!("{},,paid by phone\n", line("a")));
+        assert!(
+            matches!(behind, Err(LinksError::Length { line: 2, count: 9, expected: 7 })),
+            "{behind:?}"
+        );
+        assert!(next(&format!("{},,\n", line("a"))).is_ok());
+        let open = line("a").replace("Ada", "\"Ada");
+        let closed = line("c").replace("Ada", "Ada\"");
+        let swallowed = next(&format!("{open}\n{}\n{closed}\n", line("b")));
+        assert!(matches!(swallowed, Err(LinksError::Swallows { line: 2, .. })), "{swallowed:?}");
+        let endless = next(&format!("\"{}", "x\n".repeat(1024 * 1024)));
+        assert!(
+            matches!(endless, Err(LinksError::Input(InputError::Endless(2, _)))),
+            "{endless:?}"
+        );
     }
 
     #[test]

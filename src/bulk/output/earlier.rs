@@ -31,6 +31,8 @@ pub struct Earlier {
     linked: Vec<LinkedFile>,
     /// What was looked at, as it was then.
     looked_at: Vec<(PathBuf, State)>,
+    /// Whether somebody may have been given the links.
+    given_out: bool,
 }
 
 #[derive(Debug)]
@@ -110,7 +112,7 @@ impl Earlier {
                 }
             }
         };
-        Ok(Self { layout, part, run, path: path.to_owned(), linked, looked_at })
+        Ok(Self { layout, part, run, path: path.to_owned(), linked, looked_at, given_out: true })
     }
 
     /// The links that rows were given before which are asked for again: whoever makes the same links again knows
@@ -118,6 +120,33 @@ impl Earlier {
     #[must_use]
     pub fn links(&self) -> EarlierLinks {
         EarlierLinks::of(self.layout.clone(), self.linked.clone(), 0)
+    }
+
+    /// Its links lead nowhere, or this run's do: they may be lost.
+    pub fn let_go(&mut self) {
+        self.given_out = false;
+    }
+
+    /// The links that must not be lost, but for those in an interrupted run's part.
+    pub(in crate::bulk) fn guarded_links(&self) -> EarlierLinks {
+        let linked = if self.given_out { self.linked.clone() } else { Vec::new() };
+        EarlierLinks::of(self.layout.clone(), linked, 0)
+    }
+
+    /// The same when the part is written: what was cut off from it is kept beside it.
+    pub(in crate::bulk) fn kept_links(&self) -> EarlierLinks {
+        let kept = [self.path.clone(), before_of(&self.path)];
+        let kept = kept.map(|path| LinkedFile { path, grows: false }).into();
+        EarlierLinks::of(self.layout.clone(), kept, 0)
+    }
+
+    pub(in crate::bulk) const fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Whether somebody may have been given the links.
+    pub(in crate::bulk) const fn is_given_out(&self) -> bool {
+        self.given_out
     }
 
     /// The links in an interrupted run's lines that are not gone on behind: their rows, too, are asked for again.

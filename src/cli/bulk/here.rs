@@ -11,30 +11,23 @@ use super::summary::{ended, interrupted};
 use super::{Arguments, sandbox};
 use crate::bulk;
 use crate::bulk::given::GivenLinks;
+use crate::bulk::inside::Inside;
 use crate::bulk::layout::EarlierLink;
+use crate::bulk::output::Earlier;
 use crate::cli::{Failure, Outcome};
 use crate::config::check::Resolved;
 use crate::job::CheckoutRequest;
 
 pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) -> Outcome {
-    let (input, bytes, earlier) = opened(settings, arguments, out)?;
+    let (input, bytes, mut earlier) = opened(settings, arguments, out)?;
     let Some(Begun { inside, stages, mut tasks, at_once }) = begin(settings, arguments).await?
     else {
         return Err(interrupted(0, out));
     };
-    let mut links = earlier.links().peekable();
-    // A sandbox's lead nowhere.
-    let of_a_sandbox = |link: &Result<EarlierLink, _>| {
-        !arguments.sandbox && link.as_ref().is_ok_and(|link| sandbox::has_made(link, out))
+    let given = tokio::select! {
+        given = given_before(&inside, &mut earlier, settings, arguments, out) => given?,
+        () = stages.soft.cancelled() => return Err(interrupted(0, out)),
     };
-    let mut given = GivenLinks::default();
-    if links.peek().is_some_and(|link| !of_a_sandbox(link)) {
-        tokio::select! {
-            checked = all_made_here(&inside, links, &settings.ledger, out) => checked?,
-            () = stages.soft.cancelled() => return Err(interrupted(0, out)),
-        }
-        given = GivenLinks::read(earlier.links())?;
-    }
     let (given, broken) = (RefCell::new(given), RefCell::new(None));
     let fail = |error: anyhow::Error| {
         broken.borrow_mut().get_or_insert(error);
@@ -85,4 +78,26 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     }
     let broken = broken.take();
     ended(&ran?, broken, arguments, out)
+}
+
+/// The links that the output had before, each of which this ledger has made.
+async fn given_before(
+    inside: &Inside,
+    earlier: &mut Earlier,
+    settings: &Resolved,
+    arguments: &Arguments,
+    out: &Path,
+) -> anyhow::Result<GivenLinks> {
+    let mut links = earlier.links().peekable();
+    let Some(first) = links.peek() else { return Ok(GivenLinks::default()) };
+    // A sandbox's lead nowhere.
+    if !arguments.sandbox && first.as_ref().is_ok_and(|link| sandbox::has_made(link, out)) {
+        earlier.let_go();
+        return Ok(GivenLinks::default());
+    }
+    all_made_here(inside, links, &settings.ledger, out).await?;
+    if arguments.sandbox {
+        earlier.let_go();
+    }
+    Ok(GivenLinks::read(earlier.links())?)
 }

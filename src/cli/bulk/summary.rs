@@ -8,7 +8,7 @@ use super::Arguments;
 use crate::bulk::Tally;
 use crate::bulk::output::part_of;
 use crate::cli::{Failure, Outcome, count, say_error};
-use crate::job::Status;
+use crate::job::{Status, printable};
 
 pub(super) fn ended(
     tally: &Tally,
@@ -44,11 +44,14 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
     for (status, rows) in tally.statuses.iter().filter(|(status, _)| **status != "succeeded") {
         text = format!("{text}, {rows} {status}");
     }
-    text = format!("{text}: {}", out.display());
+    text = match tally.left {
+        None => format!("{text}: {}", out.display()),
+        Some(_) => format!("{text}: {}", part_of(out).display()),
+    };
     if arguments.sandbox {
         text.push_str(" (a sandbox: the links lead nowhere)");
     }
-    if tally.linked() == tally.rows && tally.shared == 0 {
+    if tally.linked() == tally.rows && tally.shared == 0 && tally.left.is_none() {
         say_error(&text);
         return Ok(());
     }
@@ -66,6 +69,14 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
         text = format!(
             "{text}. Of all rows {} have the request_id of an earlier one, and so no link of their own: --dry-run names them",
             tally.shared
+        );
+    }
+    if let Some((links, id)) = &tally.left {
+        text = format!(
+            "{text}. {} stays as it was: no row of this run was given {} of it, for instance that of {}. Put such rows back as they were, and the same command goes on; or give another --out for a table of other rows; or remove the file if nobody was given its links",
+            out.display(),
+            count(*links as u64, "link"),
+            printable(id, 128)
         );
     }
     Err(Failure::Failed(anyhow!(text)))

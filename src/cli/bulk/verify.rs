@@ -114,8 +114,9 @@ fn opened(settings: &Resolved, arguments: &Arguments) -> Result<(Links, Stems), 
     if !arguments.refresh {
         return Ok((open()?, Stems::default()));
     }
-    if arguments.file.as_os_str() == "-" {
-        let text = "--refresh reads the file twice: give its name";
+    let there = std::fs::metadata(&arguments.file).ok();
+    if arguments.file.as_os_str() == "-" || there.is_some_and(|about| !about.is_file()) {
+        let text = "--refresh reads the file twice, which a pipe does not allow: save it, and give its name";
         return Err(Failure::Usage(text.to_owned()));
     }
     let mut links = open()?;

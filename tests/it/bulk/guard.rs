@@ -206,6 +206,65 @@ async fn the_same_rows_under_other_ids_are_not_made_a_second_time() {
 }
 
 #[tokio::test]
+async fn nobody_is_given_the_link_of_a_row_that_was_moved() {
+    let desk = Desk::new().await;
+    let run = async |rows: &[&str]| {
+        let lines: Vec<String> = rows.iter().map(|name| format!("{name},prod_1\n")).collect();
+        let input = desk.write("in.csv", &format!("Name,product_id\n{}", lines.concat()));
+        desk.bulk(&input, &["--request-id-prefix", "autumn-"]).await
+    };
+    assert_eq!(run(&["Ada", "Bob", "Cy"]).await.0, 0);
+    let made = desk.read("links.csv");
+    let others: [&[&str]; 4] = [
+        &["Ada", "Cy"],
+        &["Ada", "Eve", "Bob", "Cy"],
+        &["Cy", "Bob", "Ada"],
+        &["Bob", "Cy", "Ada"],
+    ];
+    for rows in others {
+        let (code, said) = run(rows).await;
+        assert!(code == 1 && said.contains("had another number"), "{rows:?}: {said}");
+        assert_eq!((desk.read("links.csv"), desk.sessions()), (made.clone(), 3));
+    }
+    // New ones at the end, and a name that was mended.
+    let (code, said) = run(&["Ada", "Rob", "Cy", "Eve"]).await;
+    assert_eq!((code, desk.sessions()), (0, 4), "{said}");
+    let links = |text: &str| -> Vec<String> {
+        cells(text).iter().take(3).map(|row| row[3].clone()).collect()
+    };
+    assert_eq!(links(&desk.read("links.csv")), links(&made));
+}
+
+#[tokio::test]
+async fn an_output_whose_links_a_smaller_table_does_not_have_stays_as_it_is() {
+    let (mut desk, input) = Desk::with_links(3).await;
+    let made = desk.read("links.csv");
+    for rows in [0, 2] {
+        desk.write("in.csv", &table(rows));
+        let (code, said) = desk.bulk(&input, &[]).await;
+        assert!(code == 1 && said.contains("links.csv stays as it was"), "{said}");
+        assert_eq!(desk.read("links.csv"), made);
+    }
+    // Nor is one lost to a conflict.
+    desk.write("in.csv", &table(3).replace("r-1,prod_1", "r-1,prod_2"));
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(
+        code == 1 && said.contains("for instance that of r-1") && said.contains("conflict"),
+        "{said}"
+    );
+    assert_eq!(desk.read("links.csv"), made);
+    // The guard against another ledger is as it was.
+    desk.write("in.csv", &table(3));
+    let elsewhere = format!("sqlite:{}", desk.path("other.db").display());
+    let own = desk.settings.insert("LEDGER_URL".to_owned(), elsewhere);
+    assert_eq!(desk.bulk(&input, &[]).await.0, 1);
+    desk.settings.insert("LEDGER_URL".to_owned(), own.unwrap());
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert_eq!((code, desk.sessions()), (0, 3), "{said}");
+    assert_eq!(desk.read("links.csv"), made);
+}
+
+#[tokio::test]
 async fn the_part_of_another_runs_lines_of_json_is_not_written_over() {
     let mut desk = Desk::new().await;
     let line = |row| format!(r#"{{"request_id":"j-{row}","product_id":"prod_1"}}"#);
