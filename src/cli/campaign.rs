@@ -99,6 +99,19 @@ fn cancel(settings: &Resolved, name: &str) -> Outcome {
 }
 
 fn reinstate(settings: &Resolved, name: &str) -> Outcome {
+    let cancelled = block_on(async {
+        Ok::<_, Failure>(Look::open(&settings.ledger).await?.orders().await?.cancelled)
+    })??;
+    if !cancelled.iter().any(|order| order.campaign == name) {
+        let names: Vec<String> =
+            cancelled.iter().map(|order| printable(&order.campaign, 64)).collect();
+        let names = if names.is_empty() { "none".to_owned() } else { names.join(", ") };
+        return Err(Failure::Failed(anyhow::anyhow!(
+            "campaign {} was not cancelled; the ledger {} has these cancelled: {names}",
+            printable(name, 64),
+            shown(&settings.ledger)
+        )));
+    }
     tell(settings, |_| OwnCommand::ReinstateCampaign { campaign: name.to_owned() })?;
     say(&format!(
         "campaign {} is not cancelled for any worker of the ledger {}: within two seconds its jobs are served again; what has ended as `cancelled` has to be sent again",

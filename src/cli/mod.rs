@@ -47,7 +47,7 @@ enum Command {
     Bulk(Box<bulk::Arguments>),
     /// Tell what the ledger knows of one `request_id`.
     Show(show::Arguments),
-    /// Take no more jobs of a lane, with all workers of the ledger; they wait in RabbitMQ.
+    /// Take no more jobs of a lane, with all workers of the ledger; they wait in RabbitMQ. `bulk` on that ledger waits, too.
     Pause(lanes::Arguments),
     /// Take the jobs of a paused lane again.
     Resume(lanes::Arguments),

@@ -124,6 +124,10 @@ async fn status(State(sources): State<Sources>) -> impl IntoResponse {
         .collect();
     let (rate, circuit_open_for) = sources.health.calls();
     let paused: Vec<&str> = sources.health.paused_lanes().into_iter().map(Lane::as_str).collect();
+    let because = match circuit_open_for {
+        Some(_) => "the circuit is open: no call is made but one now and then".to_owned(),
+        None => rate.because,
+    };
     let circuit = circuit_open_for.map_or_else(
         || "closed".to_owned(),
         |open| {
@@ -136,7 +140,7 @@ async fn status(State(sources): State<Sources>) -> impl IntoResponse {
         "ready": reasons.is_empty(),
         "not_ready_because": reasons,
         "in_flight": in_flight,
-        "rate_limit": {"per_second": rate.per_second, "because": rate.because},
+        "rate_limit": {"per_second": rate.per_second, "because": because},
         "circuit": circuit,
         "paused_lanes": paused,
         "oldest_unsettled_seconds": sources.health.oldest().as_secs_f64(),

@@ -246,15 +246,17 @@ impl Pacer {
     }
 
     fn step(&self, lane: Lane, ahead: bool) -> Step {
+        let now = Instant::now();
+        let mut state = self.state();
         if !ahead && self.waiting_ahead.load(Ordering::Relaxed) > 0 {
-            // Whoever grants places may have one for this lane and none for the other.
-            if self.granted {
+            // Whoever grants places may have one for this lane where there is none for the other.
+            let own = self.freshest(&state).max(state.next);
+            if self.granted && state.places.iter().chain(&state.returned).all(|place| *place < own)
+            {
                 self.wanted.notify_one();
             }
             return Step::Wait;
         }
-        let now = Instant::now();
-        let mut state = self.state();
         let lead = state.lead();
         let recent = self.freshest(&state);
         while state.returned.front().is_some_and(|place| *place < recent) {
@@ -765,6 +767,35 @@ mod tests {
             () = grants => unreachable!("it never ends"),
         };
         assert!(waited < Duration::from_millis(300), "{waited:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_more_places_are_wanted_than_there_are_callers_though_some_go_ahead() {
+        let pacer = granted();
+        let mut granted = 0_u32;
+        let grants = async {
+            let mut next = Instant::now();
+            loop {
+                let Waiters { interactive, bulk } = pacer.wanted().await;
+                for _ in 0..(interactive + bulk).min(8) {
+                    next = next.max(Instant::now()) + Duration::from_millis(20);
+                    pacer.grant([next]);
+                    granted += 1;
+                }
+            }
+        };
+        let calls = futures::future::join_all((0..200).map(async |number| {
+            if number % 2 == 0 {
+                pacer.admit(Lane::Interactive).await.come().await;
+            } else {
+                pacer.admit_ahead(Lane::Interactive).await.come().await;
+            }
+        }));
+        tokio::select! {
+            _ = calls => {}
+            () = grants => unreachable!("it never ends"),
+        }
+        assert!((200..=216).contains(&granted), "{granted} places for 200 calls");
     }
 
     #[tokio::test(start_paused = true)]

@@ -25,7 +25,7 @@ async fn publish(world: &World, id: &str, campaign: &str, at: i64) {
 async fn a_cancelled_campaign(mut world: World) {
     // The first one is under way, and the others wait.
     world.set("lanes.bulk.concurrency", "1");
-    world.script(r#"{"latency_ms":3000}"#);
+    world.script(r#"{"latency_ms":6000}"#);
     let worker = world.worker().await;
     let mut replies = world.replies().await;
     for number in 0..JOBS {
@@ -185,6 +185,36 @@ async fn a_file_goes_through_the_queue_and_comes_back_as_links_in_its_order() {
     }
     assert_eq!(world.posts(), 300, "none is made");
     worker.kill().await;
+}
+
+#[tokio::test]
+async fn a_campaign_that_is_cancelled_is_sent_no_further() {
+    let Some(world) = World::new("via_queue_cancelled").await else { return };
+    let worker = world.worker().await;
+    told(&world, &["pause", "--lane", "bulk"]).await;
+    eventually("bulk is left", || async { world.consumers("jobs.bulk").await == 0 }).await;
+    let path = |name: &str| world.directory.path().join(name).display().to_string();
+    // More than are sent at once.
+    let rows: Vec<String> = (0..3_000).map(|row| format!("r-{row},prod_1\n")).collect();
+    std::fs::write(path("in.csv"), format!("request_id,product_id\n{}", rows.concat())).unwrap();
+    let (input, out) = (path("in.csv"), path("links.csv"));
+    let bulk = ["bulk", &input, "--out", &out, "--via-queue", "--campaign", "Fair"];
+    let running = command(&bulk, world.environment(), "");
+    let cancels = async {
+        eventually("rows wait", || async { world.depth("jobs.bulk").await >= 2_048 }).await;
+        told(&world, &["campaign", "cancel", "Fair"]).await;
+        told(&world, &["resume", "--lane", "bulk"]).await;
+    };
+    let ((code, _, said), ()) = tokio::join!(running, cancels);
+    assert!(code == 1 && said.contains("its campaign was cancelled"), "{said}");
+    worker.kill().await;
+    assert_eq!(world.posts(), 0);
+    let undo = ["campaign", "cancel", "--undo", "Fayre"];
+    let (code, _, said) = command(&undo, world.environment(), "").await;
+    assert!(
+        code == 1 && said.contains("was not cancelled") && said.contains("cancelled: Fair"),
+        "{said}"
+    );
 }
 
 #[tokio::test]

@@ -29,7 +29,7 @@ use crate::clock::{Clock as _, Millis, SystemClock};
 use crate::config::check::Resolved;
 use crate::job::json::Node;
 use crate::job::reply::{digest, rfc3339};
-use crate::job::{CheckoutRequest, Lane};
+use crate::job::{CheckoutRequest, Lane, Status};
 use crate::lifecycle::Stages;
 use crate::rabbit::publisher;
 use crate::rabbit::replies::ReplyQueue;
@@ -269,6 +269,12 @@ impl Sender<'_> {
         let made = self.send(number, request, turn == Turn::Probe).await?;
         if let (Turn::Probe, Some(made)) = (turn, &made) {
             precheck.judge(id.as_str(), made)?;
+        }
+        if made.as_ref().is_some_and(|made| made.status == Status::Cancelled) {
+            // What is published from now on would be served.
+            anyhow::bail!(
+                "its campaign was cancelled, so nothing more is sent. Run the command again only if these rows are to be sold after all"
+            );
         }
         Ok(made)
     }

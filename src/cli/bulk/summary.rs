@@ -60,6 +60,11 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
             ". A conflict: that request_id has a link as another job, and error_message names the fields that differ: give the flags and cells of that run, or another --request-id-prefix for new links",
         );
     }
+    if tally.statuses.contains_key(Status::Cancelled.as_str()) {
+        text.push_str(
+            ". The campaign was cancelled: run the command again only if those rows are to be sold after all",
+        );
+    }
     if tally.linked() < tally.rows {
         text.push_str(
             ". The columns error_code and error_message say why; the same command tries those rows again and keeps the links",
