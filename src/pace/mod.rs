@@ -37,7 +37,7 @@ const HAIR: Duration = Duration::from_millis(8);
 const SAVED: Duration = Duration::from_millis(250);
 /// How long before its time a place is given out at least: what a caller must do before its call it does then, and
 /// where that takes longer, the lead does as well.
-const LEAD: Duration = Duration::from_millis(25);
+const LEAD: Duration = Duration::from_millis(10);
 /// No place is given out earlier: whoever comes first in the meantime would stand behind it.
 const LONGEST_LEAD: Duration = Duration::from_secs(1);
 
