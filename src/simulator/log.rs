@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::Write as _;
+use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
+use std::path::Path;
 
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -45,6 +46,25 @@ pub struct Session {
     pub request: Value,
     /// What became of it; `pending` to begin with.
     pub status: String,
+}
+
+/// Opens a file of sessions, to go on at its end: on a line of its own, even if another process was killed in the
+/// middle of one.
+///
+/// # Errors
+/// If it cannot be opened, read or written to.
+pub(super) fn open_file(path: &Path) -> io::Result<File> {
+    let mut file = File::options().create(true).append(true).read(true).open(path)?;
+    // A pipe has no end to be looked at.
+    if file.metadata()?.len() > 0 {
+        let mut last = [0];
+        file.seek(SeekFrom::End(-1))?;
+        file.read_exact(&mut last)?;
+        if last != *b"\n" {
+            file.write_all(b"\n")?;
+        }
+    }
+    Ok(file)
 }
 
 /// Everything that happened.
@@ -177,8 +197,9 @@ impl Log {
     pub(super) fn add_session(&mut self, session: Session) -> Session {
         if let Some(file) = &mut self.file {
             let line = json!({"id": session.id, "request_id": session.request_id});
-            // Whoever asked for the file reads it; what is missing in it is missed there.
-            drop(writeln!(file, "{line}"));
+            // In one piece, so that a process that is killed leaves no part of it. Whoever asked for the file
+            // reads it; what is missing in it is missed there.
+            drop(file.write_all(format!("{line}\n").as_bytes()));
         }
         let by_id = &mut self.by_id;
         forget(&mut self.sessions, self.keep, &mut self.forgotten_sessions, |session| {
@@ -245,6 +266,18 @@ fn lines<T: Serialize>(items: &[T]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_gone_on_with_on_a_line_of_its_own() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("sessions");
+        for (before, after) in [("", "{}\n"), ("{}\n", "{}\n{}\n"), ("{}\n{\"i", "{}\n{\"i\n{}\n")]
+        {
+            std::fs::write(&path, before).unwrap();
+            open_file(&path).unwrap().write_all(b"{}\n").unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
+        }
+    }
 
     #[test]
     fn a_log_that_keeps_few_forgets_the_oldest_and_counts_all() {

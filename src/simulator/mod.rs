@@ -9,7 +9,6 @@ pub mod rules;
 pub mod script;
 
 use std::collections::VecDeque;
-use std::fs::OpenOptions;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -79,8 +78,7 @@ impl Simulator {
         options: Options,
     ) -> std::io::Result<(Arc<Self>, impl Future<Output = ()> + Send + 'static)> {
         let listener = TcpListener::bind(listen).await?;
-        let append = |path| OpenOptions::new().create(true).append(true).open(path);
-        let file = options.sessions_file.as_ref().map(append).transpose()?;
+        let file = options.sessions_file.as_deref().map(log::open_file).transpose()?;
         let simulator = Arc::new(Self {
             address: listener.local_addr()?,
             script: Mutex::new(options.script.clone()),
