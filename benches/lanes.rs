@@ -4,7 +4,8 @@
 //! Both against a simulated Creem at 50 ms. First: interactive jobs at a steady 20 a second, on an idle
 //! worker and then beside a backlog of bulk jobs, under a ceiling of 400 calls a second; their time from
 //! publish to reply, and how much of the ceiling is used. Second: a Creem that answers 429 above 300 calls
-//! a second, goes away for a minute and comes back.
+//! a second, goes away for a minute and comes back. Third: the first at such a Creem, of which nobody is told, with a
+//! worker for each lane and a PostgreSQL that they share.
 
 #![expect(
     clippy::unwrap_used,
@@ -31,8 +32,8 @@ use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Connection};
 use support::amqp::connect;
-use support::private::{BROKER, Private};
-use support::{PREFIX, Setting, directory, replies, stop, worker_with};
+use support::private::{BROKER, POSTGRES, Private};
+use support::{PREFIX, Setting, directory, replies, stop, worker_of};
 use svg::{Chart, Curve};
 use tokio::process::Child;
 use tokio::sync::watch;
@@ -66,14 +67,17 @@ async fn main() {
     two_lanes(&broker, &sizes).await;
     expiry(&broker, &sizes).await;
     unknown_limit(&broker, &sizes).await;
+    if let Some(server) = POSTGRES.start("bench-lanes").await {
+        lanes_apart(&broker, &server.url, &sizes).await;
+    }
     println!("bench: 1 passed, 0 failed");
 }
 
-/// A worker with its broker and its Creem, and the replies as they come.
+/// Workers with their broker and their Creem, and the replies as they come.
 struct Stage {
     simulator: Arc<Simulator>,
     connection: Connection,
-    worker: Child,
+    workers: Vec<Child>,
     /// When each reply came, by `request_id`.
     answered: watch::Receiver<HashMap<String, Answer>>,
     collecting: tokio::task::JoinHandle<()>,
@@ -86,21 +90,35 @@ struct Answer {
 }
 
 impl Stage {
+    /// One worker of both lanes, with a ledger of its own.
     async fn new(broker: &Private, script: Script, settings: &[(&str, &str)]) -> Self {
+        Self::with(broker, None, &["interactive,bulk"], script, settings).await
+    }
+
+    /// A worker for each of these lanes, with that ledger.
+    async fn with(
+        broker: &Private,
+        ledger: Option<&str>,
+        lanes: &[&str],
+        script: Script,
+        settings: &[(&str, &str)],
+    ) -> Self {
         let listen = "127.0.0.1:0".parse().unwrap();
         let (simulator, serve) = Simulator::start(listen, Options::default()).await.unwrap();
         tokio::spawn(serve);
         simulator.set_script(script);
         let connection = connect(&broker.url).await;
         let directory = directory("bench-lanes");
+        let own = || format!("sqlite:{}", directory.join("ledger.db").display());
         let setting = Setting {
             amqp: broker.url.clone(),
             creem: simulator.url(),
-            ledger: format!("sqlite:{}", directory.join("ledger.db").display()),
-            directory,
+            ledger: ledger.map_or_else(own, str::to_owned),
+            directory: directory.clone(),
             preload: None,
         };
-        let worker = worker_with(&setting, "worker", settings);
+        let start = |lanes: &&str| worker_of(lanes, &setting, &format!("worker-{lanes}"), settings);
+        let workers = lanes.iter().map(start).collect();
         let mut replies = replies(&connection).await;
         let (tell, answered) = watch::channel(HashMap::new());
         let collecting = tokio::spawn(async move {
@@ -115,7 +133,7 @@ impl Stage {
                 });
             }
         });
-        Self { simulator, connection, worker, answered, collecting }
+        Self { simulator, connection, workers, answered, collecting }
     }
 
     async fn channel(&self) -> Channel {
@@ -130,7 +148,9 @@ impl Stage {
     }
 
     async fn end(mut self) {
-        stop(&mut self.worker).await;
+        for worker in &mut self.workers {
+            stop(worker).await;
+        }
         for queue in ["jobs", "jobs.bulk", "replies"] {
             let name = format!("{PREFIX}.{queue}");
             let channel = self.connection.create_channel().await.unwrap();
@@ -400,5 +420,40 @@ async fn unknown_limit(broker: &Private, sizes: &Sizes) {
         ),
     );
     filling.abort();
+    stage.end().await;
+}
+
+/// Each lane has a worker of its own, and nobody has told them what Creem takes.
+async fn lanes_apart(broker: &Private, ledger: &str, sizes: &Sizes) {
+    const LIMIT: usize = 300;
+    let script =
+        Script { latency_ms: LATENCY_MS, limit_per_second: Some(LIMIT), ..Script::default() };
+    let stage = Stage::with(broker, Some(ledger), &["interactive", "bulk"], script, &[]).await;
+    // What they learn from is not what is measured.
+    let (seconds, warm) = (sizes.buyers / 20, if sizes.real { 5_000 } else { 100 });
+    backlog(&stage.channel().await, "warm", warm).await;
+    stage.answers(warm).await;
+    let idle = sorted(&buyers(&stage, "apart-idle", sizes.buyers).await);
+    let jobs = if sizes.real { LIMIT * seconds * 2 } else { sizes.backlog };
+    backlog(&stage.channel().await, "apart", jobs).await;
+    let calls = |stage: &Stage| {
+        let log = stage.simulator.log();
+        (log.posts().len(), log.sessions().len())
+    };
+    let (before, began) = (calls(&stage), Instant::now());
+    let busy = sorted(&buyers(&stage, "apart-busy", sizes.buyers).await);
+    let (posts, sessions) = calls(&stage);
+    let (posts, taken) = (posts - before.0, sessions - before.1);
+    let used = rate(taken, began.elapsed().as_secs_f64());
+    println!(
+        "a worker for each lane, one PostgreSQL, unknown limit of {LIMIT}/s: idle p50 {:.1} ms p99 {:.1} ms; beside a campaign p50 {:.1} ms p99 {:.1} ms ({:.2}x); {used:.0} calls/s taken ({:.1} %), 429s {:.2} % of calls",
+        at(&idle, 50),
+        at(&idle, 99),
+        at(&busy, 50),
+        at(&busy, 99),
+        at(&busy, 99) / at(&idle, 99),
+        used / rate(LIMIT, 1.0) * 100.0,
+        rate(posts - taken, 1.0) / rate(posts, 1.0) * 100.0,
+    );
     stage.end().await;
 }

@@ -38,10 +38,20 @@ pub(crate) fn worker(setting: &Setting, name: &str) -> Child {
 
 /// A worker with settings of its own, each `SECTION__KEY`.
 pub(crate) fn worker_with(setting: &Setting, name: &str, settings: &[(&str, &str)]) -> Child {
+    worker_of("interactive,bulk", setting, name, settings)
+}
+
+/// The same that serves those lanes.
+pub(crate) fn worker_of(
+    lanes: &str,
+    setting: &Setting,
+    name: &str,
+    settings: &[(&str, &str)],
+) -> Child {
     let log = std::fs::File::create(setting.directory.join(format!("{name}.log"))).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_checkout-worker"));
     command
-        .arg("run")
+        .args(["run", "--lanes", lanes])
         .env_clear()
         .env("AMQP_URL", &setting.amqp)
         .env("CREEM_API_KEY", "creem_test_bench")

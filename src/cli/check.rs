@@ -31,14 +31,6 @@ pub(super) struct Arguments {
     publish: bool,
 }
 
-/// What workers of one ledger should know where nothing says how many calls all of them may make.
-pub(super) fn budget_note(settings: &Resolved) -> Option<&'static str> {
-    let shared = matches!(settings.ledger, Ledger::Database(_));
-    (shared && settings.limits.ceiling.is_none()).then_some(
-        "rate_limit.per_second: it is not set, so that each worker finds by itself how fast Creem may be asked. Where buyers and campaigns are served by different workers (run --lanes), set it: otherwise neither knows of the other's calls, and buyers do not go first",
-    )
-}
-
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     let settings =
         if arguments.ledger { super::resolved_without_key(file, None)? } else { resolved(file)? };
@@ -72,9 +64,6 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         for (what, line) in orders.unwrap_or_else(|silent| vec![("orders", Err(silent))]) {
             report(what, line);
         }
-    }
-    if let Some(note) = budget_note(&settings) {
-        say(&format!("note     {note}"));
     }
     report("http.listen", listen);
     for (what, result) in broker {

@@ -58,9 +58,9 @@ pub(super) fn engine(
     let journey = Journey {
         rules: settings.journey,
         creem: Client::new(&settings.creem)?,
-        pacer: match (&budget, settings.limits.ceiling) {
-            (Some(_), Some(_)) => Pacer::shared(settings.limits),
-            _ => Pacer::new(settings.limits),
+        pacer: match &budget {
+            Some(_) => Pacer::shared(settings.limits),
+            None => Pacer::new(settings.limits),
         },
         gate: Arc::new(Gate::new(clock.clone(), ledger.clone())),
         orders: Orders::default(),
@@ -73,8 +73,7 @@ pub(super) fn engine(
         stop,
         ledger,
     };
-    let per_second = settings.limits.ceiling;
-    let budget = budget.map(|store| SharedBudget { store, per_second });
+    let budget = budget.map(|store| SharedBudget { store });
     Ok(Engine::new(journey, health, budget, settings.creem.mode))
 }
 

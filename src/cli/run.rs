@@ -7,7 +7,6 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::task::JoinSet;
 
-use super::check::budget_note;
 use super::engine::{self, Opened};
 use super::look::shown;
 use super::{Failure, Outcome, block_on, count, resolved};
@@ -82,11 +81,6 @@ async fn serve(
         http = %address,
         "starting"
     );
-    if settings.lanes.len() < Lane::ALL.len()
-        && let Some(note) = budget_note(&settings)
-    {
-        tracing::warn!("{note}");
-    }
     let opened = engine::open(&settings.ledger, &health, &stages).await?;
     let Some(opened) = opened else { return Ok(()) };
     let worker =

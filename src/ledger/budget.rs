@@ -14,8 +14,10 @@ use crate::job::Mode;
 pub struct Places {
     /// When the first one is, as this worker's clock has it; where there is none, when there may be one.
     pub first: Instant,
-    /// How many there are: all that were wished for, or none.
+    /// How many there are.
     pub count: u32,
+    /// How far apart they are.
+    pub interval: Duration,
     /// For how long all workers are quiet.
     pub quiet: Duration,
 }
@@ -23,10 +25,16 @@ pub struct Places {
 /// A wish for places.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Wish {
-    /// How many.
+    /// How many at most.
     pub count: u32,
-    /// How far apart.
-    pub interval: Duration,
+    /// And how long they last together at most, as far as that is more than one of them.
+    pub lasting: Duration,
+    /// How far apart at least, by one's own ceiling.
+    pub least: Duration,
+    /// How far apart where nobody has learned yet how far they are to be.
+    pub usual: Duration,
+    /// How long the places of others may last that these lie ahead of; those who come later are so much later.
+    pub ahead: Duration,
     /// How bulk gets them; interactive gets them at once.
     pub bulk: Option<BulkTerms>,
 }
@@ -49,6 +57,39 @@ pub struct News {
     pub down: Duration,
 }
 
+/// The rate that all have learned, as one of them has written it down.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Learned {
+    /// They are numbered from 1.
+    pub version: i64,
+    /// The rate; what it says is for those who share it.
+    pub text: String,
+    /// How long ago.
+    pub age: Duration,
+}
+
+/// A rate to be written down for all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Teaching<'a> {
+    /// After which version; 0 where none is known.
+    pub version: i64,
+    /// The rate.
+    pub text: &'a str,
+    /// How far apart places lie by it.
+    pub interval: Duration,
+}
+
+/// What became of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Taught {
+    /// It was written down.
+    Written,
+    /// Another one was, before it.
+    Other(Learned),
+    /// Another one is being written down: it can be tried again.
+    Busy,
+}
+
 /// What the workers of a shared ledger share besides jobs.
 pub trait Budget: Send + Sync {
     /// Takes places from the budget of that world.
@@ -61,11 +102,25 @@ pub trait Budget: Send + Sync {
         wish: Wish,
     ) -> BoxFuture<'static, Result<Places, LedgerError>>;
 
-    /// Tells all workers what this one knows of Creem, and what all of them know together.
+    /// Tells all workers what this one knows of Creem; what all of them know together, and have learned.
     ///
     /// # Errors
     /// See [`LedgerError`].
-    fn share(&self, mode: Mode, news: News) -> BoxFuture<'static, Result<News, LedgerError>>;
+    fn share(
+        &self,
+        mode: Mode,
+        news: News,
+    ) -> BoxFuture<'static, Result<(News, Option<Learned>), LedgerError>>;
+
+    /// Writes down a rate that was learned, unless another one was meanwhile.
+    ///
+    /// # Errors
+    /// See [`LedgerError`].
+    fn teach(
+        &self,
+        mode: Mode,
+        teaching: Teaching<'_>,
+    ) -> BoxFuture<'static, Result<Taught, LedgerError>>;
 }
 
 /// A reading that is surer than this needs no better one.

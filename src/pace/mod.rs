@@ -1,16 +1,20 @@
 //! How fast Creem may be asked, by whom first, and silence where Creem asked for it.
 //!
 //! Calls have *places*: points in time, of which each call takes one. How far apart they are is what was
-//! learned from Creem (see [`rate`]) or, if that is further, a ceiling. A ceiling of one worker by itself is
-//! kept here; workers that share one are granted places in small blocks by whoever keeps it for all. The
-//! pacer knows nothing of HTTP: it is told that a call was taken, or "slow down".
+//! learned from Creem (see [`rate`]) or, if that is further, a ceiling. One worker by itself keeps that here;
+//! workers that share a budget learn together (see [`together`]), and are granted places in small blocks by whoever
+//! keeps it for all. The pacer knows nothing of HTTP: it is told that a call was taken, or "slow down".
 //!
 //! Interactive callers come first. Bulk takes the rest, and where both wait a small share of its own, so
 //! that it is never starved. A call that was begun, and has lost its place, is first of all.
 
 pub mod breaker;
+mod kept;
+mod lately;
 pub mod rate;
 pub mod retry_budget;
+pub mod seen;
+pub mod together;
 pub mod usual;
 
 use std::collections::VecDeque;
@@ -22,7 +26,9 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::job::Lane;
+use lately::Lately;
 use rate::{Held, Rate};
+use seen::Seen;
 use usual::Usual;
 
 /// How late a call may be for its place, where there is a ceiling. Places are that much further apart in a
@@ -40,6 +46,8 @@ const SAVED: Duration = Duration::from_millis(250);
 const LEAD: Duration = Duration::from_millis(10);
 /// No place is given out earlier: whoever comes first in the meantime would stand behind it.
 const LONGEST_LEAD: Duration = Duration::from_secs(1);
+/// A granted place that lies no further ahead than this is no wait for the rate, but for the answer that granted it.
+const SOON: Duration = Duration::from_millis(5);
 
 /// What a pacer is to keep.
 #[derive(Debug, Clone, Copy)]
@@ -70,11 +78,19 @@ pub struct Pacer {
     wanted: Notify,
     /// Until when Creem has told this worker, and not another one, to be quiet.
     told: watch::Sender<Option<Instant>>,
+    /// Something was seen that all who share the rate must be told of.
+    saw: Notify,
 }
 
 #[derive(Debug)]
 struct State {
+    /// Where it is shared, as it was when it was last heard of.
     rate: Rate,
+    /// Which one it is of those that were written down for all; they are numbered.
+    version: i64,
+    /// What nobody else knows yet, and when the others were last told something.
+    seen: Seen,
+    told_at: Instant,
     /// When the next place is, as far as this worker alone decides.
     next: Instant,
     /// Granted places that nobody has taken.
@@ -87,6 +103,8 @@ struct State {
     owed: f64,
     /// How long callers take from their place to their call.
     preparing: Usual,
+    /// How many came of late.
+    came: Lately,
 }
 
 impl State {
@@ -171,7 +189,7 @@ impl Pacer {
         Self::with(limits, false)
     }
 
-    /// A pacer whose places are granted, [`Pacer::shared_interval`] apart.
+    /// A pacer whose places are granted, [`Pacer::least_interval`] apart or more.
     #[must_use]
     pub fn shared(limits: Limits) -> Self {
         Self::with(limits, true)
@@ -188,23 +206,40 @@ impl Pacer {
             waiting_ahead: AtomicUsize::new(0),
             state: Mutex::new(State {
                 rate: Rate::new(limits.ceiling, now),
+                version: 0,
+                seen: Seen::default(),
+                told_at: now,
                 next: now,
                 places: VecDeque::new(),
                 returned: VecDeque::new(),
                 quiet_until: now,
                 owed: 0.0,
                 preparing: Usual::default(),
+                came: Lately::new(now),
             }),
             changed: watch::Sender::new(()),
             wanted: Notify::new(),
             told: watch::Sender::new(None),
+            saw: Notify::new(),
         }
     }
 
-    /// How far apart the places of a shared budget lie.
+    /// Whether there is a number of calls that no second may hold more of.
     #[must_use]
-    pub fn shared_interval(per_second: f64) -> Duration {
-        interval(per_second, LATENESS + CLOCKS)
+    pub const fn has_ceiling(&self) -> bool {
+        self.limits.ceiling.is_some()
+    }
+
+    /// How far apart the places of a shared budget lie at least, by the ceiling.
+    #[must_use]
+    pub fn least_interval(&self) -> Duration {
+        self.limits.ceiling.map_or(Duration::ZERO, |rate| interval(rate, LATENESS + CLOCKS))
+    }
+
+    /// How far apart the places of a shared budget lie, by all that this worker has heard.
+    #[must_use]
+    pub fn shared_interval(&self) -> Duration {
+        self.state().rate.interval().max(self.least_interval())
     }
 
     /// Waits for the right to make one call: in each lane first come, first served. It comes a little before
@@ -265,7 +300,7 @@ impl Pacer {
         let returned = state.returned.front().copied();
         let own = recent.max(state.next);
         if own > now {
-            state.rate.press(now);
+            self.press(&mut state, now);
         }
         if returned.is_none() && own > now + lead {
             return Step::Sleep(own - lead);
@@ -276,7 +311,11 @@ impl Pacer {
             while state.places.front().is_some_and(|place| *place < own) {
                 state.places.pop_front();
             }
-            state.places.front().copied()
+            let granted = state.places.front().copied();
+            if granted.is_some_and(|place| place > now + SOON) {
+                self.press(&mut state, now);
+            }
+            granted
         } else {
             Some(own)
         };
@@ -293,13 +332,12 @@ impl Pacer {
         }
         if returned.is_some() {
             state.returned.pop_front();
+        } else if self.granted {
+            // How far apart they are is for whoever grants them.
+            state.places.pop_front();
         } else {
-            if self.granted {
-                state.places.pop_front();
-            }
-            let own_ceiling = self.limits.ceiling.filter(|_| !self.granted);
-            let least = own_ceiling.map_or(Duration::ZERO, |rate| interval(rate, LATENESS));
-            state.next = at + state.rate.interval().max(least);
+            let least = self.limits.ceiling.map(|rate| interval(rate, LATENESS));
+            state.next = at + state.rate.interval().max(least.unwrap_or_default());
         }
         let share = self.limits.bulk_share;
         let owed = match lane {
@@ -308,6 +346,7 @@ impl Pacer {
             Lane::Bulk => -1.0,
         };
         state.owed += owed;
+        state.came.count(now);
         let latest = self.limits.ceiling.map(|_| at + LATENESS);
         Step::Take(Place { given_at: now, at, latest, lane, owed })
     }
@@ -383,6 +422,12 @@ impl Pacer {
         Waiters { interactive, bulk }
     }
 
+    /// How many callers came of late, in so long as the count is kept.
+    #[must_use]
+    pub fn lately(&self) -> u32 {
+        self.state().came.lately(Instant::now())
+    }
+
     /// Grants places.
     pub fn grant(&self, places: impl IntoIterator<Item = Instant>) {
         self.state().places.extend(places);
@@ -391,22 +436,57 @@ impl Pacer {
 
     /// Creem took a call that was made at `asked`.
     pub fn taken(&self, asked: Instant) {
-        self.state().rate.taken(asked, Instant::now());
+        let (now, mut state) = (Instant::now(), self.state());
+        if self.granted {
+            let first = state.rate.is_refused();
+            state.seen.take(asked, now, first);
+            self.saw.notify_one();
+        } else {
+            state.rate.taken(asked, now);
+        }
     }
 
     /// Creem said "slow down" to a call that was made at `asked`.
     pub fn slow_down(&self, asked: Instant) {
-        self.state().rate.slow_down(asked, Instant::now());
+        let (now, mut state) = (Instant::now(), self.state());
+        if self.granted {
+            state.seen.refuse(asked, now);
+            self.saw.notify_one();
+        } else {
+            state.rate.slow_down(asked, now);
+        }
     }
 
     /// Creem said that it has too much to do, to a call that was made at `asked`.
     pub fn overloaded(&self, asked: Instant) {
-        self.state().rate.overloaded(asked, Instant::now());
+        let (now, mut state) = (Instant::now(), self.state());
+        if self.granted {
+            state.seen.overload(asked, now);
+            self.saw.notify_one();
+        } else {
+            state.rate.overloaded(asked, now);
+        }
     }
 
     /// After an outage: begins slowly again.
     pub fn restart(&self) {
-        self.state().rate.restart(Instant::now());
+        let mut state = self.state();
+        if self.granted {
+            state.seen.restart();
+            self.saw.notify_one();
+        } else {
+            state.rate.restart(Instant::now());
+        }
+    }
+
+    /// A call has to wait for the rate.
+    fn press(&self, state: &mut State, now: Instant) {
+        if self.granted {
+            state.seen.press();
+            self.saw.notify_one();
+        } else {
+            state.rate.press(now);
+        }
     }
 
     /// Creem asked this worker for silence: nobody calls until it is over.
@@ -426,7 +506,10 @@ impl Pacer {
     #[must_use]
     pub fn explain(&self) -> (f64, String) {
         let now = Instant::now();
-        let state = self.state();
+        let mut state = self.state();
+        if self.granted {
+            state.rate.grow(now);
+        }
         let per_second = state.rate.per_second();
         let silence = state.quiet_until.saturating_duration_since(now);
         if !silence.is_zero() {
@@ -442,7 +525,7 @@ impl Pacer {
 
     /// Until when Creem has asked this worker for silence, and when that changes.
     #[must_use]
-    pub fn told(&self) -> watch::Receiver<Option<Instant>> {
+    pub fn silences(&self) -> watch::Receiver<Option<Instant>> {
         self.told.subscribe()
     }
 
@@ -541,7 +624,7 @@ mod tests {
                     let wanted = interactive + bulk;
                     // A round trip.
                     tokio::time::sleep(Duration::from_millis(2)).await;
-                    let interval = Pacer::shared_interval(rate);
+                    let interval = interval(rate, LATENESS + CLOCKS);
                     let count = u32::try_from(wanted.min(8)).unwrap();
                     let first = {
                         let mut next = next.lock().unwrap();
@@ -662,7 +745,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn what_another_worker_was_told_is_not_told_on() {
         let pacer = own(None);
-        let mut told = pacer.told();
+        let mut told = pacer.silences();
         pacer.hear(Instant::now() + Duration::from_secs(3));
         assert!(!told.has_changed().unwrap());
         pacer.quiet(Duration::from_secs(5));

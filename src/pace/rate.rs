@@ -12,6 +12,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use super::seen::Seen;
+
 /// Where nobody has said how fast: calls a second to begin with.
 const START: f64 = 100.0;
 /// However often it is cut: calls a second that remain.
@@ -52,7 +54,7 @@ const TICK: Duration = Duration::from_millis(100);
 /// What is left of the best second after another tick: half of it after two minutes.
 const FADES: f64 = 0.9994;
 /// Ticks of which the calls are counted: a second.
-const TICKS: usize = 10;
+pub(super) const TICKS: usize = 10;
 
 /// What holds the rate where it is.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -92,23 +94,23 @@ impl fmt::Display for Held {
 /// The rate at which calls are made.
 #[derive(Debug, Clone)]
 pub struct Rate {
-    per_second: f64,
-    ceiling: Option<f64>,
+    pub(super) per_second: f64,
+    pub(super) ceiling: Option<f64>,
     /// The rate at which Creem last said "slow down".
-    limit: Option<f64>,
-    cut_at: Option<Instant>,
-    tick_at: Instant,
+    pub(super) limit: Option<f64>,
+    pub(super) cut_at: Option<Instant>,
+    pub(super) tick_at: Instant,
     /// Whether a call had to wait for the rate since the last tick, and in the one before.
-    pressed: [bool; 2],
+    pub(super) pressed: [bool; 2],
     /// When Creem last said "slow down", until it takes a call that was made after that: in between it is
     /// only asked now and then whether it takes calls again.
-    refused_at: Option<Instant>,
+    pub(super) refused_at: Option<Instant>,
     /// Calls that were taken in the last ticks, the current one first.
-    taken: [u32; TICKS],
+    pub(super) taken: [u32; TICKS],
     /// And those that were not.
-    refused: [u32; TICKS],
+    pub(super) refused: [u32; TICKS],
     /// The most that were taken in a second, fading: what an outage does not make forgotten.
-    best: f64,
+    pub(super) best: f64,
 }
 
 impl Rate {
@@ -153,9 +155,19 @@ impl Rate {
     pub fn taken(&mut self, asked: Instant, now: Instant) {
         self.grow(now);
         self.taken[0] = self.taken[0].saturating_add(1);
+        self.hear_taken(asked);
+    }
+
+    fn hear_taken(&mut self, asked: Instant) {
         if self.refused_at.is_some_and(|refused_at| asked > refused_at) {
             self.refused_at = None;
         }
+    }
+
+    /// Whether Creem has said "slow down", and taken no call since.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        self.refused_at.is_some()
     }
 
     /// Creem said "slow down" to a call that was made at `asked`.
@@ -205,6 +217,31 @@ impl Rate {
         self.set(before / 10.0);
     }
 
+    /// One of those who share it has seen that, of late.
+    pub fn see(&mut self, seen: &Seen, now: Instant) {
+        self.grow(now);
+        // The first one who finds Creem back begins slowly. The others find that out a moment later, when calls
+        // are taken again.
+        if seen.restarted && !self.takes_any() {
+            self.restart(now);
+        }
+        self.pressed[0] |= seen.pressed;
+        self.taken[0] = self.taken[0].saturating_add(seen.taken.count);
+        if let Some((asked, answered)) = seen.refused.last {
+            self.refused[0] = self.refused[0].saturating_add(seen.refused.count - 1);
+            self.slow_down(asked, answered);
+        }
+        if let Some((asked, answered)) = seen.overloaded.last
+            && self.takes_any()
+        {
+            self.refused[0] = self.refused[0].saturating_add(seen.overloaded.count - 1);
+            self.slow_down(asked, answered);
+        }
+        if let Some((asked, _)) = seen.taken.last {
+            self.hear_taken(asked);
+        }
+    }
+
     /// What holds the rate where it is.
     #[must_use]
     pub fn held(&self, now: Instant) -> Held {
@@ -240,7 +277,8 @@ impl Rate {
         if self.limit.is_some() { second } else { second.max(lately) }
     }
 
-    fn grow(&mut self, now: Instant) {
+    /// Lets time pass.
+    pub fn grow(&mut self, now: Instant) {
         let mut ticks = 0;
         while now >= self.tick_at + TICK {
             self.tick_at += TICK;
@@ -267,14 +305,16 @@ impl Rate {
         let second = TICK.as_secs_f64();
         let fast = |times: f64| self.per_second * 2_f64.powf(second * times);
         let next = match self.limit {
-            Some(limit) if self.per_second < limit * FAST_UNTIL => {
+            // With a hair's room: what is written down and read again may differ in the last digit.
+            Some(limit) if self.per_second < limit * FAST_UNTIL * (1.0 - 1e-9) => {
                 fast(1.0).min(limit * FAST_UNTIL)
             }
             Some(limit) if self.per_second < limit * FORGET_ABOVE => {
                 let since =
                     self.cut_at.map(|cut_at| self.tick_at.saturating_duration_since(cut_at));
                 let eager = since.unwrap_or_default().div_duration_f64(PATIENCE).max(1.0);
-                self.per_second + (limit * SLOWLY).max(LEAST) * eager * second
+                // After a night as well it is tried out how much more it may be.
+                fast(1.0).min(self.per_second + (limit * SLOWLY).max(LEAST) * eager * second)
             }
             Some(_) | None => {
                 self.limit = None;
@@ -285,7 +325,7 @@ impl Rate {
         self.set(next);
     }
 
-    fn set(&mut self, per_second: f64) {
+    pub(super) fn set(&mut self, per_second: f64) {
         let most = self.ceiling.unwrap_or(f64::MAX);
         self.per_second = per_second.clamp(LEAST.min(most), most);
     }
@@ -492,6 +532,29 @@ mod tests {
     }
 
     #[test]
+    fn after_a_quiet_night_it_does_not_leap() {
+        let start = Instant::now();
+        let mut rate = Rate::new(None, start);
+        for millis in 0..100 {
+            rate.press(start + MILLI * millis);
+            rate.taken(start + MILLI * millis, start + MILLI * millis);
+        }
+        for _ in 0..10 {
+            rate.slow_down(start + MILLI * 100, start + MILLI * 100);
+        }
+        let mut now = start + Duration::from_secs(8 * 3_600);
+        rate.taken(now, now);
+        let before = rate.per_second();
+        for _ in 0..100 {
+            now += MILLI * 10;
+            rate.press(now);
+            rate.taken(now, now);
+        }
+        let after = rate.per_second();
+        assert!(after > before && after <= before * 2.1, "{before} became {after} in a second");
+    }
+
+    #[test]
     fn it_says_what_holds_it() {
         let start = Instant::now();
         let mut rate = Rate::new(None, start);
@@ -535,7 +598,67 @@ mod tests {
         assert!(few.per_second() < START, "of few calls each one says something");
     }
 
+    #[test]
+    fn of_those_who_share_it_the_first_alone_begins_slowly_after_an_outage() {
+        let start = Instant::now();
+        let mut rate = Rate::new(Some(500.0), start);
+        let back = start + Duration::from_secs(60);
+        let mut seen = Seen::default();
+        seen.restart();
+        seen.take(back, back, false);
+        rate.see(&seen, back);
+        let slow = rate.per_second();
+        assert!(slow <= 50.0, "{slow}");
+        rate.see(&seen, back + MILLI * 400);
+        assert!(rate.per_second() >= slow, "the second one finds it taking calls");
+        rate.see(&seen, back + Duration::from_secs(60));
+        assert!(rate.per_second() <= 50.0, "another outage is another one");
+    }
+
+    #[test]
+    fn what_was_taken_since_ends_the_silence_though_it_is_told_together() {
+        let start = Instant::now();
+        let mut rate = Rate::new(None, start);
+        let mut seen = Seen::default();
+        seen.refuse(start, start + MILLI * 10);
+        rate.see(&seen, start + MILLI * 20);
+        assert!(rate.is_refused());
+        let mut seen = Seen::default();
+        seen.refuse(start + MILLI * 30, start + MILLI * 40);
+        seen.take(start + MILLI * 50, start + MILLI * 60, true);
+        rate.see(&seen, start + MILLI * 70);
+        assert!(!rate.is_refused());
+        let mut seen = Seen::default();
+        seen.refuse(start + MILLI * 100, start + MILLI * 110);
+        seen.take(start + MILLI * 90, start + MILLI * 120, true);
+        rate.see(&seen, start + MILLI * 130);
+        assert!(rate.is_refused(), "what was taken was asked before");
+    }
+
     proptest! {
+        #[test]
+        fn one_who_tells_everything_at_once_learns_as_one_who_is_alone(
+            ceiling in proptest::option::of(1.0..1e4),
+            steps in proptest::collection::vec((0_u8..5, 0_u32..400, 0_u32..300), 1..300),
+        ) {
+            let start = Instant::now() + Duration::from_secs(1);
+            let (mut alone, mut shared) = (Rate::new(ceiling, start), Rate::new(ceiling, start));
+            let mut now = start;
+            for (step, millis, took) in steps {
+                now += MILLI * millis;
+                let asked = now.checked_sub(MILLI * took).unwrap();
+                let mut seen = Seen::default();
+                match step {
+                    0 => { alone.press(now); seen.press(); }
+                    1 | 2 => { alone.taken(asked, now); seen.take(asked, now, false); }
+                    3 => { alone.slow_down(asked, now); seen.refuse(asked, now); }
+                    _ => { alone.overloaded(asked, now); seen.overload(asked, now); }
+                }
+                shared.see(&seen, now);
+                prop_assert_eq!(alone.keep(now), shared.keep(now));
+            }
+        }
+
         #[test]
         fn it_stays_in_bounds_and_grows_only_where_calls_wait(
             ceiling in proptest::option::of(0.001..1e6),

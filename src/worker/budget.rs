@@ -1,5 +1,5 @@
 //! The budget that workers of one ledger share: blocks of places from it for the pacer, and what one
-//! worker knows of Creem, told to all: that it asked for silence, or is down.
+//! worker knows of Creem, told to all: that it asked for silence, or is down, and how fast it can be asked.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -10,17 +10,20 @@ use tokio::time::Instant;
 use super::engine::Engine;
 use super::journey::Journey;
 use crate::job::Mode;
-use crate::ledger::{Budget, BulkTerms, LedgerError, News, Wish};
+use crate::ledger::{Budget, BulkTerms, LedgerError, News, Taught, Teaching, Wish};
 use crate::pace::{Pacer, Waiters};
 use crate::retry::backoff;
 
-/// What a block of places lasts at the ceiling: longer blocks mean fewer round trips, and a worker
+/// What a block of places lasts: longer blocks mean fewer round trips, and a worker
 /// that stops takes up to one with it.
 const BLOCK: Duration = Duration::from_millis(200);
 /// Most places in a block.
 const MAX_BLOCK: u32 = 64;
-/// How far ahead bulk takes places: for so long somebody who waits may be behind it.
+/// How far ahead bulk takes places: for so long somebody who waits may be behind it, where there is a ceiling.
 const HORIZON: Duration = Duration::from_millis(80);
+/// Where there is none: how many of the places that others have taken somebody who waits may go ahead of. As much as
+/// bulk has at most, as its last block ends beyond its horizon. So many more calls a moment may hold.
+const AHEAD: Duration = Duration::from_millis(120);
 /// Bulk that got no place asks again after that at the soonest.
 const SOONEST: Duration = Duration::from_millis(2);
 /// For how long the word of a worker holds that finds Creem down.
@@ -33,22 +36,19 @@ const LISTEN_EVERY: Duration = Duration::from_millis(400);
 pub struct SharedBudget {
     /// Who keeps it.
     pub store: Arc<dyn Budget>,
-    /// Most calls a second of all workers together; `None` where there is no ceiling, and silence alone
-    /// is shared.
-    pub per_second: Option<f64>,
 }
 
 impl std::fmt::Debug for SharedBudget {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SharedBudget").field("per_second", &self.per_second).finish_non_exhaustive()
+        f.debug_struct("SharedBudget").finish_non_exhaustive()
     }
 }
 
 /// Leases places as they are wanted; while the ledger is away, nobody gets any.
-pub(super) async fn lease(engine: Arc<Engine>, budget: Arc<dyn Budget>, per_second: f64) {
+pub(super) async fn lease(engine: Arc<Engine>, budget: Arc<dyn Budget>) {
     let pacer = &engine.journey.pacer;
     loop {
-        let Err(error) = grant(pacer, &*budget, engine.mode, per_second).await;
+        let Err(error) = grant(pacer, &*budget, engine.mode).await;
         engine.wait_for_the_ledger(&error).await;
         // Whoever waits still does, and asks again.
         pacer.grant([]);
@@ -67,38 +67,60 @@ pub async fn grant(
     pacer: &Pacer,
     budget: &(impl Budget + ?Sized),
     mode: Mode,
-    per_second: f64,
 ) -> Result<Infallible, LedgerError> {
-    let interval = Pacer::shared_interval(per_second);
-    // At a slow pace that is the next place and the one after it.
-    let horizon = HORIZON.max(interval * 2);
-    let (most, most_bulk) = (block(BLOCK, interval), block(horizon / 2, interval));
     let mut bulk_from = None;
+    // As it was with the last places: what is learned here is known there sooner.
+    let mut interval = pacer.shared_interval();
     loop {
-        let Waiters { interactive, bulk } = wanted(pacer, bulk_from).await;
-        let count = |waiting: usize, most: u32| u32::try_from(waiting).unwrap_or(most).min(most);
-        let wish = if interactive > 0 {
-            Wish { count: count(interactive, most), interval, bulk: None }
-        } else if bulk > 0 {
-            let count = count(bulk, most_bulk);
-            let every = (interval * count).div_f64(pacer.bulk_share());
-            Wish { count, interval, bulk: Some(BulkTerms { horizon, every }) }
-        } else {
+        let waiters = wanted(pacer, bulk_from).await;
+        let Some(wish) = wish(pacer, interval, waiters) else {
             // Whoever asked has given up.
             bulk_from = None;
             continue;
         };
         let places = budget.lease_places(mode, wish).await?;
+        interval = places.interval;
         pacer.hear(Instant::now() + places.quiet);
         if places.count > 0 {
             bulk_from = None;
             pacer.grant((0..places.count).map(|place| places.first + interval * place));
         } else {
             // All who were told the same would come at the same moment.
-            let apart = (horizon / 2).mul_f64(backoff::chance());
+            let apart = (horizon(interval) / 2).mul_f64(backoff::chance());
             bulk_from = Some(places.first.max(Instant::now() + SOONEST) + apart);
         }
     }
+}
+
+/// What is to be wished for those who wait, if anybody does.
+fn wish(pacer: &Pacer, interval: Duration, waiters: Waiters) -> Option<Wish> {
+    // Under a ceiling a place is lost that nobody takes at once. Elsewhere it is kept for those who will come soon, as
+    // each question costs the ledger a commit.
+    let soon = if pacer.has_ceiling() { 0 } else { pacer.lately() };
+    let wish = |waiting: usize, lasting: Duration| Wish {
+        count: u32::try_from(waiting).unwrap_or(MAX_BLOCK).max(soon).min(MAX_BLOCK),
+        lasting,
+        least: pacer.least_interval(),
+        usual: pacer.shared_interval(),
+        ahead: Duration::ZERO,
+        bulk: None,
+    };
+    if waiters.interactive > 0 {
+        // No second may hold more calls than a ceiling allows, whoever waits.
+        let ahead = if pacer.has_ceiling() { Duration::ZERO } else { AHEAD };
+        return Some(Wish { ahead, ..wish(waiters.interactive, BLOCK) });
+    }
+    let horizon = horizon(interval);
+    let wish = wish(waiters.bulk, horizon / 2);
+    let lasts = (interval * wish.count).min(wish.lasting.max(interval));
+    let every = lasts.div_f64(pacer.bulk_share());
+    let bulk = Some(BulkTerms { horizon, every });
+    (waiters.bulk > 0).then_some(Wish { bulk, ..wish })
+}
+
+/// How far ahead bulk takes places. At a slow pace that is the next place and the one after it.
+fn horizon(interval: Duration) -> Duration {
+    HORIZON.max(interval * 2)
 }
 
 /// Waits until places are wanted. `bulk_from` says that bulk waits, and when it may ask again; before that
@@ -119,15 +141,39 @@ async fn wanted(pacer: &Pacer, bulk_from: Option<Instant>) -> Waiters {
     }
 }
 
-/// How many places fit into so long, at least one.
-fn block(duration: Duration, interval: Duration) -> u32 {
-    #[expect(
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a cast to an integer saturates, and bounds follow"
-    )]
-    let places = duration.div_duration_f64(interval) as u32;
-    places.clamp(1, MAX_BLOCK)
+/// Tells all workers what this one has seen of how fast Creem can be asked.
+pub(super) async fn learn(engine: Arc<Engine>, budget: Arc<dyn Budget>) {
+    loop {
+        let Err(error) = teach(&engine.journey.pacer, &*budget, engine.mode).await;
+        engine.wait_for_the_ledger(&error).await;
+    }
+}
+
+/// Tells it whenever there is something to tell; ends with the ledger's error only.
+///
+/// # Errors
+/// See [`LedgerError`].
+pub async fn teach(
+    pacer: &Pacer,
+    budget: &(impl Budget + ?Sized),
+    mode: Mode,
+) -> Result<Infallible, LedgerError> {
+    loop {
+        let lesson = pacer.lesson().await;
+        let (version, interval) = (lesson.version, lesson.interval);
+        let teaching = Teaching { version, text: &lesson.text, interval };
+        match budget.teach(mode, teaching).await {
+            Ok(Taught::Written) => pacer.told(lesson),
+            Ok(Taught::Other(other)) => {
+                pacer.corrected(&lesson, other.version, &other.text, other.age);
+            }
+            Ok(Taught::Busy) => pacer.untold(&lesson),
+            Err(error) => {
+                pacer.untold(&lesson);
+                return Err(error);
+            }
+        }
+    }
 }
 
 /// Tells all workers what this one knows of Creem, and hears what others know. A ledger that is away pauses
@@ -154,13 +200,16 @@ pub async fn listen(
     down: impl Fn() -> bool,
     hear: impl Fn(bool),
 ) -> Result<(), LedgerError> {
-    let mut told = pacer.told();
+    let mut told = pacer.silences();
     loop {
         let until = *told.borrow_and_update();
         let quiet =
             until.map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
         let down = if down() { DOWN_FOR } else { Duration::ZERO };
-        let news = budget.share(mode, News { quiet, down }).await?;
+        let (news, learned) = budget.share(mode, News { quiet, down }).await?;
+        if let Some(learned) = learned {
+            pacer.learn(learned.version, &learned.text, learned.age);
+        }
         if !news.quiet.is_zero() {
             pacer.hear(Instant::now() + news.quiet);
         }
@@ -184,7 +233,8 @@ mod tests {
     use futures::future::BoxFuture;
 
     use super::*;
-    use crate::ledger::Places;
+    use crate::job::Lane;
+    use crate::ledger::{Learned, Places};
     use crate::pace::Limits;
 
     const LIMITS: Limits = Limits { ceiling: Some(100.0), bulk_share: 0.05 };
@@ -204,14 +254,26 @@ mod tests {
             unreachable!("nobody asks for a place")
         }
 
-        fn share(&self, _mode: Mode, news: News) -> BoxFuture<'static, Result<News, LedgerError>> {
+        fn teach(
+            &self,
+            _mode: Mode,
+            _teaching: Teaching<'_>,
+        ) -> BoxFuture<'static, Result<Taught, LedgerError>> {
+            unreachable!("nobody makes a call")
+        }
+
+        fn share(
+            &self,
+            _mode: Mode,
+            news: News,
+        ) -> BoxFuture<'static, Result<(News, Option<Learned>), LedgerError>> {
             let mut told = self.told.lock().unwrap();
             told.push(news.quiet);
             let silences = told.iter().filter(|silence| !silence.is_zero()).count();
             let answer = if silences == 1 && !news.quiet.is_zero() {
                 Err(LedgerError::Unavailable("it restarts".to_owned()))
             } else {
-                Ok(news)
+                Ok((news, None))
             };
             std::future::ready(answer).boxed()
         }
@@ -227,5 +289,68 @@ mod tests {
         drop(tokio::time::timeout(Duration::from_millis(1), listen()).await);
         let told = budget.told.lock().unwrap();
         assert_eq!(*told, [Duration::from_secs(10), Duration::from_secs(9)]);
+    }
+
+    /// A budget that has places for everybody, and counts who asks.
+    #[derive(Default)]
+    struct Generous {
+        asked: Mutex<u32>,
+    }
+
+    impl Budget for Generous {
+        fn lease_places(
+            &self,
+            _mode: Mode,
+            wish: Wish,
+        ) -> BoxFuture<'static, Result<Places, LedgerError>> {
+            *self.asked.lock().unwrap() += 1;
+            let interval = Duration::from_millis(2);
+            let places = Places {
+                first: Instant::now() + interval,
+                count: wish.count,
+                interval,
+                quiet: Duration::ZERO,
+            };
+            let trip = tokio::time::sleep(interval);
+            trip.map(move |()| Ok(places)).boxed()
+        }
+
+        fn teach(
+            &self,
+            _mode: Mode,
+            _teaching: Teaching<'_>,
+        ) -> BoxFuture<'static, Result<Taught, LedgerError>> {
+            unreachable!("nobody makes a call")
+        }
+
+        fn share(
+            &self,
+            _mode: Mode,
+            _news: News,
+        ) -> BoxFuture<'static, Result<(News, Option<Learned>), LedgerError>> {
+            unreachable!("nobody tells anything")
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn callers_who_come_one_by_one_cost_no_question_each() {
+        for (every, questions) in [(10, 110), (50, 60), (1_000, 10)] {
+            let pacer = Pacer::shared(Limits { ceiling: None, bulk_share: 0.05 });
+            let budget = Generous::default();
+            let callers = async {
+                for _ in 0..10_000 / every {
+                    let came = Instant::now();
+                    pacer.admit(Lane::Interactive).await.come().await;
+                    assert!(came.elapsed() < Duration::from_millis(10), "{:?}", came.elapsed());
+                    tokio::time::sleep(Duration::from_millis(every)).await;
+                }
+            };
+            tokio::select! {
+                () = callers => {}
+                _ = grant(&pacer, &budget, Mode::Test) => unreachable!("it never ends"),
+            }
+            let asked = *budget.asked.lock().unwrap();
+            assert!(asked <= questions, "every {every} ms: {asked} questions in ten seconds");
+        }
     }
 }

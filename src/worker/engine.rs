@@ -98,9 +98,8 @@ impl Engine {
         tasks.spawn(async move { circuit.journey.circuit.keep_time().await });
         if let Some(budget) = &self.budget {
             tasks.spawn(budget::share_news(self.clone(), budget.store.clone()));
-            if let Some(per_second) = budget.per_second {
-                tasks.spawn(budget::lease(self.clone(), budget.store.clone(), per_second));
-            }
+            tasks.spawn(budget::lease(self.clone(), budget.store.clone()));
+            tasks.spawn(budget::learn(self.clone(), budget.store.clone()));
         }
     }
 

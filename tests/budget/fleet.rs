@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use creem_checkout_worker::job::{Lane, Mode};
 use creem_checkout_worker::ledger::budget::Reckoning;
-use creem_checkout_worker::ledger::{Budget, LedgerError, News, Places, Wish};
+use creem_checkout_worker::ledger::{
+    Budget, Learned, LedgerError, News, Places, Taught, Teaching, Wish,
+};
 use creem_checkout_worker::pace::{Limits, Pacer};
-use creem_checkout_worker::worker::budget::{grant, listen};
+use creem_checkout_worker::worker::budget::{grant, listen, teach};
 use fastrand::Rng;
 use futures::FutureExt as _;
 use futures::future::BoxFuture;
@@ -16,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 
 /// Jobs that each worker has in the works, as by default.
-const IN_THE_WORKS: usize = 64;
+pub(crate) const IN_THE_WORKS: usize = 64;
 /// How long Creem takes for an answer.
 const ANSWER_MS: Range<u32> = 50..400;
 /// What Creem asks for, once.
@@ -53,12 +55,27 @@ pub(crate) struct Ran {
 }
 
 /// The database's row.
-struct Row {
+pub(crate) struct Row {
     /// When its clock showed nothing.
     started: Instant,
     next: Instant,
     quiet_until: Instant,
     bulk_at: Instant,
+    buyers_at: Instant,
+    /// What was learned, when that was written, and how far apart places are by it.
+    learned: Option<(i64, String, Instant, Duration)>,
+}
+
+impl Row {
+    pub(crate) fn new(started: Instant) -> Self {
+        let (next, quiet_until, bulk_at, buyers_at) = (started, started, started, started);
+        Self { started, next, quiet_until, bulk_at, buyers_at, learned: None }
+    }
+
+    fn learned(&self) -> Option<Learned> {
+        let (version, text, at, _) = self.learned.clone()?;
+        Some(Learned { version, text, age: at.elapsed() })
+    }
 }
 
 /// A worker's way to it.
@@ -108,7 +125,7 @@ impl Budget for Seat {
         _mode: Mode,
         wish: Wish,
     ) -> BoxFuture<'static, Result<Places, LedgerError>> {
-        let Wish { count, interval, bulk } = wish;
+        let Wish { count, lasting, least, usual, ahead, bulk } = wish;
         let (there, back) = (self.way(), self.way());
         let (row, lead) = (self.row.clone(), self.lead.clone());
         let reckoning = self.reckoning.clone();
@@ -118,51 +135,119 @@ impl Budget for Seat {
             let asked = Instant::now();
             let expected = *lead.lock().unwrap();
             tokio::time::sleep(there).await;
-            let (first, now, quiet, count) = {
+            let (first, now, quiet, count, interval) = {
                 let mut row = row.lock().unwrap();
                 let now = Instant::now();
+                let interval = row.learned.as_ref().map_or(usual, |learned| learned.3).max(least);
+                let fits = lasting.as_nanos() / interval.as_nanos().max(1);
+                let count = u32::try_from(fits).unwrap_or(u32::MAX).min(count).max(1);
                 let next = row.next.max(row.quiet_until);
                 let given =
                     bulk.is_none_or(|terms| next <= now + terms.horizon || row.bulk_at <= now);
                 let first = if given {
-                    let first = next.max(now + expected);
-                    row.next = first + interval * count;
-                    row.bulk_at = bulk.map_or(row.bulk_at, |terms| now + terms.every);
-                    first
+                    let last = next.max(now + expected);
+                    row.next = last + interval * count;
+                    if let Some(terms) = bulk {
+                        row.bulk_at = now + terms.every;
+                        last
+                    } else {
+                        let ahead = next.checked_sub(ahead).unwrap_or(row.started);
+                        let first =
+                            row.buyers_at.max(ahead).max(row.quiet_until).max(now + expected);
+                        row.buyers_at = first + interval * count;
+                        first
+                    }
                 } else {
                     let horizon = bulk.map_or(Duration::ZERO, |terms| terms.horizon);
                     (next - horizon).min(row.bulk_at)
                 };
                 let shown = |at: Instant| micros(at - row.started);
                 let quiet = row.quiet_until.saturating_duration_since(now);
-                (shown(first), shown(now), quiet, if given { count } else { 0 })
+                (shown(first), shown(now), quiet, if given { count } else { 0 }, interval)
             };
             tokio::time::sleep(back).await;
             *lead.lock().unwrap() = asked.elapsed();
             reckoning.hear(now, asked);
             let first = reckoning.instant(first).unwrap();
-            Ok(Places { first, count, quiet })
+            Ok(Places { first, count, interval, quiet })
         }
         .boxed()
     }
 
-    fn share(&self, _mode: Mode, news: News) -> BoxFuture<'static, Result<News, LedgerError>> {
+    fn teach(
+        &self,
+        _mode: Mode,
+        Teaching { version, text, interval }: Teaching<'_>,
+    ) -> BoxFuture<'static, Result<Taught, LedgerError>> {
+        let (there, back, row) = (self.way(), self.way(), self.row.clone());
+        let text = text.to_owned();
+        async move {
+            tokio::time::sleep(there).await;
+            let taught = {
+                let mut row = row.lock().unwrap();
+                match row.learned() {
+                    Some(other) if other.version != version => Taught::Other(other),
+                    _ => {
+                        row.learned = Some((version + 1, text, Instant::now(), interval));
+                        Taught::Written
+                    }
+                }
+            };
+            tokio::time::sleep(back).await;
+            Ok(taught)
+        }
+        .boxed()
+    }
+
+    fn share(
+        &self,
+        _mode: Mode,
+        news: News,
+    ) -> BoxFuture<'static, Result<(News, Option<Learned>), LedgerError>> {
         let (there, back, row) = (self.way(), self.way(), self.row.clone());
         async move {
             tokio::time::sleep(there).await;
-            let quiet = {
+            let (quiet, learned) = {
                 let mut row = row.lock().unwrap();
                 let now = Instant::now();
                 if !news.quiet.is_zero() {
                     row.quiet_until = row.quiet_until.max(now + news.quiet);
                 }
-                row.quiet_until.saturating_duration_since(now)
+                (row.quiet_until.saturating_duration_since(now), row.learned())
             };
             tokio::time::sleep(back).await;
-            Ok(News { quiet, ..news })
+            Ok((News { quiet, ..news }, learned))
         }
         .boxed()
     }
+}
+
+/// Lets a worker take places from the row and share what it knows; the randomness that is its own.
+pub(crate) fn serve(
+    tasks: &mut JoinSet<()>,
+    pacer: &Arc<Pacer>,
+    row: &Arc<Mutex<Row>>,
+    random: Rng,
+) -> Arc<Mutex<Rng>> {
+    let random = Arc::new(Mutex::new(random));
+    let seat = || Seat {
+        row: row.clone(),
+        random: random.clone(),
+        lead: Arc::default(),
+        reckoning: Arc::default(),
+    };
+    let (leasing, listening, teaching) = (seat(), seat(), seat());
+    let (for_grants, for_silence, for_rate) = (pacer.clone(), pacer.clone(), pacer.clone());
+    tasks.spawn(async move {
+        grant(&for_grants, &leasing, Mode::Test).await.unwrap();
+    });
+    tasks.spawn(async move {
+        teach(&for_rate, &teaching, Mode::Test).await.unwrap();
+    });
+    tasks.spawn(async move {
+        listen(&for_silence, &listening, Mode::Test, || false, |_| {}).await.unwrap();
+    });
+    random
 }
 
 /// What was called: when, and by whom.
@@ -198,8 +283,7 @@ impl Fleet {
     #[expect(clippy::cast_precision_loss, reason = "a few thousand")]
     async fn simulate_buyers(&self) -> Waited {
         let started = Instant::now();
-        let row = Row { started, next: started, quiet_until: started, bulk_at: started };
-        let row = Arc::new(Mutex::new(row));
+        let row = Arc::new(Mutex::new(Row::new(started)));
         let calls: Calls = Arc::default();
         let mut random = Rng::with_seed(self.seed);
         let mut workers: Vec<_> = (0..self.workers)
@@ -241,12 +325,7 @@ impl Fleet {
 
     async fn simulate(&self) -> Ran {
         let started = Instant::now();
-        let row = Arc::new(Mutex::new(Row {
-            started,
-            next: started,
-            quiet_until: started,
-            bulk_at: started,
-        }));
+        let row = Arc::new(Mutex::new(Row::new(started)));
         let calls: Calls = Arc::default();
         let mut random = Rng::with_seed(self.seed);
         let mut workers = Vec::new();
@@ -295,23 +374,8 @@ impl Fleet {
     ) -> (Arc<Pacer>, JoinSet<()>) {
         let limits = Limits { ceiling: Some(self.per_second), bulk_share: 0.05 };
         let pacer = Arc::new(Pacer::shared(limits));
-        let random = Arc::new(Mutex::new(random));
         let mut tasks = JoinSet::new();
-        let seat = || Seat {
-            row: row.clone(),
-            random: random.clone(),
-            lead: Arc::default(),
-            reckoning: Arc::default(),
-        };
-        let (leasing, listening) = (seat(), seat());
-        let (for_grants, for_silence) = (pacer.clone(), pacer.clone());
-        let per_second = self.per_second;
-        tasks.spawn(async move {
-            grant(&for_grants, &leasing, Mode::Test, per_second).await.unwrap();
-        });
-        tasks.spawn(async move {
-            listen(&for_silence, &listening, Mode::Test, || false, |_| {}).await.unwrap();
-        });
+        let random = serve(&mut tasks, &pacer, row, random);
         let lane = self.lane;
         for _ in 0..jobs {
             let (pacer, calls, random) = (pacer.clone(), calls.clone(), random.clone());

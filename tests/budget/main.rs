@@ -4,7 +4,8 @@
 //! the database (its arithmetic as in `ledger/postgres/budget.rs`), the network between them, Creem's
 //! answers and the clock. Each fleet also loses a worker that holds places, gets new ones, and has one
 //! that is told to be quiet. Asked is whether any second ever held more calls than the budget, how much
-//! of the budget was used, whether the workers had equal shares, and whether silence was kept.
+//! of the budget was used, whether the workers had equal shares, and whether silence was kept. Other fleets have
+//! no budget, and a Creem that says "slow down" above a limit: asked is whether they find it together.
 //!
 //! `cargo test` runs a short form. Options: `--seeds N --from SEED`.
 
@@ -16,16 +17,20 @@
 )]
 
 mod fleet;
+mod learning;
 
 use std::process::ExitCode;
 use std::time::Duration;
 
 use creem_checkout_worker::job::Lane;
 use fleet::{Fleet, Ran, Waited};
+use learning::{Learned, Learning};
 
 /// Calls a second, and how long to look: a small budget shows unequal shares only in time.
 const BUDGETS: [(f64, u64); 3] = [(20.0, 120), (200.0, 30), (1_000.0, 10)];
 const WORKERS: [usize; 4] = [1, 4, 16, 64];
+/// How long fleets learn.
+const LEARNING: Duration = Duration::from_secs(45);
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -73,10 +78,76 @@ fn main() -> ExitCode {
             }
         }
     }
+    wrong.extend(learn(from, seeds));
     for what in &wrong {
         eprintln!("{what}");
     }
     if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Fleets that nobody has told how fast Creem can be asked.
+fn learn(from: u64, seeds: u64) -> Vec<String> {
+    let mut wrong = Vec::new();
+    println!();
+    println!("no ceiling: buyers at a worker of their own, a campaign at all others");
+    println!("   limit/s  workers  used of it  refused  waited p50  p99 (ms)  after an outage (s)");
+    for limit in [30.0, 300.0, 1_000.0] {
+        for workers in WORKERS {
+            for seed in from..from + seeds {
+                let learning = Learning { seed, limit, workers, duration: LEARNING };
+                let learned = learning.run();
+                wrong.extend(judge_learning(&learning, &learned));
+                if seed == from {
+                    println!("{}", row_of_learning(&learning, &learned));
+                }
+            }
+        }
+    }
+    wrong
+}
+
+fn row_of_learning(learning: &Learning, learned: &Learned) -> String {
+    let millis = |at: f64| part(&learned.waits, at).as_secs_f64() * 1_000.0;
+    format!(
+        "{:>10}  {:>7}  {:>10.3}  {:>7.4}  {:>10.0}  {:>8.0}  {:>19.1}",
+        learning.limit,
+        learning.workers,
+        learned.used,
+        learned.refused,
+        millis(0.5),
+        millis(0.99),
+        learned.recovered.as_secs_f64()
+    )
+}
+
+/// What fleets must not show that learn together.
+fn judge_learning(learning: &Learning, learned: &Learned) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut say = |what: String| {
+        wrong.push(format!(
+            "{what} (seed {}, {} workers, Creem takes {} a second, nobody was told)",
+            learning.seed, learning.workers, learning.limit
+        ));
+    };
+    // One worker by itself is held by the ways to the database and back.
+    let least = if learning.capacity() > learning.limit * 2.0 { 0.88 } else { 0.75 };
+    if learned.used < least {
+        say(format!("only {:.2} of what it takes was used", learned.used));
+    }
+    // One "slow down" in ten seconds is more of few calls than of many.
+    let most = if learning.limit < 100.0 { 0.03 } else { 0.01 };
+    if learned.refused > most {
+        say(format!("{:.3} of the calls were refused", learned.refused));
+    }
+    // The way to the database and back is 6 ms now and then, and 240 ms at its worst.
+    let (usual, longest) = (part(&learned.waits, 0.5), part(&learned.waits, 0.99));
+    if usual > Duration::from_millis(20) || longest > Duration::from_millis(300) {
+        say(format!("buyers waited for {usual:?}, one in a hundred for {longest:?}"));
+    }
+    if learned.recovered > Duration::from_secs(15) {
+        say(format!("after an outage it took {:?}", learned.recovered));
+    }
+    wrong
 }
 
 /// The worst of all seeds.

@@ -22,7 +22,8 @@ use crate::ledger::key;
 use crate::support::broker::ctl;
 use crate::support::postgres::{connect, database, shared};
 use crate::support::private::{BROKER, POSTGRES};
-use crate::support::{World, eventually, next, soon};
+use crate::support::process::Process;
+use crate::support::{World, body, eventually, next, persistent, soon};
 
 /// A world whose workers share a database of its own.
 async fn world(test: &str) -> Option<(World, String)> {
@@ -394,7 +395,7 @@ async fn one_budget_holds_for_one_four_and_sixteen_workers() {
                     }
                 });
             }
-            tasks.spawn(async move { grant(&pacer, &*ledger, Mode::Test, 200.0).await.unwrap() });
+            tasks.spawn(async move { grant(&pacer, &*ledger, Mode::Test).await.unwrap() });
         }
         drop(tokio::time::timeout(Duration::from_secs(4), tasks.join_next()).await);
         tasks.shutdown().await;
@@ -442,6 +443,52 @@ async fn four_workers_keep_one_budget_and_one_silence() {
     let quiet = told + 1_000_000..told + 3_000_000;
     let late: Vec<_> = log.posts().iter().filter(|post| quiet.contains(&post.arrived_us)).collect();
     assert!(late.is_empty(), "{late:?}");
+}
+
+/// How many calls a second a worker says that may be made.
+async fn told_rate(worker: &Process) -> f64 {
+    let status: serde_json::Value = serde_json::from_str(&worker.get("/status").await.1).unwrap();
+    status["rate_limit"]["per_second"].as_f64().unwrap()
+}
+
+#[tokio::test]
+async fn workers_of_one_lane_each_learn_together_how_fast_creem_may_be_asked() {
+    let Some((world, _url)) = world("learn_together").await else { return };
+    world.script(r#"{"limit_per_second":40}"#);
+    let start = async |lane| {
+        let worker = world.worker_unready(&["--lanes", lane]);
+        soon("the worker consumes", worker.logged("consuming")).await;
+        worker
+    };
+    let (bulk, buyers) = (start("bulk").await, start("interactive").await);
+    assert!(told_rate(&buyers).await > 90.0, "nobody has learned anything");
+    let mut replies = world.replies().await;
+    for n in 0..400 {
+        world.publish_to(&world.queue("jobs.bulk"), body(&format!("bulk_{n}")), persistent()).await;
+    }
+    for _ in 0..200 {
+        assert_eq!(next(&mut replies).await.status(), "succeeded");
+    }
+    // It has not made a call, and knows what the other one has learned; so does one that starts now.
+    let newcomer = start("interactive").await;
+    for worker in [&bulk, &buyers, &newcomer] {
+        let heard = || async { told_rate(worker).await < 80.0 };
+        eventually("it has heard of the limit", heard).await;
+    }
+    buyers.kill().await;
+    world.job("buyer").await;
+    let mut before = 0;
+    while next(&mut replies).await.text("/request_id") != "buyer" {
+        before += 1;
+    }
+    assert!(before < 100, "a buyer has come behind {before} of the campaign");
+    for _ in before..200 {
+        assert_eq!(next(&mut replies).await.status(), "succeeded");
+    }
+    let log = world.simulator.log();
+    let refused = log.posts().iter().filter(|post| post.status == Some(429)).count();
+    assert_eq!(log.posts().len() - refused, 401);
+    assert!(refused < 100, "{refused} of 401 calls were refused");
 }
 
 #[tokio::test]

@@ -33,8 +33,8 @@ use super::budget::Reckoning;
 use super::group::Commit;
 use super::transition::Forgotten;
 use super::{
-    Answer, Budget, Command, Identity, Ledger, LedgerError, News, Orders, Places, Retention,
-    Standing, Wish,
+    Answer, Budget, Command, Identity, Learned, Ledger, LedgerError, News, Orders, Places,
+    Retention, Standing, Taught, Teaching, Wish,
 };
 use crate::clock::{Millis, SharedClock};
 use crate::job::Mode;
@@ -201,10 +201,27 @@ impl Budget for PostgresLedger {
         .boxed()
     }
 
-    fn share(&self, mode: Mode, news: News) -> BoxFuture<'static, Result<News, LedgerError>> {
+    fn share(
+        &self,
+        mode: Mode,
+        news: News,
+    ) -> BoxFuture<'static, Result<(News, Option<Learned>), LedgerError>> {
         let pool = self.pool.clone();
         async move { ask(&pool, async |client| budget::share(client, mode, news).await).await }
             .boxed()
+    }
+
+    fn teach(
+        &self,
+        mode: Mode,
+        Teaching { version, text, interval }: Teaching<'_>,
+    ) -> BoxFuture<'static, Result<Taught, LedgerError>> {
+        let (pool, text) = (self.pool.clone(), text.to_owned());
+        async move {
+            ask(&pool, async |client| budget::teach(client, mode, version, &text, interval).await)
+                .await
+        }
+        .boxed()
     }
 }
 

@@ -118,25 +118,27 @@ async fn a_newer_schema_is_worked_on_only_if_it_allows_that() {
     let Some(bench) = bench("newer").await else { return };
     let client = connect(bench.url()).await;
     client
-        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (3, 1, now())")
+        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (4, 1, now())")
         .await
         .unwrap();
     assert!(open(bench.url()).await.is_ok(), "an addition harms nobody");
     client
-        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (4, 3, now())")
+        .batch_execute("INSERT INTO checkout_worker.schema_step VALUES (5, 4, now())")
         .await
         .unwrap();
     let error = open(bench.url()).await.unwrap_err();
-    assert!(matches!(error, OpenError::Newer { found: 4, known: 2 }), "{error}");
+    assert!(matches!(error, OpenError::Newer { found: 5, known: 3 }), "{error}");
 }
 
 /// Makes a ledger one of version 1.
 const VERSION_BEFORE: &str = "
     ALTER TABLE checkout_worker.job DROP COLUMN campaign;
-    ALTER TABLE checkout_worker.budget DROP COLUMN bulk_at, DROP COLUMN down_until;
+    ALTER TABLE checkout_worker.budget DROP COLUMN bulk_at, DROP COLUMN down_until,
+        DROP COLUMN learned, DROP COLUMN learned_version, DROP COLUMN learned_at, DROP COLUMN buyers_at,
+        DROP COLUMN interval_us;
     DROP INDEX checkout_worker.job_mode_ended;
     CREATE INDEX job_ended ON checkout_worker.job (ended_at) WHERE ended_at IS NOT NULL;
-    DELETE FROM checkout_worker.schema_step WHERE version = 2";
+    DELETE FROM checkout_worker.schema_step WHERE version > 1";
 
 /// Waits until the indexes are as they are in a new ledger.
 async fn indexed(client: &tokio_postgres::Client) {
@@ -482,12 +484,24 @@ async fn a_row_that_a_failover_brought_back_is_not_taken_for_its_like() {
 
 async fn quiet(ledger: &PostgresLedger, mode: Mode, quiet: Duration) -> Duration {
     let news = News { quiet, ..News::default() };
-    ledger.share(mode, news).await.unwrap().quiet
+    ledger.share(mode, news).await.unwrap().0.quiet
+}
+
+async fn news(ledger: &PostgresLedger, mode: Mode) -> News {
+    ledger.share(mode, News::default()).await.unwrap().0
 }
 
 /// Places for somebody who waits.
 fn wish(count: u32, interval: Duration) -> Wish {
-    Wish { count, interval, bulk: None }
+    let lasting = interval * count;
+    Wish {
+        count,
+        lasting,
+        least: interval,
+        usual: Duration::ZERO,
+        ahead: Duration::ZERO,
+        bulk: None,
+    }
 }
 
 #[tokio::test]
@@ -582,7 +596,7 @@ async fn bulk_takes_no_place_far_ahead_but_its_share_of_them() {
     let interval = Duration::from_millis(10);
     let horizon = Duration::from_millis(80);
     let terms = BulkTerms { horizon, every: Duration::from_secs(60) };
-    let bulk = Wish { count: 8, interval, bulk: Some(terms) };
+    let bulk = Wish { bulk: Some(terms), ..wish(8, interval) };
     let lease = async |wish| ledger.lease_places(Mode::Test, wish).await.unwrap();
     assert_eq!(lease(bulk).await.count, 8, "nobody is before it");
     // Buyers fill the next ten seconds.
@@ -604,23 +618,96 @@ async fn bulk_takes_no_place_far_ahead_but_its_share_of_them() {
 }
 
 #[tokio::test]
+async fn buyers_go_ahead_of_bulk_where_they_may_and_the_line_grows_all_the_same() {
+    let Some(bench) = bench("buyers_ahead").await else { return };
+    let ledger = open(bench.url()).await.unwrap();
+    // Long ones: no answer takes as long.
+    let interval = Duration::from_secs(10);
+    let lease = async |wish| ledger.lease_places(Mode::Test, wish).await.unwrap();
+    let terms = BulkTerms { horizon: interval * 8, every: Duration::from_secs(3_600) };
+    let bulk = Wish { bulk: Some(terms), ..wish(4, interval) };
+    let (first, now) = (lease(bulk).await, tokio::time::Instant::now());
+    assert_eq!(first.count, 4);
+    let ahead = Wish { ahead: interval * 20, ..wish(2, interval) };
+    let buyers = lease(ahead).await;
+    assert!(buyers.first < now + interval / 2, "at once");
+    let more = lease(ahead).await.first;
+    assert!(more > buyers.first + interval * 19 / 10, "behind their own");
+    let late = lease(Wish { ahead: interval, ..ahead }).await.first;
+    assert!(late > first.first + interval * 69 / 10, "no further ahead than they may");
+    let last = lease(wish(1, interval)).await.first;
+    assert!(last > first.first + interval * 99 / 10, "each of them has made the line longer");
+    assert_eq!(lease(bulk).await.count, 0, "and bulk waits for them");
+    // Nobody goes ahead of a silence.
+    let silent = quiet(&ledger, Mode::Test, Duration::from_secs(600)).await;
+    let buyer = lease(Wish { ahead: Duration::from_secs(9_000), ..ahead }).await.first;
+    assert!(buyer > now + silent / 2);
+}
+
+#[tokio::test]
+async fn what_was_learned_is_written_once_per_version_and_places_lie_as_it_says() {
+    let Some(bench) = bench("learned").await else { return };
+    let (one, other) = (open(bench.url()).await.unwrap(), open(bench.url()).await.unwrap());
+    let nothing = News::default();
+    let teaching =
+        |version, text, millis| Teaching { version, text, interval: Duration::from_millis(millis) };
+    assert_eq!(one.share(Mode::Test, nothing).await.unwrap().1, None);
+    let (usual, lasting) = (Duration::from_secs(5), Duration::from_secs(20));
+    let wish = Wish { usual, lasting, ..wish(100, Duration::ZERO) };
+    let places = one.lease_places(Mode::Live, wish).await.unwrap();
+    assert_eq!((places.count, places.interval), (4, usual), "nobody has learned anything");
+
+    let taught = one.teach(Mode::Test, teaching(0, "first", 2_000)).await.unwrap();
+    assert_eq!(taught, Taught::Written);
+    let late = other.teach(Mode::Test, teaching(0, "late", 1)).await.unwrap();
+    let Taught::Other(learned) = late else { panic!("{late:?}") };
+    assert_eq!((learned.version, &*learned.text), (1, "first"));
+    assert!(learned.age < Duration::from_secs(10), "{learned:?}");
+    let heard = other.share(Mode::Test, nothing).await.unwrap().1.unwrap();
+    assert_eq!((heard.version, &*heard.text), (1, "first"));
+    assert_eq!(other.share(Mode::Live, nothing).await.unwrap().1, None, "another world");
+    let places = other.lease_places(Mode::Test, wish).await.unwrap();
+    assert_eq!((places.count, places.interval), (10, Duration::from_secs(2)));
+    let least = Wish { least: Duration::from_secs(7), ..wish };
+    let places = other.lease_places(Mode::Test, least).await.unwrap();
+    assert_eq!((places.count, places.interval), (2, Duration::from_secs(7)), "a ceiling holds");
+
+    let taught = other.teach(Mode::Test, teaching(1, "second", 50_000)).await.unwrap();
+    assert_eq!(taught, Taught::Written);
+    let places = one.lease_places(Mode::Test, wish).await.unwrap();
+    assert_eq!(places.count, 1, "one place, however far apart they are");
+    // Silence and outages are told beside it, and change nothing of it.
+    one.share(Mode::Test, News { quiet: Duration::from_secs(1), ..nothing }).await.unwrap();
+    let heard = one.share(Mode::Test, nothing).await.unwrap().1.unwrap();
+    assert_eq!((heard.version, &*heard.text), (2, "second"));
+    // A ledger that was restored knows of fewer versions than those who work on.
+    let client = connect(bench.url()).await;
+    client.batch_execute("DELETE FROM checkout_worker.budget").await.unwrap();
+    assert_eq!(one.teach(Mode::Test, teaching(2, "third", 1)).await.unwrap(), Taught::Written);
+    let older = "UPDATE checkout_worker.budget SET learned = NULL, learned_version = 0";
+    client.batch_execute(older).await.unwrap();
+    let taught = one.teach(Mode::Test, teaching(3, "fourth", 1)).await.unwrap();
+    let Taught::Other(Learned { version: 0, .. }) = taught else { panic!("{taught:?}") };
+}
+
+#[tokio::test]
 async fn what_one_worker_finds_out_about_creem_all_hear_until_it_is_over() {
     let Some(bench) = bench("news").await else { return };
     let (one, other) = (open(bench.url()).await.unwrap(), open(bench.url()).await.unwrap());
     let nothing = News::default();
-    assert_eq!(other.share(Mode::Test, nothing).await.unwrap(), nothing);
+    assert_eq!(news(&other, Mode::Test).await, nothing);
     let down = News { down: Duration::from_secs(5), ..nothing };
     one.share(Mode::Test, down).await.unwrap();
-    let heard = other.share(Mode::Test, nothing).await.unwrap();
+    let heard = news(&other, Mode::Test).await;
     assert!(heard.down > Duration::from_secs(3) && heard.quiet.is_zero(), "{heard:?}");
-    assert_eq!(other.share(Mode::Live, nothing).await.unwrap(), nothing, "another world");
+    assert_eq!(news(&other, Mode::Live).await, nothing, "another world");
     // A lease of places changes nothing of it, and it ends by itself.
     one.lease_places(Mode::Test, wish(1, Duration::from_millis(10))).await.unwrap();
-    assert!(!other.share(Mode::Test, nothing).await.unwrap().down.is_zero());
+    assert!(!news(&other, Mode::Test).await.down.is_zero());
     let client = connect(bench.url()).await;
     client
         .batch_execute("UPDATE checkout_worker.budget SET down_until = down_until - 5000000")
         .await
         .unwrap();
-    assert_eq!(other.share(Mode::Test, nothing).await.unwrap(), nothing);
+    assert_eq!(news(&other, Mode::Test).await, nothing);
 }
