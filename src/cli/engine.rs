@@ -17,7 +17,6 @@ use crate::observe::health::Health;
 use crate::observe::metrics;
 use crate::pace::Pacer;
 use crate::retry::{Backoff, backoff};
-use crate::worker::budget::SharedBudget;
 use crate::worker::call_time::CallTime;
 use crate::worker::circuit::Circuit;
 use crate::worker::engine::Engine;
@@ -73,7 +72,6 @@ pub(super) fn engine(
         stop,
         ledger,
     };
-    let budget = budget.map(|store| SharedBudget { store });
     Ok(Engine::new(journey, health, budget, settings.creem.mode))
 }
 

@@ -18,6 +18,8 @@ pub struct Places {
     pub count: u32,
     /// How far apart they are.
     pub interval: Duration,
+    /// Whether there were others before them, or there are none: the rate holds calls up.
+    pub waited: bool,
     /// For how long all workers are quiet.
     pub quiet: Duration,
 }
@@ -27,25 +29,20 @@ pub struct Places {
 pub struct Wish {
     /// How many at most.
     pub count: u32,
-    /// And how long they last together at most, as far as that is more than one of them.
+    /// And how long they last together at most, if that is more than one of them does.
     pub lasting: Duration,
     /// How far apart at least, by one's own ceiling.
-    pub least: Duration,
+    pub least_interval: Duration,
     /// How far apart where nobody has learned yet how far they are to be.
-    pub usual: Duration,
-    /// How long the places of others may last that these lie ahead of; those who come later are so much later.
-    pub ahead: Duration,
-    /// How bulk gets them; interactive gets them at once.
-    pub bulk: Option<BulkTerms>,
-}
-
-/// How bulk gets places of a budget, so that nobody who waits is behind a campaign.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct BulkTerms {
-    /// None are given to it that lie further ahead: what is taken now cannot be given to somebody else.
-    pub horizon: Duration,
-    /// But once in so long it gets them all the same, at the end of the line: it is never starved.
-    pub every: Duration,
+    pub default_interval: Duration,
+    /// How long the places may last of others that these overtake; whoever comes later is so much later.
+    pub overtakes: Duration,
+    /// None are given that lie further ahead: what is taken now cannot be given to somebody else, nor lie closer together
+    /// when Creem takes more calls again.
+    pub horizon: Option<Duration>,
+    /// They are for bulk, which gets them at the end of the line; once in so long beyond its horizon too: it is never
+    /// starved.
+    pub bulk_every: Option<Duration>,
 }
 
 /// What is known of Creem.
@@ -60,9 +57,9 @@ pub struct News {
 /// The rate that all have learned, as one of them has written it down.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Learned {
-    /// They are numbered from 1.
+    /// They are numbered from 1; 0, and no text, where nobody has written one, as after a restore.
     pub version: i64,
-    /// The rate; what it says is for those who share it.
+    /// The rate; what it says is for those who share it, the ledger does not read it.
     pub text: String,
     /// How long ago.
     pub age: Duration,
@@ -75,7 +72,9 @@ pub struct Teaching<'a> {
     pub version: i64,
     /// The rate.
     pub text: &'a str,
-    /// How far apart places lie by it.
+    /// When it was so.
+    pub at: Instant,
+    /// How far apart places lie by it: whole microseconds, one at least.
     pub interval: Duration,
 }
 
@@ -91,7 +90,7 @@ pub enum Taught {
 }
 
 /// What the workers of a shared ledger share besides jobs.
-pub trait Budget: Send + Sync {
+pub trait Budget: std::fmt::Debug + Send + Sync {
     /// Takes places from the budget of that world.
     ///
     /// # Errors
@@ -212,9 +211,22 @@ impl Reckoning {
         self.best().reading.map(|reading| reading.instant(micros))
     }
 
+    /// How many microseconds it shows then; `None` before it was ever heard.
+    #[must_use]
+    pub fn micros(&self, at: Instant) -> Option<i64> {
+        let reading = self.best().reading?;
+        let before = micros(reading.at.saturating_duration_since(at));
+        let after = micros(at.saturating_duration_since(reading.at));
+        Some(reading.heard.saturating_add(after).saturating_sub(before))
+    }
+
     fn best(&self) -> MutexGuard<'_, Best> {
         self.best.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]
@@ -228,11 +240,16 @@ mod tests {
     async fn the_fastest_answer_is_believed_until_another_may_be_better() {
         let started = Instant::now();
         let reckoning = Reckoning::default();
-        assert_eq!(reckoning.instant(0), None);
+        assert_eq!((reckoning.instant(0), reckoning.micros(started)), (None, None));
         advance(MILLI * 2).await;
         // The clock showed 1 ms in the middle.
         reckoning.hear(1_000, started);
         assert_eq!(reckoning.instant(0), Some(started));
+
+        for at in [started, started + MILLI, started + MILLI * 700] {
+            let there = reckoning.micros(at).unwrap();
+            assert_eq!(reckoning.instant(there), Some(at), "there and back");
+        }
 
         // 100 ms there and 2 ms back: its middle is wrong by 49 ms.
         let asked = Instant::now();

@@ -38,7 +38,7 @@ use futures::future::BoxFuture;
 use crate::clock::Millis;
 use crate::job::{Key, LedgerSecret};
 
-pub use budget::{Budget, BulkTerms, Learned, News, Places, Taught, Teaching, Wish};
+pub use budget::{Budget, Learned, News, Places, Taught, Teaching, Wish};
 pub use command::*;
 use command::{CANCELLED, PAUSED, SKEW, SKEW_AT, WAS_PAUSED, pause_name, was_paused_prefix};
 pub use report::{Campaign, KnownOrphan, Report};

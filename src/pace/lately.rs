@@ -1,13 +1,13 @@
-//! How many callers came of late.
+//! How many of something there were of late.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
 /// For so long they are counted together.
-const SPAN: Duration = Duration::from_millis(200);
+pub const LATELY: Duration = Duration::from_millis(200);
 
-/// Callers of this span and of the one before.
+/// Those of this span and of the one before.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Lately {
     began: Instant,
@@ -20,13 +20,13 @@ impl Lately {
         Self { began: now, now: 0, before: 0 }
     }
 
-    /// One more comes.
+    /// One more.
     pub(super) fn count(&mut self, now: Instant) {
         self.turn(now);
         self.now = self.now.saturating_add(1);
     }
 
-    /// How many came in a span.
+    /// How many there were in this span or the one before, whichever had more.
     pub(super) fn lately(&mut self, now: Instant) -> u32 {
         self.turn(now);
         self.now.max(self.before)
@@ -34,8 +34,8 @@ impl Lately {
 
     fn turn(&mut self, now: Instant) {
         let past = now.saturating_duration_since(self.began);
-        if past >= SPAN {
-            self.before = if past < SPAN * 2 { self.now } else { 0 };
+        if past >= LATELY {
+            self.before = if past < LATELY * 2 { self.now } else { 0 };
             (self.began, self.now) = (now, 0);
         }
     }
@@ -53,11 +53,11 @@ mod tests {
         for _ in 0..7 {
             lately.count(start);
         }
-        assert_eq!(lately.lately(start + SPAN / 2), 7);
-        assert_eq!(lately.lately(start + SPAN), 7, "a new one has begun");
-        lately.count(start + SPAN);
-        assert_eq!(lately.lately(start + SPAN * 3 / 2), 7);
-        assert_eq!(lately.lately(start + SPAN * 2), 1);
-        assert_eq!(lately.lately(start + SPAN * 4), 0, "nobody came for a while");
+        assert_eq!(lately.lately(start + LATELY / 2), 7);
+        assert_eq!(lately.lately(start + LATELY), 7, "a new one has begun");
+        lately.count(start + LATELY);
+        assert_eq!(lately.lately(start + LATELY * 3 / 2), 7);
+        assert_eq!(lately.lately(start + LATELY * 2), 1);
+        assert_eq!(lately.lately(start + LATELY * 4), 0, "there was none for a while");
     }
 }

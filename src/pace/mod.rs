@@ -26,6 +26,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::Instant;
 
 use crate::job::Lane;
+pub use lately::LATELY;
 use lately::Lately;
 use rate::{Held, Rate};
 use seen::Seen;
@@ -47,7 +48,7 @@ const LEAD: Duration = Duration::from_millis(10);
 /// No place is given out earlier: whoever comes first in the meantime would stand behind it.
 const LONGEST_LEAD: Duration = Duration::from_secs(1);
 /// A granted place that lies no further ahead than this is no wait for the rate, but for the answer that granted it.
-const SOON: Duration = Duration::from_millis(5);
+const ANSWER_SLACK: Duration = Duration::from_millis(5);
 
 /// What a pacer is to keep.
 #[derive(Debug, Clone, Copy)]
@@ -77,7 +78,7 @@ pub struct Pacer {
     changed: watch::Sender<()>,
     wanted: Notify,
     /// Until when Creem has told this worker, and not another one, to be quiet.
-    told: watch::Sender<Option<Instant>>,
+    silences: watch::Sender<Option<Instant>>,
     /// Something was seen that all who share the rate must be told of.
     saw: Notify,
 }
@@ -95,6 +96,8 @@ struct State {
     next: Instant,
     /// Granted places that nobody has taken.
     places: VecDeque<Instant>,
+    /// Whether the last of them had others before them, or there were none.
+    waited: bool,
     /// Places that were taken and given back, the earliest first.
     returned: VecDeque<Instant>,
     /// Until when nobody may call at all.
@@ -103,8 +106,8 @@ struct State {
     owed: f64,
     /// How long callers take from their place to their call.
     preparing: Usual,
-    /// How many came of late.
-    came: Lately,
+    /// How many places each lane was given of late.
+    given: [Lately; 2],
 }
 
 impl State {
@@ -205,21 +208,26 @@ impl Pacer {
             waiting: Default::default(),
             waiting_ahead: AtomicUsize::new(0),
             state: Mutex::new(State {
-                rate: Rate::new(limits.ceiling, now),
+                rate: if granted {
+                    Rate::shared(limits.ceiling, now)
+                } else {
+                    Rate::new(limits.ceiling, now)
+                },
                 version: 0,
                 seen: Seen::default(),
                 told_at: now,
                 next: now,
                 places: VecDeque::new(),
+                waited: false,
                 returned: VecDeque::new(),
                 quiet_until: now,
                 owed: 0.0,
                 preparing: Usual::default(),
-                came: Lately::new(now),
+                given: [Lately::new(now); 2],
             }),
             changed: watch::Sender::new(()),
             wanted: Notify::new(),
-            told: watch::Sender::new(None),
+            silences: watch::Sender::new(None),
             saw: Notify::new(),
         }
     }
@@ -312,7 +320,7 @@ impl Pacer {
                 state.places.pop_front();
             }
             let granted = state.places.front().copied();
-            if granted.is_some_and(|place| place > now + SOON) {
+            if state.waited && granted.is_none_or(|place| place > now + ANSWER_SLACK) {
                 self.press(&mut state, now);
             }
             granted
@@ -346,7 +354,7 @@ impl Pacer {
             Lane::Bulk => -1.0,
         };
         state.owed += owed;
-        state.came.count(now);
+        state.given[index(lane)].count(now);
         let latest = self.limits.ceiling.map(|_| at + LATENESS);
         Step::Take(Place { given_at: now, at, latest, lane, owed })
     }
@@ -422,15 +430,18 @@ impl Pacer {
         Waiters { interactive, bulk }
     }
 
-    /// How many callers came of late, in so long as the count is kept.
+    /// How many places a lane was given of late, in [`LATELY`] or less.
     #[must_use]
-    pub fn lately(&self) -> u32 {
-        self.state().came.lately(Instant::now())
+    pub fn given_lately(&self, lane: Lane) -> u32 {
+        self.state().given[index(lane)].lately(Instant::now())
     }
 
-    /// Grants places.
-    pub fn grant(&self, places: impl IntoIterator<Item = Instant>) {
-        self.state().places.extend(places);
+    /// Grants places; `waited` says whether they had others before them, or there are none.
+    pub fn grant(&self, places: impl IntoIterator<Item = Instant>, waited: bool) {
+        let mut state = self.state();
+        state.places.extend(places);
+        state.waited = waited;
+        drop(state);
         self.changed.send_replace(());
     }
 
@@ -493,7 +504,7 @@ impl Pacer {
     pub fn quiet(&self, duration: Duration) {
         let until = Instant::now() + duration;
         self.hear(until);
-        self.told.send_replace(Some(until));
+        self.silences.send_replace(Some(until));
     }
 
     /// Creem asked another worker for silence.
@@ -510,23 +521,25 @@ impl Pacer {
         if self.granted {
             state.rate.grow(now);
         }
-        let per_second = state.rate.per_second();
+        let ceiling = self.limits.ceiling.unwrap_or(f64::MAX);
+        let per_second = state.rate.per_second().min(ceiling);
         let silence = state.quiet_until.saturating_duration_since(now);
         if !silence.is_zero() {
             let seconds = silence.as_secs() + 1;
             return (per_second, format!("Creem asked for silence, for {seconds} s more"));
         }
-        if self.granted && state.rate.held(now) == Held::Ceiling {
+        let held = state.rate.held(now);
+        if self.granted && held != Held::Demand && state.rate.per_second() >= ceiling {
             let text = "rate_limit.per_second is the ceiling of all workers together";
             return (per_second, text.to_owned());
         }
-        (per_second, state.rate.held(now).to_string())
+        (per_second, held.to_string())
     }
 
     /// Until when Creem has asked this worker for silence, and when that changes.
     #[must_use]
     pub fn silences(&self) -> watch::Receiver<Option<Instant>> {
-        self.told.subscribe()
+        self.silences.subscribe()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -632,7 +645,7 @@ mod tests {
                         *next = first + interval * count;
                         first
                     };
-                    pacer.grant((0..count).map(|place| first + interval * place));
+                    pacer.grant((0..count).map(|place| first + interval * place), true);
                 }
             }
         };
@@ -733,7 +746,7 @@ mod tests {
     async fn a_granted_place_that_is_over_is_not_taken() {
         let pacer = granted();
         let now = Instant::now();
-        pacer.grant([now, now + Duration::from_millis(100)]);
+        pacer.grant([now, now + Duration::from_millis(100)], false);
         tokio::time::advance(Duration::from_millis(50)).await;
         pacer.admit(Lane::Interactive).await.come().await;
         assert_eq!(now.elapsed(), Duration::from_millis(100), "the first one is lost");
@@ -834,7 +847,10 @@ mod tests {
                 let now = Instant::now();
                 let bulk_may = now >= began + Duration::from_secs(8);
                 if waiters.interactive > 0 || bulk_may {
-                    pacer.grant([now + Duration::from_millis(10), now + Duration::from_millis(20)]);
+                    pacer.grant(
+                        [now + Duration::from_millis(10), now + Duration::from_millis(20)],
+                        true,
+                    );
                 }
             }
         };
@@ -862,7 +878,7 @@ mod tests {
                 let Waiters { interactive, bulk } = pacer.wanted().await;
                 for _ in 0..(interactive + bulk).min(8) {
                     next = next.max(Instant::now()) + Duration::from_millis(20);
-                    pacer.grant([next]);
+                    pacer.grant([next], true);
                     granted += 1;
                 }
             }

@@ -18,6 +18,8 @@ use super::seen::Seen;
 const START: f64 = 100.0;
 /// However often it is cut: calls a second that remain.
 const LEAST: f64 = 1.0;
+/// More calls a second than anybody makes: between two of them there is some time still.
+const MOST: f64 = 1e6;
 /// What a cut leaves.
 const CUT: f64 = 0.93;
 /// What a cut leaves of the rate that comes soon after another: the limit lies much lower.
@@ -26,6 +28,8 @@ const DEEP_CUT: f64 = 0.7;
 const CLOSE: f64 = 0.85;
 /// What part of the calls of a second may be refused for other reasons than the rate, where they are many.
 const NOISE: f64 = 0.01;
+/// So many times what is taken the rate grows up to: answers may take a while to show what it is.
+const UNUSED: f64 = 4.0;
 /// From here on calls in a second are many.
 const MANY: f64 = 20.0;
 /// The least part of the rate that is believed to be what Creem takes: few may have been asked for.
@@ -217,7 +221,8 @@ impl Rate {
         self.set(before / 10.0);
     }
 
-    /// One of those who share it has seen that, of late.
+    /// Takes in what one of those who share it has seen since it last told; the end of an outage counts for the first
+    /// who tells it.
     pub fn see(&mut self, seen: &Seen, now: Instant) {
         self.grow(now);
         // The first one who finds Creem back begins slowly. The others find that out a moment later, when calls
@@ -228,18 +233,25 @@ impl Rate {
         self.pressed[0] |= seen.pressed;
         self.taken[0] = self.taken[0].saturating_add(seen.taken.count);
         if let Some((asked, answered)) = seen.refused.last {
-            self.refused[0] = self.refused[0].saturating_add(seen.refused.count - 1);
+            self.refused[0] = self.refused[0].saturating_add(seen.refused.count.saturating_sub(1));
             self.slow_down(asked, answered);
         }
         if let Some((asked, answered)) = seen.overloaded.last
             && self.takes_any()
         {
-            self.refused[0] = self.refused[0].saturating_add(seen.overloaded.count - 1);
+            let others = seen.overloaded.count.saturating_sub(1);
+            self.refused[0] = self.refused[0].saturating_add(others);
             self.slow_down(asked, answered);
         }
         if let Some((asked, _)) = seen.taken.last {
             self.hear_taken(asked);
         }
+    }
+
+    /// A rate that workers share, each of whom keeps a ceiling of its own: whoever gave it knows more than this does.
+    #[must_use]
+    pub fn shared(ceiling: Option<f64>, now: Instant) -> Self {
+        Self { ceiling: None, ..Self::new(ceiling, now) }
     }
 
     /// What holds the rate where it is.
@@ -261,8 +273,8 @@ impl Rate {
 
     /// Whether so few of many calls are refused that the rate is hardly the reason.
     fn is_noise(&self) -> bool {
-        let taken = f64::from(self.taken.iter().sum::<u32>());
-        let refused = f64::from(self.refused.iter().sum::<u32>());
+        let taken = total(&self.taken);
+        let refused = total(&self.refused);
         taken >= MANY && refused <= (taken * NOISE).max(1.0)
     }
 
@@ -272,8 +284,8 @@ impl Rate {
 
     /// Calls a second that were taken of late; while it grows, the last ticks say more than the whole second.
     fn taken_in_a_second(&self) -> f64 {
-        let second = f64::from(self.taken.iter().sum::<u32>());
-        let lately = f64::from(self.taken[1..4].iter().sum::<u32>()) * 10.0 / 3.0;
+        let second = total(&self.taken);
+        let lately = total(&self.taken[1..4]) * 10.0 / 3.0;
         if self.limit.is_some() { second } else { second.max(lately) }
     }
 
@@ -292,7 +304,7 @@ impl Rate {
                 self.grow_once();
             }
             self.pressed = [false, self.pressed[0]];
-            let second = f64::from(self.taken.iter().sum::<u32>());
+            let second = total(&self.taken);
             self.best = (self.best * FADES).max(second);
             self.taken.rotate_right(1);
             self.taken[0] = 0;
@@ -302,6 +314,10 @@ impl Rate {
     }
 
     fn grow_once(&mut self) {
+        // A rate that is not used says nothing (RFC 7661), and would be far off when it is.
+        if self.per_second >= START.max(self.taken_in_a_second() * UNUSED) {
+            return;
+        }
         let second = TICK.as_secs_f64();
         let fast = |times: f64| self.per_second * 2_f64.powf(second * times);
         let next = match self.limit {
@@ -326,9 +342,13 @@ impl Rate {
     }
 
     pub(super) fn set(&mut self, per_second: f64) {
-        let most = self.ceiling.unwrap_or(f64::MAX);
+        let most = self.ceiling.unwrap_or(MOST).min(MOST);
         self.per_second = per_second.clamp(LEAST.min(most), most);
     }
+}
+
+fn total(counts: &[u32]) -> f64 {
+    counts.iter().map(|count| f64::from(*count)).sum()
 }
 
 #[cfg(test)]
@@ -523,8 +543,8 @@ mod tests {
         assert!(rate.per_second() <= 2.0, "{}", rate.per_second());
         rate.restart(now);
         assert!((50.0..100.0).contains(&rate.per_second()), "{}", rate.per_second());
-        for _ in 0..800 {
-            now += MILLI * 10;
+        for _ in 0..8_000 {
+            now += MILLI;
             rate.press(now);
             rate.taken(now, now);
         }

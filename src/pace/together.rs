@@ -17,6 +17,8 @@ pub struct Lesson {
     pub version: i64,
     /// The rate.
     pub text: String,
+    /// When it was so.
+    pub at: Instant,
     /// How far apart its calls are.
     pub interval: Duration,
     rate: Rate,
@@ -49,11 +51,11 @@ impl Pacer {
         rate.see(&seen, now);
         let told_before = std::mem::replace(&mut state.told_at, now);
         let (text, interval) = (rate.keep(now), rate.interval());
-        Lesson { version: state.version, text, interval, rate, seen, told_before }
+        Lesson { version: state.version, text, at: now, interval, rate, seen, told_before }
     }
 
     /// It was written down.
-    pub fn told(&self, lesson: Lesson) {
+    pub fn written(&self, lesson: Lesson) {
         let mut state = self.state();
         (state.rate, state.version) = (lesson.rate, lesson.version + 1);
     }
@@ -68,7 +70,7 @@ impl Pacer {
         (state.rate, state.version) = (rate, version);
     }
 
-    /// It was not, and nobody knows what all share now.
+    /// It was not, or nobody knows whether it was.
     pub fn untold(&self, lesson: &Lesson) {
         self.state().seen.join(lesson.seen);
         self.saw.notify_one();
@@ -105,7 +107,7 @@ mod tests {
         let took = async || {
             let since = Instant::now();
             let lesson = pacer.lesson().await;
-            pacer.told(lesson);
+            pacer.written(lesson);
             since.elapsed()
         };
         let tell_nobody = tokio::time::timeout(Duration::from_secs(60), pacer.lesson()).await;
@@ -120,7 +122,7 @@ mod tests {
         assert_eq!(took().await, Duration::from_millis(15));
         pacer.taken(Instant::now());
         assert_eq!(took().await, Duration::from_millis(400));
-        pacer.grant([Instant::now() + Duration::from_secs(9)]);
+        pacer.grant([Instant::now() + Duration::from_secs(9)], true);
         assert!(pacer.admit(crate::job::Lane::Bulk).now_or_never().is_none());
         assert_eq!(took().await, Duration::from_millis(100), "a call has to wait");
     }
@@ -134,7 +136,7 @@ mod tests {
         let (first, late) = (one.lesson().await, other.lesson().await);
         assert_eq!((first.version, late.version), (0, 0));
         let written = first.text.clone();
-        one.told(first);
+        one.written(first);
         other.corrected(&late, 1, &written, Duration::from_millis(3));
         let again = now_or_never(&other).expect("it is told at once");
         assert_eq!(again.version, 1);
@@ -143,7 +145,7 @@ mod tests {
             kept["refused"][0].clone()
         };
         assert_eq!((refusals(&written), refusals(&again.text)), (1.into(), 2.into()));
-        other.told(again);
+        other.written(again);
         assert!(now_or_never(&other).is_none(), "it was told");
     }
 

@@ -9,40 +9,33 @@ use tokio::time::Instant;
 
 use super::engine::Engine;
 use super::journey::Journey;
-use crate::job::Mode;
-use crate::ledger::{Budget, BulkTerms, LedgerError, News, Taught, Teaching, Wish};
-use crate::pace::{Pacer, Waiters};
+use crate::job::{Lane, Mode};
+use crate::ledger::{Budget, LedgerError, News, Taught, Teaching, Wish};
+use crate::pace::{LATELY, Pacer, Waiters};
 use crate::retry::backoff;
 
 /// What a block of places lasts: longer blocks mean fewer round trips, and a worker
-/// that stops takes up to one with it.
-const BLOCK: Duration = Duration::from_millis(200);
+/// that stops takes up to one with it. As many as were given out in so long are wished for at once.
+const BLOCK: Duration = LATELY;
 /// Most places in a block.
 const MAX_BLOCK: u32 = 64;
-/// How far ahead bulk takes places: for so long somebody who waits may be behind it, where there is a ceiling.
+/// How far ahead bulk takes places: for so long somebody who waits may be behind it, where there is a ceiling. And where
+/// there is none, how far ahead anybody does: by then the rate may be another.
 const HORIZON: Duration = Duration::from_millis(80);
-/// Where there is none: how many of the places that others have taken somebody who waits may go ahead of. As much as
-/// bulk has at most, as its last block ends beyond its horizon. So many more calls a moment may hold.
-const AHEAD: Duration = Duration::from_millis(120);
-/// Bulk that got no place asks again after that at the soonest.
+/// Where there is none: how much of what others have taken somebody who waits may overtake. As much as bulk has at most,
+/// as its last block ends beyond its horizon. So many more calls a moment may hold.
+const OVERTAKES: Duration = Duration::from_millis(120);
+const _: () = assert!(OVERTAKES.as_millis() * 2 == HORIZON.as_millis() * 3);
+/// Who got no place asks again after that at the soonest.
 const SOONEST: Duration = Duration::from_millis(2);
+/// Interactive that got none for so long takes one however far ahead it lies: others may be who take theirs so.
+const PATIENCE: Duration = Duration::from_millis(400);
 /// For how long the word of a worker holds that finds Creem down.
 const DOWN_FOR: Duration = Duration::from_secs(2);
+/// After the rate could not be told.
+const TELL_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// How often every worker asks what the others know.
 const LISTEN_EVERY: Duration = Duration::from_millis(400);
-
-/// The budget of all workers of a ledger.
-#[derive(Clone)]
-pub struct SharedBudget {
-    /// Who keeps it.
-    pub store: Arc<dyn Budget>,
-}
-
-impl std::fmt::Debug for SharedBudget {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SharedBudget").finish_non_exhaustive()
-    }
-}
 
 /// Leases places as they are wanted; while the ledger is away, nobody gets any.
 pub(super) async fn lease(engine: Arc<Engine>, budget: Arc<dyn Budget>) {
@@ -51,7 +44,7 @@ pub(super) async fn lease(engine: Arc<Engine>, budget: Arc<dyn Budget>) {
         let Err(error) = grant(pacer, &*budget, engine.mode).await;
         engine.wait_for_the_ledger(&error).await;
         // Whoever waits still does, and asks again.
-        pacer.grant([]);
+        pacer.grant([], false);
     }
 }
 
@@ -59,7 +52,8 @@ pub(super) async fn lease(engine: Arc<Engine>, budget: Arc<dyn Budget>) {
 ///
 /// Who has somebody behind them gets places at once, at the end of the line. Bulk keeps that line short: it
 /// takes no place that lies further ahead than 80 ms (`HORIZON`), or two places where they lie further apart, whichever
-/// worker it is that asks, and gets its guaranteed share at the end of the line.
+/// worker it is that asks, and gets its guaranteed share at the end of the line. Where there is no ceiling, nobody takes
+/// any that lies further ahead: those that are taken while Creem is asked now and then only lie far apart.
 ///
 /// # Errors
 /// See [`LedgerError`].
@@ -68,72 +62,99 @@ pub async fn grant(
     budget: &(impl Budget + ?Sized),
     mode: Mode,
 ) -> Result<Infallible, LedgerError> {
-    let mut bulk_from = None;
+    let mut none: Option<NoPlace> = None;
     // As it was with the last places: what is learned here is known there sooner.
     let mut interval = pacer.shared_interval();
     loop {
-        let waiters = wanted(pacer, bulk_from).await;
-        let Some(wish) = wish(pacer, interval, waiters) else {
+        let waiters = wanted(pacer, none).await;
+        let Some(wish) = wish(pacer, interval, waiters, none) else {
             // Whoever asked has given up.
-            bulk_from = None;
+            none = None;
             continue;
         };
+        let asked = Instant::now();
         let places = budget.lease_places(mode, wish).await?;
         interval = places.interval;
         pacer.hear(Instant::now() + places.quiet);
         if places.count > 0 {
-            bulk_from = None;
-            pacer.grant((0..places.count).map(|place| places.first + interval * place));
+            none = None;
+            let all = (0..places.count).map(|place| places.first + interval * place);
+            pacer.grant(all, places.waited);
         } else {
+            pacer.grant([], true);
+            let lane = if wish.bulk_every.is_some() { Lane::Bulk } else { Lane::Interactive };
             // All who were told the same would come at the same moment.
             let apart = (horizon(interval) / 2).mul_f64(backoff::chance());
-            bulk_from = Some(places.first.max(Instant::now() + SOONEST) + apart);
+            let again = places.first.max(Instant::now() + SOONEST) + apart;
+            let since = none.filter(|none| none.lane == lane).map_or(asked, |none| none.since);
+            none = Some(NoPlace { lane, since, again });
         }
     }
 }
 
 /// What is to be wished for those who wait, if anybody does.
-fn wish(pacer: &Pacer, interval: Duration, waiters: Waiters) -> Option<Wish> {
+fn wish(
+    pacer: &Pacer,
+    interval: Duration,
+    waiters: Waiters,
+    none: Option<NoPlace>,
+) -> Option<Wish> {
     // Under a ceiling a place is lost that nobody takes at once. Elsewhere it is kept for those who will come soon, as
     // each question costs the ledger a commit.
-    let soon = if pacer.has_ceiling() { 0 } else { pacer.lately() };
-    let wish = |waiting: usize, lasting: Duration| Wish {
-        count: u32::try_from(waiting).unwrap_or(MAX_BLOCK).max(soon).min(MAX_BLOCK),
-        lasting,
-        least: pacer.least_interval(),
-        usual: pacer.shared_interval(),
-        ahead: Duration::ZERO,
-        bulk: None,
+    let expected = |lane| if pacer.has_ceiling() { 0 } else { pacer.given_lately(lane) };
+    let horizon = horizon(interval);
+    let wish = |lane, waiting: usize| Wish {
+        count: u32::try_from(waiting).unwrap_or(MAX_BLOCK).max(expected(lane)).min(MAX_BLOCK),
+        lasting: BLOCK,
+        least_interval: pacer.least_interval(),
+        default_interval: pacer.shared_interval(),
+        overtakes: Duration::ZERO,
+        horizon: None,
+        bulk_every: None,
     };
     if waiters.interactive > 0 {
-        // No second may hold more calls than a ceiling allows, whoever waits.
-        let ahead = if pacer.has_ceiling() { Duration::ZERO } else { AHEAD };
-        return Some(Wish { ahead, ..wish(waiters.interactive, BLOCK) });
+        let wish = wish(Lane::Interactive, waiters.interactive);
+        if pacer.has_ceiling() {
+            // No second may hold more calls than it allows, whoever waits.
+            return Some(wish);
+        }
+        let patient = none.is_none_or(|none| none.since.elapsed() < PATIENCE);
+        let (lasting, overtakes) = (HORIZON, OVERTAKES);
+        let horizon = patient.then_some(horizon);
+        return Some(Wish { lasting, overtakes, horizon, ..wish });
     }
-    let horizon = horizon(interval);
-    let wish = wish(waiters.bulk, horizon / 2);
-    let lasts = (interval * wish.count).min(wish.lasting.max(interval));
-    let every = lasts.div_f64(pacer.bulk_share());
-    let bulk = Some(BulkTerms { horizon, every });
-    (waiters.bulk > 0).then_some(Wish { bulk, ..wish })
+    let (wish, lasting) = (wish(Lane::Bulk, waiters.bulk), horizon / 2);
+    let lasts = (interval * wish.count).min(lasting.max(interval));
+    let bulk_every = Some(lasts.div_f64(pacer.bulk_share()));
+    (waiters.bulk > 0).then_some(Wish { lasting, horizon: Some(horizon), bulk_every, ..wish })
 }
 
-/// How far ahead bulk takes places. At a slow pace that is the next place and the one after it.
+/// How far ahead places are taken. At a slow pace that is the next place and the one after it.
 fn horizon(interval: Duration) -> Duration {
     HORIZON.max(interval * 2)
 }
 
-/// Waits until places are wanted. `bulk_from` says that bulk waits, and when it may ask again; before that
-/// only somebody in the other lane makes a difference.
-async fn wanted(pacer: &Pacer, bulk_from: Option<Instant>) -> Waiters {
-    let Some(bulk_from) = bulk_from else { return pacer.wanted().await };
-    let again = tokio::time::sleep_until(bulk_from);
+/// Somebody waits for whom there was no place.
+#[derive(Debug, Clone, Copy)]
+struct NoPlace {
+    lane: Lane,
+    /// Since when there is none.
+    since: Instant,
+    /// When there may be one.
+    again: Instant,
+}
+
+/// Waits until places are wanted. Where there was none, before it is time to ask again only somebody in the interactive
+/// lane makes a difference, if it was bulk that got none.
+async fn wanted(pacer: &Pacer, none: Option<NoPlace>) -> Waiters {
+    let Some(NoPlace { lane, again, .. }) = none else { return pacer.wanted().await };
+    let again = tokio::time::sleep_until(again);
     tokio::pin!(again);
     loop {
         tokio::select! {
             () = &mut again => return pacer.waiters(),
             waiters = pacer.wanted() => {
-                if waiters.interactive > 0 {
+                if lane == Lane::Bulk && waiters.interactive > 0 {
                     return waiters;
                 }
             }
@@ -141,11 +162,13 @@ async fn wanted(pacer: &Pacer, bulk_from: Option<Instant>) -> Waiters {
     }
 }
 
-/// Tells all workers what this one has seen of how fast Creem can be asked.
-pub(super) async fn learn(engine: Arc<Engine>, budget: Arc<dyn Budget>) {
+/// Tells all workers what this one has seen of how fast Creem can be asked. A ledger that cannot be told of it is no
+/// reason to pause by itself: whoever needs it for a job finds that out.
+pub(super) async fn share_rate(engine: Arc<Engine>, budget: Arc<dyn Budget>) {
     loop {
         let Err(error) = teach(&engine.journey.pacer, &*budget, engine.mode).await;
-        engine.wait_for_the_ledger(&error).await;
+        tracing::debug!(%error, "the rate could not be told to the other workers; trying again");
+        tokio::time::sleep(TELL_AGAIN_AFTER).await;
     }
 }
 
@@ -160,10 +183,10 @@ pub async fn teach(
 ) -> Result<Infallible, LedgerError> {
     loop {
         let lesson = pacer.lesson().await;
-        let (version, interval) = (lesson.version, lesson.interval);
-        let teaching = Teaching { version, text: &lesson.text, interval };
+        let (version, at, interval) = (lesson.version, lesson.at, lesson.interval);
+        let teaching = Teaching { version, text: &lesson.text, at, interval };
         match budget.teach(mode, teaching).await {
-            Ok(Taught::Written) => pacer.told(lesson),
+            Ok(Taught::Written) => pacer.written(lesson),
             Ok(Taught::Other(other)) => {
                 pacer.corrected(&lesson, other.version, &other.text, other.age);
             }
@@ -233,14 +256,13 @@ mod tests {
     use futures::future::BoxFuture;
 
     use super::*;
-    use crate::job::Lane;
     use crate::ledger::{Learned, Places};
     use crate::pace::Limits;
 
     const LIMITS: Limits = Limits { ceiling: Some(100.0), bulk_share: 0.05 };
 
     /// A budget that loses the first word of silence.
-    #[derive(Default)]
+    #[derive(Debug, Default)]
     struct Forgetful {
         told: Mutex<Vec<Duration>>,
     }
@@ -292,7 +314,7 @@ mod tests {
     }
 
     /// A budget that has places for everybody, and counts who asks.
-    #[derive(Default)]
+    #[derive(Debug, Default)]
     struct Generous {
         asked: Mutex<u32>,
     }
@@ -309,6 +331,7 @@ mod tests {
                 first: Instant::now() + interval,
                 count: wish.count,
                 interval,
+                waited: false,
                 quiet: Duration::ZERO,
             };
             let trip = tokio::time::sleep(interval);
@@ -352,5 +375,67 @@ mod tests {
             let asked = *budget.asked.lock().unwrap();
             assert!(asked <= questions, "every {every} ms: {asked} questions in ten seconds");
         }
+    }
+
+    /// A budget in which lessons meet whatever they may meet.
+    #[derive(Debug, Default)]
+    struct Stubborn {
+        lessons: Mutex<Vec<String>>,
+    }
+
+    impl Budget for Stubborn {
+        fn lease_places(
+            &self,
+            _mode: Mode,
+            _wish: Wish,
+        ) -> BoxFuture<'static, Result<Places, LedgerError>> {
+            unreachable!("nobody asks for a place")
+        }
+
+        fn teach(
+            &self,
+            _mode: Mode,
+            teaching: Teaching<'_>,
+        ) -> BoxFuture<'static, Result<Taught, LedgerError>> {
+            let mut lessons = self.lessons.lock().unwrap();
+            lessons.push(teaching.text.to_owned());
+            let other =
+                || Learned { version: 9, text: teaching.text.to_owned(), age: Duration::ZERO };
+            let met = match lessons.len() {
+                1 => Ok(Taught::Busy),
+                2 => Err(LedgerError::Unavailable("it restarts".to_owned())),
+                3 => Ok(Taught::Other(other())),
+                _ => Ok(Taught::Written),
+            };
+            std::future::ready(met).boxed()
+        }
+
+        fn share(
+            &self,
+            _mode: Mode,
+            _news: News,
+        ) -> BoxFuture<'static, Result<(News, Option<Learned>), LedgerError>> {
+            unreachable!("nobody listens")
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_seen_is_told_until_it_is_written() {
+        let pacer = Pacer::shared(Limits { ceiling: None, bulk_share: 0.05 });
+        let budget = Stubborn::default();
+        pacer.slow_down(Instant::now());
+        pacer.slow_down(Instant::now());
+        let teaching = async || {
+            let teaching = teach(&pacer, &budget, Mode::Test);
+            tokio::time::timeout(Duration::from_secs(60), teaching).await
+        };
+        assert!(matches!(teaching().await, Ok(Err(_))), "the ledger is away");
+        assert!(teaching().await.is_err(), "nothing more is to be told");
+        let refused = |text: &String| {
+            let kept: serde_json::Value = serde_json::from_str(text).unwrap();
+            kept["refused"].as_array().unwrap().iter().filter_map(serde_json::Value::as_u64).sum()
+        };
+        let told: Vec<u64> = budget.lessons.lock().unwrap().iter().map(refused).collect();
+        assert_eq!(told, [2, 2, 2, 4], "the last one goes on with what the other one wrote");
     }
 }

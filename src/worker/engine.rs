@@ -1,18 +1,20 @@
 //! What brings jobs to their ends, wherever they come from: the journey, and the watchers that hold it back
 //! and let it go on.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
+use futures::FutureExt as _;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use super::budget::{self, SharedBudget};
+use super::budget;
 use super::gate::{Gate, Reason};
 use super::journey::Journey;
 use super::{Fatal, watch as watchers};
 use crate::clock::as_millis;
 use crate::job::Mode;
-use crate::ledger::{LedgerError, OwnCommand, Retention};
+use crate::ledger::{Budget, LedgerError, OwnCommand, Retention};
 use crate::observe::health::{Health, Rate};
 use crate::observe::metrics;
 
@@ -24,7 +26,7 @@ pub struct Engine {
     /// What `/readyz` says.
     pub health: Health,
     /// What is shared with the other workers of this ledger, where it is not this process's alone.
-    pub budget: Option<SharedBudget>,
+    pub budget: Option<Arc<dyn Budget>>,
     /// Creem's world.
     pub mode: Mode,
     /// Set once; ends everything.
@@ -34,7 +36,12 @@ pub struct Engine {
 impl Engine {
     /// Puts it together; nothing runs yet.
     #[must_use]
-    pub fn new(journey: Journey, health: Health, budget: Option<SharedBudget>, mode: Mode) -> Self {
+    pub fn new(
+        journey: Journey,
+        health: Health,
+        budget: Option<Arc<dyn Budget>>,
+        mode: Mode,
+    ) -> Self {
         Self { journey, health, budget, mode, fatal: watch::Sender::new(None) }
     }
 
@@ -85,22 +92,40 @@ impl Engine {
         self.journey.ledger.tell(OwnCommand::Keep(self.retention())).await
     }
 
-    /// Starts what looks after the things that can hold the gate.
+    /// Starts what looks after the things that can hold the gate, and what shares a budget.
     pub fn watch(self: &Arc<Self>, tasks: &mut JoinSet<()>) {
-        tasks.spawn(watchers::ledger(self.clone()));
-        tasks.spawn(watchers::key(self.clone()));
-        tasks.spawn(watchers::retention(self.clone()));
+        self.spawn(tasks, "ledger", watchers::ledger(self.clone()));
+        self.spawn(tasks, "key", watchers::key(self.clone()));
+        self.spawn(tasks, "retention", watchers::retention(self.clone()));
         let orders = self.clone();
-        tasks.spawn(async move {
+        self.spawn(tasks, "orders", async move {
             orders.journey.orders.follow(&*orders.journey.ledger, &orders.health).await;
         });
         let circuit = self.clone();
-        tasks.spawn(async move { circuit.journey.circuit.keep_time().await });
+        self.spawn(tasks, "circuit", async move { circuit.journey.circuit.keep_time().await });
         if let Some(budget) = &self.budget {
-            tasks.spawn(budget::share_news(self.clone(), budget.store.clone()));
-            tasks.spawn(budget::lease(self.clone(), budget.store.clone()));
-            tasks.spawn(budget::learn(self.clone(), budget.store.clone()));
+            self.spawn(tasks, "news", budget::share_news(self.clone(), budget.clone()));
+            self.spawn(tasks, "places", budget::lease(self.clone(), budget.clone()));
+            self.spawn(tasks, "rate", budget::share_rate(self.clone(), budget.clone()));
         }
+    }
+
+    /// Starts a task without which no job may be served: a bug in it ends everything, as nobody would notice that it
+    /// is gone.
+    fn spawn(
+        self: &Arc<Self>,
+        tasks: &mut JoinSet<()>,
+        what: &'static str,
+        task: impl Future<Output = ()> + Send + 'static,
+    ) {
+        let engine = self.clone();
+        tasks.spawn(async move {
+            // The hook has logged it.
+            if AssertUnwindSafe(task).catch_unwind().await.is_err() {
+                let text = format!("a bug has ended what looks after {what}: see the log above");
+                engine.end(Fatal::Broken(text));
+            }
+        });
     }
 
     /// Says how fast Creem is asked, and what holds that where it is.

@@ -55,21 +55,22 @@ pub(crate) struct Ran {
 }
 
 /// The database's row.
+#[derive(Debug)]
 pub(crate) struct Row {
     /// When its clock showed nothing.
     started: Instant,
     next: Instant,
     quiet_until: Instant,
     bulk_at: Instant,
-    buyers_at: Instant,
+    interactive_next: Instant,
     /// What was learned, when that was written, and how far apart places are by it.
     learned: Option<(i64, String, Instant, Duration)>,
 }
 
 impl Row {
     pub(crate) fn new(started: Instant) -> Self {
-        let (next, quiet_until, bulk_at, buyers_at) = (started, started, started, started);
-        Self { started, next, quiet_until, bulk_at, buyers_at, learned: None }
+        let (next, quiet_until, bulk_at, interactive_next) = (started, started, started, started);
+        Self { started, next, quiet_until, bulk_at, interactive_next, learned: None }
     }
 
     fn learned(&self) -> Option<Learned> {
@@ -79,6 +80,7 @@ impl Row {
 }
 
 /// A worker's way to it.
+#[derive(Debug)]
 struct Seat {
     row: Arc<Mutex<Row>>,
     random: Arc<Mutex<Rng>>,
@@ -125,7 +127,7 @@ impl Budget for Seat {
         _mode: Mode,
         wish: Wish,
     ) -> BoxFuture<'static, Result<Places, LedgerError>> {
-        let Wish { count, lasting, least, usual, ahead, bulk } = wish;
+        let Wish { count, lasting, least_interval, default_interval, .. } = wish;
         let (there, back) = (self.way(), self.way());
         let (row, lead) = (self.row.clone(), self.lead.clone());
         let reckoning = self.reckoning.clone();
@@ -135,41 +137,48 @@ impl Budget for Seat {
             let asked = Instant::now();
             let expected = *lead.lock().unwrap();
             tokio::time::sleep(there).await;
-            let (first, now, quiet, count, interval) = {
+            let (first, now, quiet, count, interval, waited) = {
                 let mut row = row.lock().unwrap();
                 let now = Instant::now();
-                let interval = row.learned.as_ref().map_or(usual, |learned| learned.3).max(least);
+                let interval = row
+                    .learned
+                    .as_ref()
+                    .map_or(default_interval, |learned| learned.3)
+                    .max(least_interval);
                 let fits = lasting.as_nanos() / interval.as_nanos().max(1);
                 let count = u32::try_from(fits).unwrap_or(u32::MAX).min(count).max(1);
                 let next = row.next.max(row.quiet_until);
-                let given =
-                    bulk.is_none_or(|terms| next <= now + terms.horizon || row.bulk_at <= now);
-                let first = if given {
-                    let last = next.max(now + expected);
-                    row.next = last + interval * count;
-                    if let Some(terms) = bulk {
-                        row.bulk_at = now + terms.every;
-                        last
-                    } else {
-                        let ahead = next.checked_sub(ahead).unwrap_or(row.started);
-                        let first =
-                            row.buyers_at.max(ahead).max(row.quiet_until).max(now + expected);
-                        row.buyers_at = first + interval * count;
-                        first
-                    }
+                let line = if wish.bulk_every.is_some() {
+                    next
                 } else {
-                    let horizon = bulk.map_or(Duration::ZERO, |terms| terms.horizon);
-                    (next - horizon).min(row.bulk_at)
+                    let overtaken = next.checked_sub(wish.overtakes).unwrap_or(row.started);
+                    row.interactive_next.min(next).max(overtaken).max(row.quiet_until)
+                };
+                let owed = wish.bulk_every.is_some() && row.bulk_at <= now;
+                let given = owed || wish.horizon.is_none_or(|horizon| line <= now + horizon);
+                let first = if given {
+                    let (first, last) = (line.max(now + expected), next.max(now + expected));
+                    row.next = last + interval * count;
+                    match wish.bulk_every {
+                        Some(every) => row.bulk_at = now + every,
+                        None => row.interactive_next = first + interval * count,
+                    }
+                    first
+                } else {
+                    let again = line.checked_sub(wish.horizon.unwrap_or_default());
+                    let again = again.unwrap_or(row.started);
+                    if wish.bulk_every.is_some() { again.min(row.bulk_at) } else { again }
                 };
                 let shown = |at: Instant| micros(at - row.started);
                 let quiet = row.quiet_until.saturating_duration_since(now);
-                (shown(first), shown(now), quiet, if given { count } else { 0 }, interval)
+                let waited = !given || first > now + expected;
+                (shown(first), shown(now), quiet, if given { count } else { 0 }, interval, waited)
             };
             tokio::time::sleep(back).await;
             *lead.lock().unwrap() = asked.elapsed();
             reckoning.hear(now, asked);
             let first = reckoning.instant(first).unwrap();
-            Ok(Places { first, count, interval, quiet })
+            Ok(Places { first, count, interval, waited, quiet })
         }
         .boxed()
     }
@@ -177,7 +186,7 @@ impl Budget for Seat {
     fn teach(
         &self,
         _mode: Mode,
-        Teaching { version, text, interval }: Teaching<'_>,
+        Teaching { version, text, at, interval }: Teaching<'_>,
     ) -> BoxFuture<'static, Result<Taught, LedgerError>> {
         let (there, back, row) = (self.way(), self.way(), self.row.clone());
         let text = text.to_owned();
@@ -188,7 +197,7 @@ impl Budget for Seat {
                 match row.learned() {
                     Some(other) if other.version != version => Taught::Other(other),
                     _ => {
-                        row.learned = Some((version + 1, text, Instant::now(), interval));
+                        row.learned = Some((version + 1, text, at, interval));
                         Taught::Written
                     }
                 }

@@ -26,6 +26,8 @@ pub(crate) struct Learning {
     pub(crate) limit: f64,
     pub(crate) workers: usize,
     pub(crate) duration: Duration,
+    /// Whether buyers come to all workers, and not to one that serves no campaign.
+    pub(crate) mixed: bool,
 }
 
 /// What came of it, from a while after the begin on.
@@ -136,7 +138,7 @@ impl Learning {
                 pacer
             })
             .collect();
-        // The last one serves buyers alone, and no other one serves any.
+        // The last one serves no campaign.
         for pacer in &pacers[..self.workers] {
             for _ in 0..IN_THE_WORKS {
                 let (pacer, world) = (pacer.clone(), world.clone());
@@ -148,7 +150,8 @@ impl Learning {
             }
         }
         let waits: Arc<Mutex<Vec<Duration>>> = Arc::default();
-        let buyers = pacers[self.workers].clone();
+        let (mixed, apart) = (self.mixed, self.workers);
+        let buyers = pacers.clone();
         let (for_buyers, waited, buyers_a_second) =
             (world.clone(), waits.clone(), self.limit / 15.0);
         let mut arrivals = random.fork();
@@ -158,7 +161,9 @@ impl Learning {
                 let pause = -(1.0 - arrivals.f64()).ln() / buyers_a_second;
                 tokio::time::sleep(Duration::from_secs_f64(pause)).await;
                 while under_way.try_join_next().is_some() {}
-                let (world, pacer, waited) = (for_buyers.clone(), buyers.clone(), waited.clone());
+                let at = if mixed { arrivals.usize(0..apart) } else { apart };
+                let (world, pacer, waited) =
+                    (for_buyers.clone(), buyers[at].clone(), waited.clone());
                 under_way.spawn(async move {
                     let came = Instant::now();
                     world.call(&pacer, Lane::Interactive).await;
@@ -213,5 +218,38 @@ impl Learning {
                 return back.elapsed();
             }
         }
+    }
+
+    /// A few calls a second for some minutes, which no limit holds up: what the rate has become.
+    pub(crate) fn quiet(seed: u64, workers: usize) -> f64 {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let mut random = Rng::with_seed(seed);
+            let row = Arc::new(Mutex::new(Row::new(Instant::now())));
+            let limits = Limits { ceiling: None, bulk_share: 0.05 };
+            let mut tasks = JoinSet::new();
+            let mut pacers = Vec::new();
+            for _ in 0..workers {
+                let pacer = Arc::new(Pacer::shared(limits));
+                serve(&mut tasks, &pacer, &row, random.fork());
+                pacers.push(pacer.clone());
+                let mut arrivals = random.fork();
+                tasks.spawn(async move {
+                    loop {
+                        tokio::time::sleep(Duration::from_secs_f64(arrivals.f64() / 2.0)).await;
+                        pacer.pass(pacer.admit(Lane::Interactive).await).await;
+                        let asked = Instant::now();
+                        tokio::time::sleep(ANSWER).await;
+                        pacer.taken(asked);
+                    }
+                });
+            }
+            tokio::time::sleep(Duration::from_secs(300)).await;
+            pacers[0].explain().0
+        })
     }
 }

@@ -89,12 +89,14 @@ fn main() -> ExitCode {
 fn learn(from: u64, seeds: u64) -> Vec<String> {
     let mut wrong = Vec::new();
     println!();
-    println!("no ceiling: buyers at a worker of their own, a campaign at all others");
-    println!("   limit/s  workers  used of it  refused  waited p50  p99 (ms)  after an outage (s)");
+    println!("no ceiling: a campaign, and buyers at the same workers or at one of their own");
+    println!(
+        "   limit/s  workers  buyers  used of it  refused  waited p50  p99 (ms)  after an outage (s)"
+    );
     for limit in [30.0, 300.0, 1_000.0] {
-        for workers in WORKERS {
+        for (workers, mixed) in [(1, false), (4, true), (16, false), (64, true)] {
             for seed in from..from + seeds {
-                let learning = Learning { seed, limit, workers, duration: LEARNING };
+                let learning = Learning { seed, limit, workers, duration: LEARNING, mixed };
                 let learned = learning.run();
                 wrong.extend(judge_learning(&learning, &learned));
                 if seed == from {
@@ -103,15 +105,24 @@ fn learn(from: u64, seeds: u64) -> Vec<String> {
             }
         }
     }
+    for workers in [1, 16] {
+        let rate = Learning::quiet(from, workers);
+        println!("{workers} workers of a few calls a second: {rate:.0} calls a second in the end");
+        // Four times what is made, or what it began with.
+        if !(100.0..=f64::from(u32::try_from(workers).unwrap()) * 40.0 + 120.0).contains(&rate) {
+            wrong.push(format!("{workers} workers had a rate of {rate} after quiet minutes"));
+        }
+    }
     wrong
 }
 
 fn row_of_learning(learning: &Learning, learned: &Learned) -> String {
     let millis = |at: f64| part(&learned.waits, at).as_secs_f64() * 1_000.0;
     format!(
-        "{:>10}  {:>7}  {:>10.3}  {:>7.4}  {:>10.0}  {:>8.0}  {:>19.1}",
+        "{:>10}  {:>7}  {:>6}  {:>10.3}  {:>7.4}  {:>10.0}  {:>8.0}  {:>19.1}",
         learning.limit,
         learning.workers,
+        if learning.mixed { "mixed" } else { "apart" },
         learned.used,
         learned.refused,
         millis(0.5),
@@ -125,8 +136,8 @@ fn judge_learning(learning: &Learning, learned: &Learned) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut say = |what: String| {
         wrong.push(format!(
-            "{what} (seed {}, {} workers, Creem takes {} a second, nobody was told)",
-            learning.seed, learning.workers, learning.limit
+            "{what} (seed {}, {} workers, mixed {}, Creem takes {} a second, nobody was told)",
+            learning.seed, learning.workers, learning.mixed, learning.limit
         ));
     };
     // One worker by itself is held by the ways to the database and back.
@@ -141,7 +152,9 @@ fn judge_learning(learning: &Learning, learned: &Learned) -> Vec<String> {
     }
     // The way to the database and back is 6 ms now and then, and 240 ms at its worst.
     let (usual, longest) = (part(&learned.waits, 0.5), part(&learned.waits, 0.99));
-    if usual > Duration::from_millis(20) || longest > Duration::from_millis(300) {
+    // Where bulk has places, they are the buyers' as they come, which is soon.
+    let soon = Duration::from_millis(if learning.mixed { 80 } else { 20 });
+    if usual > soon || longest > Duration::from_millis(300) {
         say(format!("buyers waited for {usual:?}, one in a hundred for {longest:?}"));
     }
     if learned.recovered > Duration::from_secs(15) {

@@ -15,9 +15,9 @@ use super::{BATCHES, STATEMENT};
 use crate::job::success_url::is_loopback_name;
 use crate::ledger::LedgerError;
 
-/// One connection per batch, one for the budget, and one for everything else; an index that is made once
-/// in a ledger's life takes one of them meanwhile.
-const CONNECTIONS: usize = BATCHES + 2;
+/// One connection per batch, one for the budget, one for what is told of Creem, and one for everything else; an index
+/// that is made once in a ledger's life takes one of them meanwhile.
+const CONNECTIONS: usize = BATCHES + 3;
 /// For a TCP connection to one address.
 const CONNECT: Duration = Duration::from_secs(3);
 /// For TLS, the login and the first question.

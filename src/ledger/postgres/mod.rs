@@ -12,6 +12,7 @@ mod index;
 pub mod inspect;
 mod itself;
 mod migrate;
+mod rate;
 pub mod ready;
 mod statements;
 mod sweep;
@@ -53,7 +54,9 @@ const STATEMENT: Duration = Duration::from_secs(10);
 /// For opening, a migration of another replica's included.
 const OPEN: Duration = Duration::from_mins(2);
 /// Longest time that is allowed for between a lease of places and its answer.
-const LONGEST_LEAD: Duration = STATEMENT;
+const LONGEST_LEAD: Duration = Duration::from_secs(1);
+/// The same where there is no ceiling: a place is good for a while after its time.
+const LONGEST_LEAD_FREE: Duration = Duration::from_millis(100);
 /// What is allowed for before the first answer.
 const FIRST_LEAD: Duration = Duration::from_millis(50);
 /// How often a worker leaves a sign of life and reads the totals.
@@ -184,19 +187,20 @@ impl Budget for PostgresLedger {
         let (pool, lead) = (self.pool.clone(), self.lead.clone());
         let reckoning = self.reckoning.clone();
         async move {
-            let asked = Instant::now();
             // Before the first answer nobody knows how long one takes.
             let last = match lead.load(Ordering::Relaxed) {
                 0 => FIRST_LEAD,
                 micros => Duration::from_micros(micros),
             };
-            let leased = ask(&pool, async |client| {
-                budget::lease(client, mode, wish, last, &reckoning).await
+            // Where no call is late, nobody needs to wait for whoever has a long way.
+            let longest =
+                if wish.least_interval.is_zero() { LONGEST_LEAD_FREE } else { LONGEST_LEAD };
+            let (places, took) = ask(&pool, async |client| {
+                budget::lease(client, mode, wish, last.min(longest), &reckoning).await
             })
-            .await;
-            let took = asked.elapsed().min(LONGEST_LEAD);
+            .await?;
             lead.store(u64::try_from(took.as_micros()).unwrap_or(0), Ordering::Relaxed);
-            leased
+            Ok(places)
         }
         .boxed()
     }
@@ -206,20 +210,23 @@ impl Budget for PostgresLedger {
         mode: Mode,
         news: News,
     ) -> BoxFuture<'static, Result<(News, Option<Learned>), LedgerError>> {
-        let pool = self.pool.clone();
-        async move { ask(&pool, async |client| budget::share(client, mode, news).await).await }
-            .boxed()
+        let (pool, reckoning) = (self.pool.clone(), self.reckoning.clone());
+        async move {
+            ask(&pool, async |client| budget::share(client, mode, news, &reckoning).await).await
+        }
+        .boxed()
     }
 
     fn teach(
         &self,
         mode: Mode,
-        Teaching { version, text, interval }: Teaching<'_>,
+        teaching: Teaching<'_>,
     ) -> BoxFuture<'static, Result<Taught, LedgerError>> {
-        let (pool, text) = (self.pool.clone(), text.to_owned());
+        let (pool, reckoning) = (self.pool.clone(), self.reckoning.clone());
+        let (Teaching { version, at, interval, .. }, text) = (teaching, teaching.text.to_owned());
         async move {
-            ask(&pool, async |client| budget::teach(client, mode, version, &text, interval).await)
-                .await
+            let teaching = Teaching { version, text: &text, at, interval };
+            ask(&pool, async |client| rate::teach(client, mode, teaching, &reckoning).await).await
         }
         .boxed()
     }

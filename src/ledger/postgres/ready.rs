@@ -26,6 +26,7 @@ const RIGHTS: &str = "
         ('pause', 'SELECT'), ('pause', 'INSERT'), ('pause', 'DELETE'),
         ('meta', 'SELECT'), ('meta', 'INSERT'), ('meta', 'UPDATE'), ('meta', 'DELETE'),
         ('budget', 'SELECT'), ('budget', 'INSERT'), ('budget', 'UPDATE'),
+        ('rate', 'SELECT'), ('rate', 'INSERT'), ('rate', 'UPDATE'),
         ('schema_step', 'SELECT')
     ) AS need (name, privilege)
     JOIN pg_namespace AS n ON n.nspname = 'checkout_worker'

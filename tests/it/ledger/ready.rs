@@ -62,10 +62,12 @@ async fn each_right_that_is_missing_is_named_before_a_worker_starts() {
 
     tell("REVOKE DELETE ON checkout_worker.pause FROM ROLE").await;
     assert!(refusal(&theirs).await.ends_with("lacks DELETE on pause"));
-    tell("GRANT DELETE ON checkout_worker.pause TO ROLE").await;
-    tell("INSERT INTO checkout_worker.schema_step VALUES (4, 3, now())").await;
+    tell("GRANT DELETE ON checkout_worker.pause TO ROLE; REVOKE UPDATE ON checkout_worker.rate FROM ROLE").await;
+    assert!(refusal(&theirs).await.ends_with("lacks UPDATE on rate"));
+    tell("GRANT UPDATE ON checkout_worker.rate TO ROLE").await;
+    tell("INSERT INTO checkout_worker.schema_step VALUES (1000, 1000, now())").await;
     let newer = ready(&options(&theirs)).await;
-    assert!(matches!(newer, Err(OpenError::Newer { found: 4, .. })), "{newer:?}");
+    assert!(matches!(newer, Err(OpenError::Newer { found: 1000, .. })), "{newer:?}");
     owner.batch_execute(&format!("DROP OWNED BY {role}; DROP ROLE {role}")).await.unwrap();
 }
 

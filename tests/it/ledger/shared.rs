@@ -134,8 +134,8 @@ async fn a_newer_schema_is_worked_on_only_if_it_allows_that() {
 const VERSION_BEFORE: &str = "
     ALTER TABLE checkout_worker.job DROP COLUMN campaign;
     ALTER TABLE checkout_worker.budget DROP COLUMN bulk_at, DROP COLUMN down_until,
-        DROP COLUMN learned, DROP COLUMN learned_version, DROP COLUMN learned_at, DROP COLUMN buyers_at,
-        DROP COLUMN interval_us;
+        DROP COLUMN interactive_next_at;
+    DROP TABLE checkout_worker.rate;
     DROP INDEX checkout_worker.job_mode_ended;
     CREATE INDEX job_ended ON checkout_worker.job (ended_at) WHERE ended_at IS NOT NULL;
     DELETE FROM checkout_worker.schema_step WHERE version > 1";
@@ -497,10 +497,11 @@ fn wish(count: u32, interval: Duration) -> Wish {
     Wish {
         count,
         lasting,
-        least: interval,
-        usual: Duration::ZERO,
-        ahead: Duration::ZERO,
-        bulk: None,
+        least_interval: interval,
+        default_interval: Duration::ZERO,
+        overtakes: Duration::ZERO,
+        horizon: None,
+        bulk_every: None,
     }
 }
 
@@ -533,6 +534,8 @@ async fn places_lie_ahead_of_their_answer_and_not_beyond_reason() {
             "UPDATE checkout_worker.budget
              SET next_at = next_at + 86400000000::int8,
                  quiet_until = quiet_until + 86400000000::int8,
+                 interactive_next_at = interactive_next_at + 86400000000::int8,
+                 bulk_at = bulk_at + 86400000000::int8,
                  written_at = written_at + 86400000000::int8",
         )
         .await
@@ -595,8 +598,8 @@ async fn bulk_takes_no_place_far_ahead_but_its_share_of_them() {
     let ledger = open(bench.url()).await.unwrap();
     let interval = Duration::from_millis(10);
     let horizon = Duration::from_millis(80);
-    let terms = BulkTerms { horizon, every: Duration::from_secs(60) };
-    let bulk = Wish { bulk: Some(terms), ..wish(8, interval) };
+    let bulk_every = Some(Duration::from_secs(60));
+    let bulk = Wish { horizon: Some(horizon), bulk_every, ..wish(8, interval) };
     let lease = async |wish| ledger.lease_places(Mode::Test, wish).await.unwrap();
     assert_eq!(lease(bulk).await.count, 8, "nobody is before it");
     // Buyers fill the next ten seconds.
@@ -614,6 +617,11 @@ async fn bulk_takes_no_place_far_ahead_but_its_share_of_them() {
     assert_eq!(share.count, 8);
     assert!(share.first > tokio::time::Instant::now() + Duration::from_secs(8));
     assert_eq!(lease(bulk).await.count, 0, "not again so soon");
+    let buyer = Wish { horizon: Some(horizon), ..wish(1, interval) };
+    let refused = lease(buyer).await;
+    assert_eq!(refused.count, 0, "a buyer who would get it another way");
+    let told = refused.first.max(line_ends) - refused.first.min(line_ends);
+    assert!(told < Duration::from_millis(130), "when there may be one: off by {told:?}");
     assert_eq!(lease(wish(1, interval)).await.count, 1, "who waits is never refused");
 }
 
@@ -624,23 +632,30 @@ async fn buyers_go_ahead_of_bulk_where_they_may_and_the_line_grows_all_the_same(
     // Long ones: no answer takes as long.
     let interval = Duration::from_secs(10);
     let lease = async |wish| ledger.lease_places(Mode::Test, wish).await.unwrap();
-    let terms = BulkTerms { horizon: interval * 8, every: Duration::from_secs(3_600) };
-    let bulk = Wish { bulk: Some(terms), ..wish(4, interval) };
+    let (horizon, bulk_every) = (Some(interval * 8), Some(Duration::from_secs(3_600)));
+    let bulk = Wish { horizon, bulk_every, ..wish(4, interval) };
     let (first, now) = (lease(bulk).await, tokio::time::Instant::now());
     assert_eq!(first.count, 4);
-    let ahead = Wish { ahead: interval * 20, ..wish(2, interval) };
+    let ahead = Wish { overtakes: interval * 20, ..wish(2, interval) };
     let buyers = lease(ahead).await;
     assert!(buyers.first < now + interval / 2, "at once");
     let more = lease(ahead).await.first;
     assert!(more > buyers.first + interval * 19 / 10, "behind their own");
-    let late = lease(Wish { ahead: interval, ..ahead }).await.first;
+    let late = lease(Wish { overtakes: interval, ..ahead }).await.first;
     assert!(late > first.first + interval * 69 / 10, "no further ahead than they may");
     let last = lease(wish(1, interval)).await.first;
     assert!(last > first.first + interval * 99 / 10, "each of them has made the line longer");
     assert_eq!(lease(bulk).await.count, 0, "and bulk waits for them");
+    // A worker of the version before has met a clock that was set back, and knows of one line only.
+    let client = connect(bench.url()).await;
+    let beyond = "UPDATE checkout_worker.budget
+        SET interactive_next_at = interactive_next_at + 86400000000::int8";
+    client.batch_execute(beyond).await.unwrap();
+    let line = lease(wish(1, interval)).await.first;
+    assert!(line < now + Duration::from_secs(3_600), "no place lies beyond the end of the line");
     // Nobody goes ahead of a silence.
     let silent = quiet(&ledger, Mode::Test, Duration::from_secs(600)).await;
-    let buyer = lease(Wish { ahead: Duration::from_secs(9_000), ..ahead }).await.first;
+    let buyer = lease(Wish { overtakes: Duration::from_secs(9_000), ..ahead }).await.first;
     assert!(buyer > now + silent / 2);
 }
 
@@ -649,13 +664,21 @@ async fn what_was_learned_is_written_once_per_version_and_places_lie_as_it_says(
     let Some(bench) = bench("learned").await else { return };
     let (one, other) = (open(bench.url()).await.unwrap(), open(bench.url()).await.unwrap());
     let nothing = News::default();
-    let teaching =
-        |version, text, millis| Teaching { version, text, interval: Duration::from_millis(millis) };
+    let teaching = |version, text, millis| Teaching {
+        version,
+        text,
+        at: tokio::time::Instant::now(),
+        interval: Duration::from_millis(millis),
+    };
     assert_eq!(one.share(Mode::Test, nothing).await.unwrap().1, None);
-    let (usual, lasting) = (Duration::from_secs(5), Duration::from_secs(20));
-    let wish = Wish { usual, lasting, ..wish(100, Duration::ZERO) };
+    let (default_interval, lasting) = (Duration::from_secs(5), Duration::from_secs(20));
+    let wish = Wish { default_interval, lasting, ..wish(100, Duration::ZERO) };
     let places = one.lease_places(Mode::Live, wish).await.unwrap();
-    assert_eq!((places.count, places.interval), (4, usual), "nobody has learned anything");
+    assert_eq!(
+        (places.count, places.interval),
+        (4, default_interval),
+        "nobody has learned anything"
+    );
 
     let taught = one.teach(Mode::Test, teaching(0, "first", 2_000)).await.unwrap();
     assert_eq!(taught, Taught::Written);
@@ -668,7 +691,7 @@ async fn what_was_learned_is_written_once_per_version_and_places_lie_as_it_says(
     assert_eq!(other.share(Mode::Live, nothing).await.unwrap().1, None, "another world");
     let places = other.lease_places(Mode::Test, wish).await.unwrap();
     assert_eq!((places.count, places.interval), (10, Duration::from_secs(2)));
-    let least = Wish { least: Duration::from_secs(7), ..wish };
+    let least = Wish { least_interval: Duration::from_secs(7), ..wish };
     let places = other.lease_places(Mode::Test, least).await.unwrap();
     assert_eq!((places.count, places.interval), (2, Duration::from_secs(7)), "a ceiling holds");
 
@@ -682,12 +705,39 @@ async fn what_was_learned_is_written_once_per_version_and_places_lie_as_it_says(
     assert_eq!((heard.version, &*heard.text), (2, "second"));
     // A ledger that was restored knows of fewer versions than those who work on.
     let client = connect(bench.url()).await;
-    client.batch_execute("DELETE FROM checkout_worker.budget").await.unwrap();
+    client.batch_execute("DELETE FROM checkout_worker.rate").await.unwrap();
     assert_eq!(one.teach(Mode::Test, teaching(2, "third", 1)).await.unwrap(), Taught::Written);
-    let older = "UPDATE checkout_worker.budget SET learned = NULL, learned_version = 0";
+    let older = "UPDATE checkout_worker.rate SET learned = 'older', version = 1";
     client.batch_execute(older).await.unwrap();
     let taught = one.teach(Mode::Test, teaching(3, "fourth", 1)).await.unwrap();
-    let Taught::Other(Learned { version: 0, .. }) = taught else { panic!("{taught:?}") };
+    let Taught::Other(Learned { version: 1, .. }) = taught else { panic!("{taught:?}") };
+}
+
+#[tokio::test]
+async fn whoever_waits_for_another_ones_lesson_does_not_take_it_for_its_own() {
+    let Some(bench) = bench("busy_lesson").await else { return };
+    let ledger = open(bench.url()).await.unwrap();
+    let interval = Duration::from_millis(10);
+    let at = tokio::time::Instant::now();
+    let lesson = |version, text| Teaching { version, text, at, interval };
+    assert_eq!(ledger.teach(Mode::Test, lesson(0, "first")).await.unwrap(), Taught::Written);
+    let mut client = connect(bench.url()).await;
+    let other = client.transaction().await.unwrap();
+    other
+        .batch_execute("UPDATE checkout_worker.rate SET learned = 'other', version = 2")
+        .await
+        .unwrap();
+    let looking = connect(bench.url()).await;
+    let (taught, ()) = tokio::join!(ledger.teach(Mode::Test, lesson(1, "late")), async {
+        let waits = "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock'
+            AND datname = current_database() AND query LIKE '%checkout_worker.rate%')";
+        until(&looking, waits).await;
+        other.commit().await.unwrap();
+    });
+    assert_eq!(taught.unwrap(), Taught::Busy);
+    let taught = ledger.teach(Mode::Test, lesson(1, "late")).await.unwrap();
+    let Taught::Other(Learned { version: 2, text, .. }) = taught else { panic!("{taught:?}") };
+    assert_eq!(text, "other");
 }
 
 #[tokio::test]
