@@ -1,6 +1,6 @@
 //! Links that an output had before a run: none of them may be lost, and none be given to another row.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::hash::{BuildHasher as _, RandomState};
 
 use super::given::GivenLinks;
@@ -17,6 +17,8 @@ pub(super) struct Had {
     hasher: RandomState,
     /// By what the cells of rows are whose ids are their numbers, those ids; none where several have the same cells.
     rows: HashMap<u64, Option<u64>>,
+    /// The same ids, each with its cells.
+    with_cells: HashSet<u64>,
     /// Whether ids are numbers of rows.
     numbered: bool,
 }
@@ -32,6 +34,7 @@ impl Had {
             links: GivenLinks::default(),
             hasher: RandomState::new(),
             rows: HashMap::new(),
+            with_cells: HashSet::new(),
             numbered,
         };
         had.note_all(earlier.guarded_links())?;
@@ -52,6 +55,7 @@ impl Had {
                 let cells = self.hasher.hash_one(cells);
                 let only = self.rows.entry(cells).or_insert(Some(id));
                 *only = only.filter(|only| *only == id);
+                self.with_cells.insert(self.hasher.hash_one((id, cells)));
             }
         }
         Ok(())
@@ -65,6 +69,16 @@ impl Had {
         let cells = self.hasher.hash_one(self.layout.own_text(&self.layout.own_cells(row)));
         let id = row.request_id.as_ref().map(|id| self.hasher.hash_one(id));
         self.rows.get(&cells).copied().flatten().is_some_and(|was| Some(was) != id)
+    }
+
+    /// Whether the row had a link when it had other cells.
+    pub(super) fn is_replaced(&self, row: &Row) -> bool {
+        let Some(id) = row.request_id.as_ref().filter(|id| self.numbered && self.links.has(id))
+        else {
+            return false;
+        };
+        let cells = self.hasher.hash_one(self.layout.own_text(&self.layout.own_cells(row)));
+        !self.with_cells.contains(&self.hasher.hash_one((self.hasher.hash_one(id), cells)))
     }
 
     /// A row is written again.

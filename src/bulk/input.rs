@@ -256,7 +256,9 @@ impl Input {
         let cells: Result<Vec<&str>, _> = record.iter().map(std::str::from_utf8).collect();
         let Ok(cells) = cells else { return (None, Err(not_utf8())) };
         let own = columns::own_id(&self.columns, &cells);
-        let id = self.defaults.request_id(own, self.number);
+        // A column of ids that leaves one out would mix them with numbers, which are other rows' when rows move.
+        let left_out = own.is_none_or(|own| own.trim().is_empty()) && !self.numbers_rows();
+        let id = if left_out { None } else { self.defaults.request_id(own, self.number) };
         self.judge(&columns::write_job(&self.columns, &cells, &self.defaults, id.as_deref()))
     }
 

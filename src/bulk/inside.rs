@@ -1,5 +1,6 @@
 //! Rows made into links in this very process, by the journey that workers take.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,6 +22,9 @@ use crate::worker::journey::Verdict;
 /// After which a job is asked for again that somebody else had.
 const AGAIN: Duration = Duration::from_secs(1);
 
+/// A silence that Creem asks for is told of if it is no shorter.
+const LONG_SILENCE: Duration = Duration::from_secs(5);
+
 /// What makes links here.
 #[derive(Debug)]
 pub struct Inside {
@@ -36,12 +40,11 @@ pub struct Inside {
 impl Inside {
     /// What all rows wait for, if they do, and what to do about it.
     #[must_use]
-    pub fn held(&self) -> Option<&'static str> {
+    pub fn held(&self) -> Option<Cow<'static, str>> {
         let journey = &self.engine.journey;
         if journey.orders.is_paused(Lane::Bulk) {
-            return Some(
-                "the bulk lane of this ledger is paused; checkout-worker resume --lane bulk goes on",
-            );
+            let text = "the bulk lane of this ledger is paused; checkout-worker resume --lane bulk goes on";
+            return Some(text.into());
         }
         let reasons = [
             (
@@ -55,7 +58,9 @@ impl Inside {
             (Reason::Ledger, "the ledger cannot be written; it is tried again"),
         ];
         let held = reasons.into_iter().find(|(reason, _)| journey.gate.is_closed_by(*reason));
-        held.map(|(_, text)| text)
+        let silence = journey.pacer.silence();
+        held.map(|(_, text)| text.into())
+            .or_else(|| (silence >= LONG_SILENCE).then(|| journey.pacer.explain().1.into()))
     }
 
     /// What the ledger knows of a job, if it knows it.

@@ -38,6 +38,8 @@ use reading::Reading;
 
 /// Rows that may be done while one before them is not: so many are remembered at once.
 const WINDOW: usize = 4_096;
+/// And so many bytes of them, whatever waits for the first one.
+const WINDOW_BYTES: usize = 32 * 1024 * 1024;
 /// After how many rows what is written is handed to the operating system.
 const FLUSH_EVERY: usize = 256;
 /// And after how long, where rows come slowly.
@@ -60,6 +62,11 @@ pub enum BulkError {
         "row {0} (line {1}) had another number when it was given its link, and ids are numbers of rows: rows were put in, taken out or moved, so people would get each other's links. Put them back as they were and new ones at the end, or give the table a column request_id (then all rows get new links)"
     )]
     Moved(u64, u64),
+    /// A row has other cells than when it was given its link.
+    #[error(
+        "row {0} (line {1}) had a link when its cells were other ones, and ids are numbers of rows: who is in it now would get the link of whoever was. Put its old cells back, and a new one at the end, or give the table a column request_id (then all rows get new links)"
+    )]
+    Replaced(u64, u64),
 }
 
 /// How many rows came to what.
@@ -135,7 +142,7 @@ where
     if earlier.was_interrupted() && !prove(proof).await {
         return Ok(tally);
     }
-    if earlier.is_given_out() {
+    if !earlier.is_rehearsal() {
         had.note_all(earlier.cut_off())?;
     }
     let mut window = Window::new(earlier.go_on()?, had, tally, at_once);
@@ -173,6 +180,9 @@ async fn go_through<'a, F: Future<Output = Option<Outcome>> + 'a>(
         if let Some((row, job)) = next.take() {
             if window.had.is_moved(&row) {
                 return Err(BulkError::Moved(row.number, row.line));
+            }
+            if window.had.is_replaced(&row) {
+                return Err(BulkError::Replaced(row.number, row.line));
             }
             let number = row.number;
             match job {
@@ -268,6 +278,8 @@ struct Window {
     had: Had,
     /// Rows, and how many bytes were read up to each one's end.
     slots: VecDeque<(Row, u64, Slot)>,
+    /// Of their cells.
+    bytes: usize,
     position: u64,
     unflushed: usize,
     flushed_at: Instant,
@@ -278,13 +290,13 @@ struct Window {
 impl Window {
     fn new(output: Output, had: Had, tally: Tally, at_once: usize) -> Self {
         let flushed_at = Instant::now();
-        let (slots, position) = (VecDeque::new(), 0);
-        Self { output, had, slots, position, unflushed: 0, flushed_at, tally, at_once }
+        let (slots, bytes, position) = (VecDeque::new(), 0, 0);
+        Self { output, had, slots, bytes, position, unflushed: 0, flushed_at, tally, at_once }
     }
 
     /// Whether another row may be read, with so many under way.
     fn has_room(&self, going: usize) -> bool {
-        self.slots.len() < WINDOW && going < self.at_once
+        self.slots.len() < WINDOW && self.bytes < WINDOW_BYTES && going < self.at_once
     }
 
     /// When what is written is to be handed on.
@@ -293,6 +305,7 @@ impl Window {
     }
 
     fn push(&mut self, row: Row, end: u64, slot: Slot) {
+        self.bytes += row.cells.as_slice().len();
         self.slots.push_back((row, end, slot));
     }
 
@@ -311,6 +324,7 @@ impl Window {
             self.position = *end;
             self.tally.count(outcome.status);
             self.unflushed += 1;
+            self.bytes -= row.cells.as_slice().len();
             self.slots.pop_front();
         }
         let due = Instant::now() >= self.flush_due() && self.unflushed > 0;

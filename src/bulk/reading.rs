@@ -30,7 +30,7 @@ pub(super) struct Reading {
 }
 
 /// Into how many sets the ids go: one that holds all would be there twice whenever it grows, and what it leaves behind
-/// is not given back.
+/// is not given back. So what grows is a third of a per cent.
 const SETS: u64 = 300;
 
 /// The ids of all rows so far, as eight bytes each.

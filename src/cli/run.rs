@@ -81,6 +81,7 @@ async fn serve(
         http = %address,
         "starting"
     );
+    super::bulk::refuse_its_ledger(&settings.ledger)?;
     let opened = engine::open(&settings.ledger, &health, &stages).await?;
     let Some(opened) = opened else { return Ok(()) };
     let worker =

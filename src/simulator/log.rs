@@ -54,12 +54,13 @@ pub struct Session {
 /// # Errors
 /// If it cannot be opened, read or written to.
 pub(super) fn open_file(path: &Path) -> io::Result<File> {
-    let mut file = File::options().create(true).append(true).read(true).open(path)?;
-    // A pipe has no end to be looked at.
-    if file.metadata()?.len() > 0 {
+    let mut file = File::options().create(true).append(true).open(path)?;
+    // A pipe has no end to be looked at, and must not be kept open by its writer.
+    if file.metadata()?.is_file() && file.metadata()?.len() > 0 {
         let mut last = [0];
-        file.seek(SeekFrom::End(-1))?;
-        file.read_exact(&mut last)?;
+        let mut end = File::open(path)?;
+        end.seek(SeekFrom::End(-1))?;
+        end.read_exact(&mut last)?;
         if last != *b"\n" {
             file.write_all(b"\n")?;
         }

@@ -31,8 +31,9 @@ pub struct Earlier {
     linked: Vec<LinkedFile>,
     /// What was looked at, as it was then.
     looked_at: Vec<(PathBuf, State)>,
-    /// Whether somebody may have been given the links.
-    given_out: bool,
+    /// Whether the links of this run lead nowhere, and those of the output itself.
+    rehearses: bool,
+    was_rehearsed: bool,
 }
 
 #[derive(Debug)]
@@ -112,25 +113,43 @@ impl Earlier {
                 }
             }
         };
-        Ok(Self { layout, part, run, path: path.to_owned(), linked, looked_at, given_out: true })
+        let (path, rehearses, was_rehearsed) = (path.to_owned(), false, false);
+        Ok(Self { layout, part, run, path, linked, looked_at, rehearses, was_rehearsed })
     }
 
     /// The links that rows were given before which are asked for again: whoever makes the same links again knows
     /// each of them.
     #[must_use]
     pub fn links(&self) -> EarlierLinks {
-        EarlierLinks::of(self.layout.clone(), self.linked.clone(), 0)
+        let was_rehearsed = |file: &LinkedFile| self.was_rehearsed && file.path == self.path;
+        let linked = self.linked.iter().filter(|file| !was_rehearsed(file)).cloned().collect();
+        EarlierLinks::of(self.layout.clone(), linked, 0)
     }
 
-    /// Its links lead nowhere, or this run's do: they may be lost.
-    pub fn let_go(&mut self) {
-        self.given_out = false;
+    /// The links of the output itself, and of no run that was interrupted.
+    #[must_use]
+    pub fn links_of_output(&self) -> EarlierLinks {
+        let linked = self.linked.iter().filter(|file| file.path == self.path).cloned().collect();
+        EarlierLinks::of(self.layout.clone(), linked, 0)
+    }
+
+    /// The output's links lead nowhere: nobody was given them. What an interrupted run has made since is another
+    /// thing.
+    pub fn let_output_go(&mut self) {
+        self.was_rehearsed = true;
+    }
+
+    /// This run's links lead nowhere.
+    pub fn rehearse(&mut self) {
+        self.rehearses = true;
     }
 
     /// The links that must not be lost, but for those in an interrupted run's part.
     pub(in crate::bulk) fn guarded_links(&self) -> EarlierLinks {
-        let linked = if self.given_out { self.linked.clone() } else { Vec::new() };
-        EarlierLinks::of(self.layout.clone(), linked, 0)
+        if self.rehearses {
+            return EarlierLinks::of(self.layout.clone(), Vec::new(), 0);
+        }
+        self.links()
     }
 
     /// The same when the part is written: what was cut off from it is kept beside it.
@@ -144,9 +163,9 @@ impl Earlier {
         &self.layout
     }
 
-    /// Whether somebody may have been given the links.
-    pub(in crate::bulk) const fn is_given_out(&self) -> bool {
-        self.given_out
+    /// Whether nobody is given the links of this run.
+    pub(in crate::bulk) const fn is_rehearsal(&self) -> bool {
+        self.rehearses
     }
 
     /// The links in an interrupted run's lines that are not gone on behind: their rows, too, are asked for again.

@@ -65,7 +65,7 @@ pub(super) async fn run(settings: &Resolved, arguments: &Arguments, out: &Path) 
     };
     let mut shown = Shown::new(bytes);
     let ran = bulk::run(input, earlier, at_once, prove, make, &stages.soft, |progress| {
-        shown.tell(progress, inside.held());
+        shown.tell(progress, inside.held().as_deref());
     });
     let ran = tokio::select! {
         ran = ran => ran,
@@ -88,16 +88,11 @@ async fn given_before(
     arguments: &Arguments,
     out: &Path,
 ) -> anyhow::Result<GivenLinks> {
-    let mut links = earlier.links().peekable();
-    let Some(first) = links.peek() else { return Ok(GivenLinks::default()) };
-    // A sandbox's lead nowhere.
-    if !arguments.sandbox && first.as_ref().is_ok_and(|link| sandbox::has_made(link, out)) {
-        earlier.let_go();
-        return Ok(GivenLinks::default());
-    }
-    all_made_here(inside, links, &settings.ledger, out).await?;
     if arguments.sandbox {
-        earlier.let_go();
+        earlier.rehearse();
+    } else if sandbox::has_made_all(earlier.links_of_output(), out)? {
+        earlier.let_output_go();
     }
+    all_made_here(inside, earlier.links(), &settings.ledger, out).await?;
     Ok(GivenLinks::read(earlier.links())?)
 }

@@ -21,6 +21,7 @@ use crate::config::check::Resolved;
 use crate::observe::logging;
 pub(super) use arguments::Arguments;
 use sandbox::Sandbox;
+pub(super) use sandbox::refuse_its_ledger;
 
 pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
     arguments.check()?;
@@ -40,6 +41,9 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
             None if arguments.verify => resolved(file)?,
             None => resolved(file).map_err(sandbox::offer)?,
         };
+        if !arguments.sandbox {
+            refuse_its_ledger(&settings.ledger)?;
+        }
         places::check(arguments, out, Some(&settings.ledger))?;
         log(&settings)?;
         if arguments.verify {

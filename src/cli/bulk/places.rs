@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::Arguments;
-use crate::bulk::output::{before_of, part_of, run_of};
+use crate::bulk::output::{before_of, new_of, part_of, run_of};
 use crate::cli::Failure;
 use crate::config::check::Ledger;
 
@@ -23,6 +23,9 @@ pub(super) fn check(
         ("the output while it grows", part_of(out)),
         ("what the output is made with", run_of(out)),
         ("the links that were cut off", before_of(out)),
+        ("what the output is made with, while it is written", new_of(&run_of(out))),
+        ("the links that were cut off, while they are written", new_of(&before_of(out))),
+        ("the output's successor", new_of(out)),
     ];
     if arguments.file.as_os_str() != "-" {
         places.push(("the input", arguments.file.clone()));

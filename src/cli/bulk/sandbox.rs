@@ -7,6 +7,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::Arguments;
 use crate::bulk::layout::EarlierLink;
+use crate::bulk::output::{EarlierLinks, OutputError};
 use crate::cli::{Failure, settings_without_key};
 use crate::config::check::{Ledger, Resolved};
 use crate::config::{self, Problem};
@@ -14,6 +15,8 @@ use crate::job::{Key, Mode, RequestId};
 use crate::ledger::sqlite::inspect::Inspector;
 use crate::simulator::{Options, Simulator};
 
+/// What the names of their ledgers end in.
+const ENDS: &str = ".sandbox-ledger.db";
 /// How many sessions it remembers.
 const KEEPS: usize = 1_024;
 
@@ -66,16 +69,39 @@ pub(super) fn offer(failure: Failure) -> Failure {
     }
 }
 
-/// Whether the sandbox that writes that output has made the link.
-pub(super) fn has_made(link: &EarlierLink, out: &Path) -> bool {
-    let Ok(request_id) = RequestId::parse(&link.request_id) else { return false };
-    let key = Key { mode: Mode::Test, request_id };
-    let row = Inspector::open(&ledger_beside(out)).ok().and_then(|ledger| ledger.row(&key).ok());
-    row.flatten().is_some_and(|row| row.checkout_id.as_ref() == Some(&link.checkout_id))
+/// Whether the sandbox that writes that output has made all of these links.
+///
+/// # Errors
+/// If the links cannot be read.
+pub(super) fn has_made_all(links: EarlierLinks, out: &Path) -> Result<bool, OutputError> {
+    let Ok(ledger) = Inspector::open(&ledger_beside(out)) else { return Ok(false) };
+    for link in links {
+        let EarlierLink { request_id, checkout_id } = link?;
+        let Ok(request_id) = RequestId::parse(&request_id) else { return Ok(false) };
+        let key = Key { mode: Mode::Test, request_id };
+        let made = ledger.row(&key).ok().flatten().and_then(|row| row.checkout_id);
+        if made != Some(checkout_id) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Refuses a sandbox's ledger where links are to be real.
+pub(in crate::cli) fn refuse_its_ledger(ledger: &Ledger) -> Result<(), Failure> {
+    match ledger {
+        Ledger::File(path) if path.as_os_str().as_encoded_bytes().ends_with(ENDS.as_bytes()) => {
+            Err(Failure::Usage(format!(
+                "ledger.url: {} is the ledger of a sandbox, whose links lead nowhere: name another file, or unset LEDGER_URL",
+                path.display()
+            )))
+        }
+        Ledger::File(_) | Ledger::Database(_) => Ok(()),
+    }
 }
 
 fn ledger_beside(out: &Path) -> PathBuf {
     let mut ledger = out.as_os_str().to_owned();
-    ledger.push(".sandbox-ledger.db");
+    ledger.push(ENDS);
     ledger.into()
 }
