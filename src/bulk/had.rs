@@ -15,9 +15,10 @@ pub(super) struct Had {
     /// Those that were not written again.
     links: GivenLinks,
     hasher: RandomState,
-    /// By what the cells of rows are whose ids are their numbers, those ids; none where several have the same cells.
+    /// Where ids are numbers of rows: a row's id by its cells (both as hashes), or none where several rows have the same
+    /// cells, as nobody can tell then which of them was moved.
     rows: HashMap<u64, Option<u64>>,
-    /// The same ids, each with its cells.
+    /// Hashes of the same pairs of id and cells.
     with_cells: HashSet<u64>,
     /// Whether ids are numbers of rows.
     numbered: bool,

@@ -435,6 +435,15 @@ mod tests {
     }
 
     #[test]
+    fn a_table_with_a_column_of_ids_numbers_no_row() {
+        let rows = rows(b"request_id,product_id\na,prod_1\n,prod_1\n  ,prod_1\n");
+        assert_eq!(wire(&rows[0]), r#"{"request_id":"c-a","product_id":"prod_1"}"#);
+        for (row, job) in &rows[1..] {
+            assert_eq!(job.as_ref().unwrap_err().code, "request_id_missing", "line {}", row.line);
+        }
+    }
+
+    #[test]
     fn a_flaw_names_its_column_and_the_next_row_is_read() {
         let text = b"product_id,units,customer.email\nprod_1,many,\nprod_1,1,nobody\n\xff,1,\nprod_1,1,a@b.example\n";
         let rows = rows(text);

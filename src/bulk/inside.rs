@@ -19,7 +19,7 @@ use crate::worker::engine::Engine;
 use crate::worker::gate::Reason;
 use crate::worker::journey::Verdict;
 
-/// After which a job is asked for again that somebody else had.
+/// How long to wait before a job is asked for again that another process has.
 const AGAIN: Duration = Duration::from_secs(1);
 
 /// A silence that Creem asks for is told of if it is no shorter.
@@ -82,8 +82,8 @@ impl Inside {
         Ok(known.as_deref() == Some(checkout_id))
     }
 
-    /// Brings a row's job to its end; `None` if it was not begun, because everything ends. `only_known`, it gets
-    /// none but what the ledger has.
+    /// Brings a row's job to its end; `None` if it was not begun, because everything ends. With `only_known` its deadline
+    /// has passed in 1970: it gets what the ledger has, or `expired`, and Creem is never called.
     pub async fn make(&self, request: CheckoutRequest, only_known: bool) -> Option<Outcome> {
         let journey = &self.engine.journey;
         let secret = &journey.ledger.identity().secret;

@@ -103,7 +103,7 @@ async fn ask(inside: &Inside, checkout_id: &str) -> Link {
     let delays = Backoff::try_new(FIRST, LONGEST).expect("half a second is less than twenty");
     let mut tries = 0;
     loop {
-        let admitted = async { journey.pacer.pass(journey.pacer.admit(Lane::Bulk).await).await };
+        let admitted = async { journey.pacer.keep(journey.pacer.admit(Lane::Bulk).await).await };
         tokio::select! {
             _ = admitted => {}
             () = journey.stop.cancelled() => return interrupted(),

@@ -64,7 +64,7 @@ pub enum BulkError {
     Moved(u64, u64),
     /// A row has other cells than when it was given its link.
     #[error(
-        "row {0} (line {1}) had a link when its cells were other ones, and ids are numbers of rows: who is in it now would get the link of whoever was. Put its old cells back, and a new one at the end, or give the table a column request_id (then all rows get new links)"
+        "row {0} (line {1}) had a link when its cells were other ones, and ids are numbers of rows: was it changed, or was a row put in before it? Who is in it now would get the link of whoever was. Put its old cells back, and new rows at the end, or give the table a column request_id (then all rows get new links)"
     )]
     Replaced(u64, u64),
 }

@@ -29,8 +29,8 @@ pub(super) struct Reading {
     shared: u64,
 }
 
-/// Into how many sets the ids go: one that holds all would be there twice whenever it grows, and what it leaves behind
-/// is not given back. So what grows is a third of a per cent.
+/// Over how many sets the ids are spread. One set that grows holds its old and its new table at once, and the old one's
+/// memory is not given back; of many, one three-hundredth is there twice.
 const SETS: u64 = 300;
 
 /// The ids of all rows so far, as eight bytes each.

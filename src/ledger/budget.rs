@@ -37,8 +37,8 @@ pub struct Wish {
     pub default_interval: Duration,
     /// How long the places may last of others that these overtake; whoever comes later is so much later.
     pub overtakes: Duration,
-    /// None are given that lie further ahead: what is taken now cannot be given to somebody else, nor lie closer together
-    /// when Creem takes more calls again.
+    /// None are given whose first lies further ahead: what is taken now cannot be given to somebody else, nor lie closer
+    /// together when Creem takes more calls again. `None`: however far ahead it lies.
     pub horizon: Option<Duration>,
     /// They are for bulk, which gets them at the end of the line; once in so long beyond its horizon too: it is never
     /// starved.

@@ -32,12 +32,13 @@ use rate::{Held, Rate};
 use seen::Seen;
 use usual::Usual;
 
-/// How late a call may be for its place, where there is a ceiling. Places are that much further apart in a
-/// second, so that late calls and those that are in time still keep the ceiling together.
+/// How long after its time a place may still be used, where there is a ceiling. A ceiling's worth of places is spread over
+/// a second and this, so that no second holds more calls even if its first one is late and its last one in time.
 const LATENESS: Duration = Duration::from_millis(25);
 /// Where places are granted, the workers' ideas of the time differ as well: that comes on top.
 const CLOCKS: Duration = Duration::from_millis(35);
-/// How old a place may be when it is given out: most of its lateness is for what comes then.
+/// How long after its time a place may still be given out, where there is a ceiling: the rest of its lateness is for what
+/// its caller does then.
 const HAIR: Duration = Duration::from_millis(8);
 /// Without a ceiling: for how long places that nobody took are kept, so that a few callers who come together
 /// after an idle moment need not wait for each other.
@@ -96,7 +97,8 @@ struct State {
     next: Instant,
     /// Granted places that nobody has taken.
     places: VecDeque<Instant>,
-    /// Whether the last of them had others before them, or there were none.
+    /// Whether the last answer shows that it is the rate that holds calls up: its places had others before them, or it
+    /// had none. Else whoever waits for a place waits for the answer alone.
     waited: bool,
     /// Places that were taken and given back, the earliest first.
     returned: VecDeque<Instant>,
@@ -617,12 +619,16 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn silence_holds_for_everybody() {
-        let pacer = own(None);
-        pacer.quiet(Duration::from_secs(3));
-        assert!(pacer.admit(Lane::Interactive).now_or_never().is_none());
-        let started = Instant::now();
-        pacer.admit(Lane::Interactive).await.come().await;
-        assert!(started.elapsed() >= Duration::from_secs(3));
+        for lane in Lane::ALL {
+            let pacer = own(None);
+            pacer.quiet(Duration::from_secs(3));
+            assert!(pacer.admit(lane).now_or_never().is_none());
+            assert!(pacer.admit_ahead(lane).now_or_never().is_none());
+            let started = Instant::now();
+            let (place, ahead) = tokio::join!(pacer.admit(lane), pacer.admit_ahead(lane));
+            tokio::join!(place.come(), ahead.come());
+            assert!(started.elapsed() >= Duration::from_secs(3));
+        }
     }
 
     /// Whoever keeps the budget for all, in one process: grants blocks of places in order.

@@ -5,6 +5,19 @@
 //! take it grows fast, and near that slowly, so that most of the time it lies a little below. How long an
 //! answer takes is no sign: Creem's latency says more about a product's images than about its load.
 //!
+//! | when | then |
+//! |---|---|
+//! | in the beginning | 100 calls a second, or the ceiling; while calls wait, four times as many after each second |
+//! | "slow down" | the limit is what was taken in the last second, but half of the rate at least; the rate is 93 % of it. Once a second at most |
+//! | again within 3 s, and nearly all of the rate was taken | the limit is 90 % of the rate, and the new rate 70 % of the old |
+//! | "slow down" to 1 % of the calls at most, of 20 or more that are taken in a second | nothing: other reasons are likelier |
+//! | until a later call is taken | the rate is as it is, and a call every 50 ms shows whether Creem takes any |
+//! | calls wait, below 93 % of the limit | twice as much after each second |
+//! | calls wait, from there to 140 % of it | 0.6 % of the limit (1 at least) more each second, twice as fast 8 s after the cut, and so on |
+//! | calls wait, above that | the limit is forgotten: twice as much after each second |
+//! | the rate is four times what is taken, and 100 at least | it does not grow: nothing shows how far it is right |
+//! | after an outage | a tenth of the best second of late, as if that were the limit |
+//!
 //! Pure: time comes in as an argument.
 
 use std::fmt;
@@ -480,10 +493,11 @@ mod tests {
         }
 
         fn run(&self, name: &str, server: &str, way: u32) {
-            let counts = match server.split_once(' ') {
-                Some(("tokens", saved)) => Counts::Tokens(saved.parse().unwrap()),
-                _ if server == "seconds" => Counts::Seconds,
-                _ => Counts::AnySecond,
+            let counts = match server.split_once(' ').unwrap_or((server, "")) {
+                ("tokens", saved) => Counts::Tokens(saved.parse().unwrap()),
+                ("seconds", "") => Counts::Seconds,
+                ("any_second", "") => Counts::AnySecond,
+                _ => panic!("{name}: a server cannot count by {server:?}"),
             };
             let ran = run(counts, MILLI * way, self.seconds, |second| self.limit(second));
             let taken: f64 = (0..self.seconds).map(|second| self.limit(second)).sum();

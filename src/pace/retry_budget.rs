@@ -27,9 +27,9 @@ const COVERED: u32 = 10 * FLOOR;
 
 /// The retries that are left.
 ///
-/// They are kept twice. Whoever is to wait is promised one of those that are yet to be earned, as far as can be told
-/// now, and so knows how long. When its time has come it spends one of those that were earned: what was promised may
-/// not have come, and who would have waited too long was promised none.
+/// Two accounts of the same retries. `unpromised` pays when a retry is put off: how far it is below zero says how long the
+/// wait is. `unspent` pays when the retry is made. They differ, as a promise is a forecast: the calls that were to earn
+/// the retry may never be made, and who would have to wait too long is promised none.
 #[derive(Debug, Clone)]
 pub struct RetryBudget {
     unpromised: Shares,

@@ -14,16 +14,16 @@ use crate::ledger::{Budget, LedgerError, News, Taught, Teaching, Wish};
 use crate::pace::{LATELY, Pacer, Waiters};
 use crate::retry::backoff;
 
-/// What a block of places lasts: longer blocks mean fewer round trips, and a worker
-/// that stops takes up to one with it. As many as were given out in so long are wished for at once.
+/// What a block of places lasts at most: longer blocks mean fewer round trips, and a worker that stops takes one with it.
+/// Without a ceiling as many are wished for at once as were given out in so long, which is why the two are one.
 const BLOCK: Duration = LATELY;
 /// Most places in a block.
 const MAX_BLOCK: u32 = 64;
-/// How far ahead bulk takes places: for so long somebody who waits may be behind it, where there is a ceiling. And where
-/// there is none, how far ahead anybody does: by then the rate may be another.
+/// How far ahead bulk takes places: where there is a ceiling, a buyer stands behind no more than these. Where there is
+/// none, nobody takes places further ahead, as the rate may be another by then.
 const HORIZON: Duration = Duration::from_millis(80);
-/// Where there is none: how much of what others have taken somebody who waits may overtake. As much as bulk has at most,
-/// as its last block ends beyond its horizon. So many more calls a moment may hold.
+/// Where there is no ceiling: how much of what others have taken a buyer may overtake. That is all that bulk has, as a
+/// block of it (half a horizon) may begin at the horizon. The price is that a moment may hold so many more calls.
 const OVERTAKES: Duration = Duration::from_millis(120);
 const _: () = assert!(OVERTAKES.as_millis() * 2 == HORIZON.as_millis() * 3);
 /// Who got no place asks again after that at the soonest.
@@ -50,10 +50,15 @@ pub(super) async fn lease(engine: Arc<Engine>, budget: Arc<dyn Budget>) {
 
 /// Leases a block of places whenever somebody waits for one; ends with the ledger's error only.
 ///
-/// Who has somebody behind them gets places at once, at the end of the line. Bulk keeps that line short: it
-/// takes no place that lies further ahead than 80 ms (`HORIZON`), or two places where they lie further apart, whichever
-/// worker it is that asks, and gets its guaranteed share at the end of the line. Where there is no ceiling, nobody takes
-/// any that lies further ahead: those that are taken while Creem is asked now and then only lie far apart.
+/// | who | a block lasts | begins no further ahead than | overtakes |
+/// |---|---|---|---|
+/// | interactive, under a ceiling | 200 ms (`BLOCK`) | it may | nothing |
+/// | interactive, without one | 80 ms | 80 ms (`HORIZON`), or two places; any time after 400 ms without one | 120 ms |
+/// | bulk | 40 ms, or one place | 80 ms, or two places; any time for its guaranteed share | nothing |
+///
+/// So bulk keeps the line short, whichever worker it is that asks, and a buyer gets places soon. Without a ceiling
+/// nobody takes any far ahead: while Creem says "slow down" they lie far apart, and would hold who has them, and all
+/// behind, long after Creem takes calls again.
 ///
 /// # Errors
 /// See [`LedgerError`].

@@ -17,8 +17,8 @@ use crate::pace::breaker::{Breaker, Change};
 use crate::pace::retry_budget::RetryBudget;
 use crate::retry::backoff;
 
-/// For how long a worker's word holds that nobody's call has borne out since, beyond the longest call: longer than a
-/// probe may wait.
+/// For how long after its last failed call, beyond what a call may take, a worker still tells the others that Creem is
+/// down: longer than the longest pause between probes, so that its word does not lapse between two of them.
 const WORD_HOLDS: Duration = Duration::from_secs(10);
 /// How often a worker that is held by another one's word looks for itself, at most: it may be the other one's own way
 /// to Creem that is broken.

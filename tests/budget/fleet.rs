@@ -17,6 +17,8 @@ use futures::future::BoxFuture;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
+use crate::line::{Leased, Line, micros};
+
 /// Jobs that each worker has in the works, as by default.
 pub(crate) const IN_THE_WORKS: usize = 64;
 /// How long Creem takes for an answer.
@@ -59,18 +61,25 @@ pub(crate) struct Ran {
 pub(crate) struct Row {
     /// When its clock showed nothing.
     started: Instant,
-    next: Instant,
-    quiet_until: Instant,
-    bulk_at: Instant,
-    interactive_next: Instant,
+    line: Line,
     /// What was learned, when that was written, and how far apart places are by it.
     learned: Option<(i64, String, Instant, Duration)>,
 }
 
 impl Row {
     pub(crate) fn new(started: Instant) -> Self {
-        let (next, quiet_until, bulk_at, interactive_next) = (started, started, started, started);
-        Self { started, next, quiet_until, bulk_at, interactive_next, learned: None }
+        Self { started, line: Line::default(), learned: None }
+    }
+
+    /// What its clock shows.
+    fn now(&self) -> i64 {
+        micros(self.started.elapsed())
+    }
+
+    /// For how long all are quiet.
+    fn quiet(&self) -> Duration {
+        let left = self.line.quiet_until.saturating_sub(self.now());
+        Duration::from_micros(left.try_into().unwrap_or(0))
     }
 
     fn learned(&self) -> Option<Learned> {
@@ -98,7 +107,7 @@ impl Seat {
             for (there, back) in ways {
                 let asked = Instant::now();
                 tokio::time::sleep(there).await;
-                let now = micros(row.lock().unwrap().started.elapsed());
+                let now = row.lock().unwrap().now();
                 tokio::time::sleep(back).await;
                 reckoning.hear(now, asked);
             }
@@ -117,17 +126,12 @@ fn way(random: &mut Rng) -> Duration {
     Duration::from_micros(micros)
 }
 
-fn micros(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap()
-}
-
 impl Budget for Seat {
     fn lease_places(
         &self,
         _mode: Mode,
         wish: Wish,
     ) -> BoxFuture<'static, Result<Places, LedgerError>> {
-        let Wish { count, lasting, least_interval, default_interval, .. } = wish;
         let (there, back) = (self.way(), self.way());
         let (row, lead) = (self.row.clone(), self.lead.clone());
         let reckoning = self.reckoning.clone();
@@ -137,46 +141,15 @@ impl Budget for Seat {
             let asked = Instant::now();
             let expected = *lead.lock().unwrap();
             tokio::time::sleep(there).await;
-            let (first, now, quiet, count, interval, waited) = {
+            let (leased, now, quiet) = {
                 let mut row = row.lock().unwrap();
-                let now = Instant::now();
-                let interval = row
-                    .learned
-                    .as_ref()
-                    .map_or(default_interval, |learned| learned.3)
-                    .max(least_interval);
-                let fits = lasting.as_nanos() / interval.as_nanos().max(1);
-                let count = u32::try_from(fits).unwrap_or(u32::MAX).min(count).max(1);
-                let next = row.next.max(row.quiet_until);
-                let line = if wish.bulk_every.is_some() {
-                    next
-                } else {
-                    let overtaken = next.checked_sub(wish.overtakes).unwrap_or(row.started);
-                    row.interactive_next.min(next).max(overtaken).max(row.quiet_until)
-                };
-                let owed = wish.bulk_every.is_some() && row.bulk_at <= now;
-                let given = owed || wish.horizon.is_none_or(|horizon| line <= now + horizon);
-                let first = if given {
-                    let (first, last) = (line.max(now + expected), next.max(now + expected));
-                    row.next = last + interval * count;
-                    match wish.bulk_every {
-                        Some(every) => row.bulk_at = now + every,
-                        None => row.interactive_next = first + interval * count,
-                    }
-                    first
-                } else {
-                    let again = line.checked_sub(wish.horizon.unwrap_or_default());
-                    let again = again.unwrap_or(row.started);
-                    if wish.bulk_every.is_some() { again.min(row.bulk_at) } else { again }
-                };
-                let shown = |at: Instant| micros(at - row.started);
-                let quiet = row.quiet_until.saturating_duration_since(now);
-                let waited = !given || first > now + expected;
-                (shown(first), shown(now), quiet, if given { count } else { 0 }, interval, waited)
+                let (now, learned) = (row.now(), row.learned.as_ref().map(|learned| learned.3));
+                (row.line.lease(wish, now, expected, learned), now, row.quiet())
             };
             tokio::time::sleep(back).await;
             *lead.lock().unwrap() = asked.elapsed();
             reckoning.hear(now, asked);
+            let Leased { count, first, interval, waited } = leased;
             let first = reckoning.instant(first).unwrap();
             Ok(Places { first, count, interval, waited, quiet })
         }
@@ -218,11 +191,10 @@ impl Budget for Seat {
             tokio::time::sleep(there).await;
             let (quiet, learned) = {
                 let mut row = row.lock().unwrap();
-                let now = Instant::now();
                 if !news.quiet.is_zero() {
-                    row.quiet_until = row.quiet_until.max(now + news.quiet);
+                    row.line.quiet_until = row.line.quiet_until.max(row.now() + micros(news.quiet));
                 }
-                (row.quiet_until.saturating_duration_since(now), row.learned())
+                (row.quiet(), row.learned())
             };
             tokio::time::sleep(back).await;
             Ok((News { quiet, ..news }, learned))

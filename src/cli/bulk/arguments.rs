@@ -19,10 +19,10 @@ use crate::job::{Lane, printable};
 #[derive(Debug, clap::Args)]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub(crate) struct Arguments {
-    /// The jobs; `-` is standard input.
+    /// The jobs, or with --verify an earlier output; `-` is standard input.
     pub(super) file: PathBuf,
-    /// The links. While it grows it is called FILE.part.
-    #[arg(long, value_name = "FILE", required_unless_present = "dry_run")]
+    /// The links. While it grows it is called OUT.part.
+    #[arg(long, value_name = "OUT", required_unless_present = "dry_run")]
     pub(super) out: Option<PathBuf>,
     /// The product of rows that name none.
     #[arg(long, value_name = "PRODUCT_ID")]

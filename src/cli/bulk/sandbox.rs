@@ -61,8 +61,9 @@ impl Sandbox {
 pub(super) fn offer(failure: Failure) -> Failure {
     match failure {
         Failure::Configuration(mut problems) => {
-            let text = "a run without a key and without Creem is";
-            problems.push(Problem::new(text.to_owned(), "checkout-worker bulk --sandbox"));
+            let text = "to try it without a key and without Creem";
+            let fix = "add --sandbox to the same command: its links lead nowhere";
+            problems.push(Problem::new(text.to_owned(), fix));
             Failure::Configuration(problems)
         }
         other @ (Failure::Failed(_) | Failure::Usage(_)) => other,

@@ -99,11 +99,17 @@ macro_rules! line {
 /// Takes a block of places: how many there are, when its first place is, what the clock shows, for how long all are
 /// quiet, and how far apart the places are.
 ///
-/// `$1` mode; `$2` how many at most, `$8` lasting no longer than that together, but one at least; `$3` how long the
-/// answer takes: no place is sooner; `$6` how far apart at least, `$7` how far where nobody has learned it. None lies
-/// further ahead than `$4`; who gets none is told when there may be one. For bulk (`$5` is there) they lie at the end of
-/// the line, and every `$5` it gets some all the same. For interactive `$9` is what it may overtake. Either way the line
-/// grows. All times are microseconds.
+/// * `$1` the mode
+/// * `$2` most places
+/// * `$3` how long the last answer took: no place is sooner
+/// * `$4` how far ahead the first of them may lie (NULL: however far); who gets none is told when there may be one
+/// * `$5` for bulk, how often it gets some all the same (NULL: they are for interactive)
+/// * `$6` how far apart they are at least
+/// * `$7` how far apart they are where nobody has learned it
+/// * `$8` how long the block lasts at most, but one place at least
+/// * `$9` how much of the line interactive may overtake
+///
+/// All but `$1` and `$2` are microseconds. Bulk's lie at the end of the line; whoever gets some, the line grows.
 const LEASE: &str = concat!(
     "WITH learned (interval) AS (
      SELECT greatest($6::int8, coalesce(

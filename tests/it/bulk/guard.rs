@@ -215,24 +215,36 @@ async fn nobody_is_given_the_link_of_a_row_that_was_moved() {
     };
     assert_eq!(run(&["Ada", "Bob", "Cy"]).await.0, 0);
     let made = desk.read("links.csv");
-    let others: [&[&str]; 4] = [
-        &["Ada", "Cy"],
-        &["Ada", "Eve", "Bob", "Cy"],
-        &["Cy", "Bob", "Ada"],
-        &["Bob", "Cy", "Ada"],
+    let others: [(&[&str], &str); 5] = [
+        (&["Ada", "Cy"], "row 2 (line 3) had another number"),
+        (&["Cy", "Bob", "Ada"], "row 1 (line 2) had another number"),
+        (&["Bob", "Cy", "Ada"], "row 1 (line 2) had another number"),
+        // Somebody else before, or in the place of, one who was given a link.
+        (&["Ada", "Eve", "Bob", "Cy"], "row 2 (line 3) had a link when its cells were other ones"),
+        (&["Ada", "Eve", "Cy"], "row 2 (line 3) had a link when its cells were other ones"),
     ];
-    for rows in others {
+    for (rows, why) in others {
         let (code, said) = run(rows).await;
-        assert!(code == 1 && said.contains("had another number"), "{rows:?}: {said}");
+        assert!(code == 1 && said.contains(why), "{rows:?}: {said}");
         assert_eq!((desk.read("links.csv"), desk.sessions()), (made.clone(), 3));
     }
-    // New ones at the end, and a name that was mended.
-    let (code, said) = run(&["Ada", "Rob", "Cy", "Eve"]).await;
+    // New ones at the end.
+    let (code, said) = run(&["Ada", "Bob", "Cy", "Eve"]).await;
     assert_eq!((code, desk.sessions()), (0, 4), "{said}");
     let links = |text: &str| -> Vec<String> {
         cells(text).iter().take(3).map(|row| row[3].clone()).collect()
     };
     assert_eq!(links(&desk.read("links.csv")), links(&made));
+}
+
+#[tokio::test]
+async fn a_row_with_an_id_of_its_own_keeps_its_link_when_its_other_cells_are_mended() {
+    let (desk, _) = Desk::with_links(3).await;
+    let made = desk.read("links.csv");
+    let input = desk.write("in.csv", &table(3).replace("somebody 1", "somebody else"));
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert_eq!((code, desk.sessions()), (0, 3), "{said}");
+    assert_eq!(desk.read("links.csv"), made.replace("somebody 1", "somebody else"));
 }
 
 #[tokio::test]

@@ -136,12 +136,38 @@ async fn a_sandbox_needs_no_key_and_touches_no_ledger_of_yours() {
     assert_eq!(desk.read("sessions.ndjson").lines().count(), 20, "the second run kept the links");
     assert_eq!(desk.simulator.log().posts().len(), 0);
     assert!(!desk.path("ledger.db").exists());
+    // Nor are real links written down in the sandbox's ledger.
+    let mut settings = desk.settings.clone();
+    let its_own = format!("{}.sandbox-ledger.db", desk.path("links.csv").display());
+    settings.insert("LEDGER_URL".to_owned(), format!("sqlite:{its_own}"));
+    let real = desk.arguments(&input, &[]);
+    let real: Vec<&str> = real.iter().map(String::as_str).collect();
+    for arguments in [&real[..], &["run"]] {
+        let (code, _, said) = command(arguments, settings.clone(), "").await;
+        assert!(code == 2 && said.contains("is the ledger of a sandbox"), "{said}");
+    }
+    assert_eq!(desk.simulator.log().posts().len(), 0);
     // Its links are none for buyers: the same command without it makes them.
     let (code, said) = desk.bulk(&input, &[]).await;
     assert_eq!(code, 0, "{said}");
     assert_eq!(desk.sessions(), 20);
     let text = desk.read("links.csv");
     assert!(cells(&text).iter().all(|row| row[5].starts_with(&desk.simulator.url())), "{text}");
+}
+
+#[tokio::test]
+async fn a_link_that_is_no_sandboxs_is_guarded_though_others_of_the_output_are() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(3));
+    assert_eq!(desk.bulk(&input, &["--sandbox"]).await.0, 0);
+    // Somebody has put a link into it that was made elsewhere.
+    let text = desk.read("links.csv");
+    let session = cells(&text)[2][4].clone();
+    let mixed = text.replace(&session, "ch_of_elsewhere");
+    desk.write("links.csv", &mixed);
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 1 && said.contains("would be made a second time"), "{said}");
+    assert_eq!((desk.read("links.csv"), desk.sessions()), (mixed, 0));
 }
 
 #[tokio::test]

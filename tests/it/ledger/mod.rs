@@ -2,6 +2,8 @@
 
 mod bench;
 mod embedded;
+#[path = "../../budget/line.rs"]
+mod line;
 mod promises;
 mod ready;
 mod shared;

@@ -12,6 +12,7 @@ use futures::future::join_all;
 
 use super::bench::{Backend, Bench, START};
 use super::key;
+use super::line::{Line, micros};
 use super::promises::{link, rejected, wait};
 use crate::support::eventually;
 use crate::support::postgres::{administrator, connect, database, shared};
@@ -657,6 +658,70 @@ async fn buyers_go_ahead_of_bulk_where_they_may_and_the_line_grows_all_the_same(
     let silent = quiet(&ledger, Mode::Test, Duration::from_secs(600)).await;
     let buyer = lease(Wish { overtakes: Duration::from_secs(9_000), ..ahead }).await.first;
     assert!(buyer > now + silent / 2);
+}
+
+#[tokio::test]
+async fn fleets_are_simulated_with_the_databases_arithmetic() {
+    let Some(bench) = bench("arithmetic").await else { return };
+    let ledger = open(bench.url()).await.unwrap();
+    let client = connect(bench.url()).await;
+    let clock = "SELECT (extract(epoch from clock_timestamp()) * 1000000)::int8";
+    let seconds = Duration::from_secs;
+    let mut random = fastrand::Rng::with_seed(7);
+    let mut line = None::<Line>;
+    let (mut given, mut refused) = (0, 0);
+    // Long ones, so that what a question takes decides nothing: all are whole minutes, and horizons half of one more.
+    let minutes = |random: &mut fastrand::Rng, most| seconds(60 * random.u64(0..=most));
+    for asked in 0..400 {
+        let for_bulk = random.bool();
+        let wish = Wish {
+            count: random.u32(1..6),
+            lasting: minutes(&mut random, 30),
+            least_interval: minutes(&mut random, 4),
+            default_interval: seconds(120),
+            overtakes: if for_bulk { Duration::ZERO } else { minutes(&mut random, 20) },
+            horizon: (for_bulk || random.bool()).then(|| minutes(&mut random, 60) + seconds(30)),
+            bulk_every: for_bulk.then(|| minutes(&mut random, 600) + seconds(30)),
+        };
+        let now: i64 = client.query_one(clock, &[]).await.unwrap().get(0);
+        let here = tokio::time::Instant::now();
+        if random.u8(..40) == 0 {
+            quiet(&ledger, Mode::Test, seconds(3_600)).await;
+            let line = line.get_or_insert_default();
+            line.quiet_until = line.quiet_until.max(now + micros(seconds(3_600)));
+        }
+        let places = ledger.lease_places(Mode::Test, wish).await.unwrap();
+        let expected = line.get_or_insert_default().lease(wish, now, Duration::ZERO, None);
+        assert_eq!(places.count, expected.count, "{asked}: {wish:?} {line:?}");
+        assert_eq!(places.interval, expected.interval, "{asked}: {wish:?}");
+        let first = if places.first > here {
+            now + micros(places.first - here)
+        } else {
+            now - micros(here - places.first)
+        };
+        // What is over is over: how long ago it was makes no difference.
+        let off = first.max(now) - expected.first.max(now);
+        assert!(off.abs() < micros(seconds(20)), "{asked}: off by {off} us: {wish:?}");
+        let drained = if expected.count > 0 { &mut given } else { &mut refused };
+        *drained += 1;
+        // An hour or two go by.
+        if random.u8(..4) == 0 {
+            let (past, line) = (micros(minutes(&mut random, 120)), line.as_mut().unwrap());
+            let shift = "UPDATE checkout_worker.budget SET next_at = next_at - $1,
+                quiet_until = quiet_until - $1, bulk_at = bulk_at - $1,
+                interactive_next_at = interactive_next_at - $1";
+            client.execute(shift, &[&past]).await.unwrap();
+            for at in [
+                &mut line.next,
+                &mut line.quiet_until,
+                &mut line.bulk_at,
+                &mut line.interactive_next,
+            ] {
+                *at -= past;
+            }
+        }
+    }
+    assert!(given > 50 && refused > 50, "{given} were given, {refused} were not");
 }
 
 #[tokio::test]
