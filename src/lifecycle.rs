@@ -37,7 +37,7 @@ impl Stages {
             stages.soft.cancel();
             tokio::select! {
                 name = first(&mut terminate, &mut interrupt) => {
-                    tracing::warn!(signal = name, "leaving at once; what was not settled will be delivered again");
+                    tracing::warn!(signal = name, "leaving at once; jobs that were not settled will be delivered again, and rows of a file made by the same command");
                 }
                 () = tokio::time::sleep(grace) => {
                     tracing::warn!(grace_ms = crate::clock::as_millis(grace), "shutdown.grace is over; what was not settled will be delivered again");

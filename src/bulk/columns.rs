@@ -99,17 +99,20 @@ pub struct Defaults {
     pub success_url: Option<String>,
     /// Keys of `metadata`.
     pub metadata: Vec<(String, String)>,
-    /// Comes before each `request_id`, or before the number of the row where there is none.
+    /// Comes before each `request_id`, or before one that follows from what is in the row, where it has none.
     pub request_id_prefix: Option<String>,
 }
 
 impl Defaults {
-    /// The id of a row whose own one is `own`.
-    #[must_use]
-    pub fn request_id(&self, own: Option<&str>, number: u64) -> Option<String> {
+    /// The id of a row whose own one is `own`; where it has none, `content` follows from what is in it.
+    pub fn request_id(
+        &self,
+        own: Option<&str>,
+        content: impl FnOnce() -> String,
+    ) -> Option<String> {
         match (&self.request_id_prefix, own.filter(|own| !own.is_empty())) {
             (Some(prefix), Some(own)) => Some(format!("{prefix}{own}")),
-            (Some(prefix), None) => Some(format!("{prefix}{number}")),
+            (Some(prefix), None) => Some(format!("{prefix}{}", content())),
             (None, own) => own.map(str::to_owned),
         }
     }
@@ -493,7 +496,7 @@ mod tests {
             ..Defaults::default()
         };
         let job = |cells: &[&str]| {
-            let id = defaults.request_id(own_id(&columns, cells), 7);
+            let id = defaults.request_id(own_id(&columns, cells), || "7".to_owned());
             let job = write_job(&columns, cells, &defaults, id.as_deref());
             serde_json::from_slice::<serde_json::Value>(&job).unwrap()
         };

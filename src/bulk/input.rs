@@ -5,6 +5,7 @@ use std::io::{self, Read};
 use csv::ByteRecord;
 
 use super::columns::{self, Column, Defaults, HeaderError, add_keys};
+use super::content_id::ContentIds;
 use super::records::Records;
 use super::source::Format;
 use crate::job::json::{JsonError, Node};
@@ -19,6 +20,9 @@ pub enum InputError {
     /// A text of two bytes a character.
     #[error("it is UTF-16: save it as \"CSV UTF-8\", not as \"Unicode text\"")]
     Utf16,
+    /// Lines that end as on Macs of before 2001, which nothing else takes for lines.
+    #[error("its lines end with CR alone, as on old Macs: save it as \"CSV UTF-8\"")]
+    OldMac,
     /// A file of another program's.
     #[error("it is an Excel workbook: save it as \"CSV UTF-8\"")]
     Workbook,
@@ -93,6 +97,7 @@ pub struct Input {
     columns: Vec<Column>,
     defaults: Defaults,
     rules: Rules,
+    content_ids: ContentIds,
     number: u64,
     empty: u64,
 }
@@ -128,6 +133,7 @@ impl Input {
             columns: Vec::new(),
             defaults: wishes.defaults,
             rules: wishes.rules,
+            content_ids: ContentIds::default(),
             number: 0,
             empty: 0,
         };
@@ -149,6 +155,7 @@ impl Input {
                 &wishes.carry,
                 &input.rules.extra_fields,
             )?;
+            input.content_ids = ContentIds::of_table(&input.names);
             let names_it = input.columns.contains(&Column::Text("product_id"));
             if !names_it && input.defaults.product_id.is_none() {
                 return Err(InputError::NoProduct);
@@ -184,9 +191,9 @@ impl Input {
             && self.defaults.request_id_prefix.is_none()
     }
 
-    /// Whether the ids of rows are their numbers.
+    /// Whether all rows are named by what is in them, so that no two have the same id.
     #[must_use]
-    pub fn numbers_rows(&self) -> bool {
+    pub fn names_rows(&self) -> bool {
         self.format() != Format::Ndjson && !self.columns.contains(&Column::Text("request_id"))
     }
 
@@ -238,7 +245,7 @@ impl Input {
         record
     }
 
-    fn read_cells(&self, record: &ByteRecord) -> Judged {
+    fn read_cells(&mut self, record: &ByteRecord) -> Judged {
         let count = self.names.len();
         if record.iter().skip(count).any(|cell| !cell.is_empty()) {
             let message = format!(
@@ -256,13 +263,14 @@ impl Input {
         let cells: Result<Vec<&str>, _> = record.iter().map(std::str::from_utf8).collect();
         let Ok(cells) = cells else { return (None, Err(not_utf8())) };
         let own = columns::own_id(&self.columns, &cells);
-        // A column of ids that leaves one out would mix them with numbers, which are other rows' when rows move.
-        let left_out = own.is_none_or(|own| own.trim().is_empty()) && !self.numbers_rows();
-        let id = if left_out { None } else { self.defaults.request_id(own, self.number) };
+        // A column of ids that leaves one out is a mistake: the row would get another id when the next cell is mended.
+        let left_out = own.is_some_and(str::is_empty);
+        let content = || self.content_ids.of_cells(record);
+        let id = if left_out { None } else { self.defaults.request_id(own, content) };
         self.judge(&columns::write_job(&self.columns, &cells, &self.defaults, id.as_deref()))
     }
 
-    fn read_line(&self, record: &ByteRecord) -> Judged {
+    fn read_line(&mut self, record: &ByteRecord) -> Judged {
         let line = record.get(0).unwrap_or_default();
         if record.len() > 1 {
             return (None, Err(has_nul()));
@@ -272,7 +280,10 @@ impl Input {
             return (None, Err(Flaw { column: None, code: "not_utf8", message }));
         };
         match Node::parse(text.trim()) {
-            Ok(Node::Object(members)) => self.judge(&self.with_defaults(members)),
+            Ok(Node::Object(members)) => {
+                let job = self.with_defaults(members);
+                self.judge(&job)
+            }
             Err(JsonError::Syntax { category, column, .. }) => {
                 let message = format!(
                     "not JSON: {category} at column {column}; each line is to be one whole object"
@@ -285,12 +296,13 @@ impl Input {
     }
 
     /// The same job, with what it leaves out.
-    fn with_defaults(&self, mut members: Vec<(String, Node)>) -> Vec<u8> {
+    fn with_defaults(&mut self, mut members: Vec<(String, Node)>) -> Vec<u8> {
         let defaults = &self.defaults;
         let string = |text: &str| Node::String(text.to_owned());
         let own = members.iter().position(|(name, _)| name == "request_id");
         let own_text = own.and_then(|at| members[at].1.as_str());
-        if let Some(id) = defaults.request_id(own_text, self.number) {
+        let content = || self.content_ids.of_members(&members);
+        if let Some(id) = defaults.request_id(own_text, content) {
             match own {
                 // One that is no text is not made one.
                 Some(at) if own_text.is_some() => members[at].1 = string(&id),
@@ -339,7 +351,11 @@ pub(super) fn swallows<'a>(
     let swallows = |(at, cell): (usize, &[u8])| {
         let lines: Vec<&[u8]> = cell.split(|byte| *byte == b'\n').collect();
         let [_, within @ .., last] = lines.as_slice() else { return false };
-        within.iter().any(whole) || (last.contains(&b'"') && cells(last) > at)
+        // Behind what divides cells no program writes a blank; whoever writes a sentence does.
+        let prose = last.windows(2).any(|pair| pair == [delimiter, b' ']);
+        within.iter().any(whole)
+            || (whole(last) && !prose)
+            || (last.contains(&b'"') && cells(last) > at)
     };
     let at = record.iter().enumerate().position(swallows)?;
     names.get(at).map(String::as_str)
@@ -428,14 +444,15 @@ mod tests {
         let numbers: Vec<u64> = rows.iter().map(|(row, _)| row.number).collect();
         assert_eq!(numbers, [1, 2, 3]);
         assert_eq!(rows[0].0.cells.len(), 3);
-        assert_eq!(wire(&rows[1]), r#"{"request_id":"c-2","product_id":"prod_2","units":2}"#);
+        let job = r#"{"request_id":"c-1410729715242897","product_id":"prod_2","units":2}"#;
+        assert_eq!(wire(&rows[1]), job);
         assert_eq!(rows[2].1.as_ref().unwrap_err().code, "row_length");
         let lines: Vec<u64> = rows.iter().map(|(row, _)| row.line).collect();
         assert_eq!(lines, [2, 5, 6]);
     }
 
     #[test]
-    fn a_table_with_a_column_of_ids_numbers_no_row() {
+    fn a_table_with_a_column_of_ids_names_no_row_itself() {
         let rows = rows(b"request_id,product_id\na,prod_1\n,prod_1\n  ,prod_1\n");
         assert_eq!(wire(&rows[0]), r#"{"request_id":"c-a","product_id":"prod_1"}"#);
         for (row, job) in &rows[1..] {
@@ -450,7 +467,7 @@ mod tests {
         let flaw = |at: usize| rows[at].1.as_ref().unwrap_err();
         assert_eq!((flaw(0).column, flaw(0).code), (Some("units"), "units"));
         assert_eq!((flaw(1).column, flaw(1).code), (Some("customer.email"), "email"));
-        assert_eq!(rows[1].0.request_id.as_deref(), Some("c-2"));
+        assert_eq!(rows[1].0.request_id.as_deref().map(str::len), Some("c-".len() + 16));
         assert_eq!(flaw(2).code, "not_utf8");
         assert!(rows[3].1.is_ok());
     }
@@ -474,7 +491,7 @@ mod tests {
         );
         assert_eq!(
             wire(&rows[1]),
-            r#"{"request_id":"c-2","product_id":"p","metadata":{"a":1.50,"b":"2"}}"#
+            r#"{"request_id":"c-6c4c3331b24fb367","product_id":"p","metadata":{"a":1.50,"b":"2"}}"#
         );
         let codes: Vec<&str> =
             rows[2..].iter().map(|(_, job)| job.as_ref().unwrap_err().code).collect();

@@ -142,28 +142,20 @@ impl Layout {
         Some(EarlierLink { request_id: text(self.id_at)?, checkout_id: text(self.own + 1)? })
     }
 
-    /// The input's cells of a line, told apart from others.
-    pub(super) fn own_text(&self, line: &ByteRecord) -> Vec<u8> {
-        line.iter()
-            .take(self.own)
-            .flat_map(|cell| [&cell.len().to_le_bytes(), cell].concat())
-            .collect()
-    }
-
-    /// The next link in the lines of an output, of which so many bytes are whole lines' at most, with the text of the
-    /// input's cells; `None` behind the last one.
+    /// The next link in the lines of an output, of which so many bytes are whole lines' at most; `None` behind the last
+    /// one.
     pub(super) fn next_link(
         &self,
         lines: &mut csv::Reader<File>,
         whole: u64,
-    ) -> io::Result<Option<(EarlierLink, Vec<u8>)>> {
+    ) -> io::Result<Option<EarlierLink>> {
         let mut line = ByteRecord::new();
         while lines.read_byte_record(&mut line).map_err(io::Error::from)? {
             // However whole a line looks that does not end.
             if self.end_of_cells(lines) <= whole
                 && let Some(link) = self.link_in(&line)
             {
-                return Ok(Some((link, self.own_text(&line))));
+                return Ok(Some(link));
             }
         }
         Ok(None)

@@ -6,8 +6,10 @@
 //! kept, and what was not is asked of the ledger, which knows each link that was ever made.
 
 pub mod columns;
+mod content_id;
 pub mod given;
 mod had;
+mod hashes;
 pub mod input;
 pub mod inside;
 pub mod layout;
@@ -36,10 +38,10 @@ use layout::Outcome;
 use output::{Earlier, EarlierLinks, Output, OutputError};
 use reading::Reading;
 
-/// Rows that may be done while one before them is not: so many are remembered at once.
-const WINDOW: usize = 4_096;
-/// And so many bytes of them, whatever waits for the first one.
-const WINDOW_BYTES: usize = 32 * 1024 * 1024;
+/// Bytes of rows that are remembered at once: they may be done while one before them is tried again and again.
+const WINDOW: usize = 32 * 1024 * 1024;
+/// What a row takes besides its cells: its outcome, and what holds the two.
+const ROW_TAKES: usize = 512;
 /// After how many rows what is written is handed to the operating system.
 const FLUSH_EVERY: usize = 256;
 /// And after how long, where rows come slowly.
@@ -57,16 +59,6 @@ pub enum BulkError {
     /// The output.
     #[error(transparent)]
     Output(#[from] OutputError),
-    /// People would be given each other's links.
-    #[error(
-        "row {0} (line {1}) had another number when it was given its link, and ids are numbers of rows: rows were put in, taken out or moved, so people would get each other's links. Put them back as they were and new ones at the end, or give the table a column request_id (then all rows get new links)"
-    )]
-    Moved(u64, u64),
-    /// A row has other cells than when it was given its link.
-    #[error(
-        "row {0} (line {1}) had a link when its cells were other ones, and ids are numbers of rows: was it changed, or was a row put in before it? Who is in it now would get the link of whoever was. Put its old cells back, and new rows at the end, or give the table a column request_id (then all rows get new links)"
-    )]
-    Replaced(u64, u64),
 }
 
 /// How many rows came to what.
@@ -104,7 +96,9 @@ impl Tally {
 pub struct Progress<'a> {
     /// So far.
     pub tally: &'a Tally,
-    /// Bytes of the input up to the last row that is written.
+    /// Further rows, which are done and wait for one before them to be written.
+    pub ahead: u64,
+    /// Bytes of the input that are read.
     pub position: u64,
 }
 
@@ -129,7 +123,7 @@ pub async fn run<F>(
 where
     F: Future<Output = Option<Outcome>>,
 {
-    let mut had = Had::read(&earlier, input.numbers_rows())?;
+    let mut had = Had::read(&earlier)?;
     let mut rows = Reading::begin(input).map_err(InputError::Io)?;
     let mut tally = Tally::default();
     let skipped = tokio::select! {
@@ -146,7 +140,6 @@ where
         had.note_all(earlier.cut_off())?;
     }
     let mut window = Window::new(earlier.go_on()?, had, tally, at_once);
-    window.position = rows.position();
     let mut going = FuturesUnordered::new();
     let ran = go_through(first, &mut rows, &mut window, &mut going, make, stop, tell).await;
     match ran {
@@ -178,24 +171,22 @@ async fn go_through<'a, F: Future<Output = Option<Outcome>> + 'a>(
     let mut tick = tokio::time::interval(TICK);
     loop {
         if let Some((row, job)) = next.take() {
-            if window.had.is_moved(&row) {
-                return Err(BulkError::Moved(row.number, row.line));
-            }
-            if window.had.is_replaced(&row) {
-                return Err(BulkError::Replaced(row.number, row.line));
-            }
             let number = row.number;
             match job {
-                Err(flaw) => window.push(row, rows.position(), Slot::Done(flaw.into())),
+                Err(flaw) => {
+                    window.push(row);
+                    window.done(number, Some(flaw.into()));
+                }
                 Ok(request) => {
-                    window.push(row, rows.position(), Slot::Going);
+                    window.push(row);
                     let outcome = make(number, *request);
                     going.push(async move { (number, outcome.await) }.boxed_local());
                 }
             }
         }
         window.write()?;
-        tell(Progress { tally: &window.tally, position: window.position });
+        let (ahead, position) = (window.ahead, rows.position());
+        tell(Progress { tally: &window.tally, ahead, position });
         let stopped = stop.is_cancelled();
         if going.is_empty() && (read_all || stopped) {
             return Ok(read_all);
@@ -259,7 +250,7 @@ async fn first_new(
         if let (Ok(request), Some(checkout_id)) = (job, written.checkout_id) {
             given = Some(Given { number: row.number, request: *request, checkout_id });
         }
-        tell(Progress { tally, position: rows.position() });
+        tell(Progress { tally, ahead: 0, position: rows.position() });
     }
     Ok((None, given))
 }
@@ -276,11 +267,11 @@ enum Slot {
 struct Window {
     output: Output,
     had: Had,
-    /// Rows, and how many bytes were read up to each one's end.
-    slots: VecDeque<(Row, u64, Slot)>,
-    /// Of their cells.
+    slots: VecDeque<(Row, Slot)>,
+    /// What they take.
     bytes: usize,
-    position: u64,
+    /// How many of them are done.
+    ahead: u64,
     unflushed: usize,
     flushed_at: Instant,
     tally: Tally,
@@ -290,13 +281,13 @@ struct Window {
 impl Window {
     fn new(output: Output, had: Had, tally: Tally, at_once: usize) -> Self {
         let flushed_at = Instant::now();
-        let (slots, bytes, position) = (VecDeque::new(), 0, 0);
-        Self { output, had, slots, bytes, position, unflushed: 0, flushed_at, tally, at_once }
+        let (slots, bytes, ahead) = (VecDeque::new(), 0, 0);
+        Self { output, had, slots, bytes, ahead, unflushed: 0, flushed_at, tally, at_once }
     }
 
     /// Whether another row may be read, with so many under way.
     fn has_room(&self, going: usize) -> bool {
-        self.slots.len() < WINDOW && self.bytes < WINDOW_BYTES && going < self.at_once
+        self.bytes < WINDOW && going < self.at_once
     }
 
     /// When what is written is to be handed on.
@@ -304,27 +295,28 @@ impl Window {
         self.flushed_at + FLUSH_AFTER
     }
 
-    fn push(&mut self, row: Row, end: u64, slot: Slot) {
-        self.bytes += row.cells.as_slice().len();
-        self.slots.push_back((row, end, slot));
+    fn push(&mut self, row: Row) {
+        self.bytes += taken_by(&row);
+        self.slots.push_back((row, Slot::Going));
     }
 
     fn done(&mut self, number: u64, outcome: Option<Outcome>) {
         let first = self.slots.front().map_or(number, |(row, ..)| row.number);
         let at = usize::try_from(number.saturating_sub(first)).unwrap_or(usize::MAX);
-        if let Some((.., slot)) = self.slots.get_mut(at) {
+        if let Some((_, slot)) = self.slots.get_mut(at) {
+            self.ahead += u64::from(outcome.is_some());
             *slot = outcome.map_or(Slot::Left, Slot::Done);
         }
     }
 
     fn write(&mut self) -> Result<(), OutputError> {
-        while let Some((row, end, Slot::Done(outcome))) = self.slots.front() {
+        while let Some((row, Slot::Done(outcome))) = self.slots.front() {
             self.output.write(row, outcome)?;
             self.had.wrote(row, outcome);
-            self.position = *end;
             self.tally.count(outcome.status);
             self.unflushed += 1;
-            self.bytes -= row.cells.as_slice().len();
+            self.bytes -= taken_by(row);
+            self.ahead -= 1;
             self.slots.pop_front();
         }
         let due = Instant::now() >= self.flush_due() && self.unflushed > 0;
@@ -348,6 +340,10 @@ impl Window {
         }
         Ok(self.tally)
     }
+}
+
+fn taken_by(row: &Row) -> usize {
+    row.cells.as_slice().len() + ROW_TAKES
 }
 
 impl From<Flaw> for Outcome {

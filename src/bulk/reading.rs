@@ -1,17 +1,17 @@
 //! An input that is read by a thread of its own: a pipe may have nothing to give for long, and whoever waits for
 //! it must hear of calls that come back and of a stop.
 
-use std::collections::HashSet;
 use std::hash::{BuildHasher as _, RandomState};
 use std::io;
 use std::thread;
 
 use tokio::sync::mpsc;
 
+use super::hashes::Hashes;
 use super::input::{Input, InputError, Job, Row};
 
-/// Rows that are read ahead.
-const AHEAD: usize = 256;
+/// Rows that are read ahead; each may have 1 MiB.
+const AHEAD: usize = 32;
 
 enum Read {
     /// A row, and how many bytes were read up to its end.
@@ -25,35 +25,22 @@ enum Read {
 pub(super) struct Reading {
     rows: mpsc::Receiver<Read>,
     position: u64,
-    ids: Ids,
+    /// None where no two rows can have the same one.
+    ids: Option<Ids>,
     shared: u64,
 }
 
-/// Over how many sets the ids are spread. One set that grows holds its old and its new table at once, and the old one's
-/// memory is not given back; of many, one three-hundredth is there twice.
-const SETS: u64 = 300;
-
-/// The ids of all rows so far, as eight bytes each.
-#[derive(Debug)]
+/// The ids of all rows so far, as hashes.
+#[derive(Debug, Default)]
 struct Ids {
     hasher: RandomState,
-    seen: Vec<HashSet<u64>>,
-}
-
-impl Default for Ids {
-    fn default() -> Self {
-        let seen = (0..SETS).map(|_| HashSet::new()).collect();
-        Self { hasher: RandomState::new(), seen }
-    }
+    seen: Hashes,
 }
 
 impl Ids {
     /// Whether an earlier row has this one's id.
     fn had(&mut self, row: &Row) -> bool {
-        let Some(id) = &row.request_id else { return false };
-        let hash = self.hasher.hash_one(id);
-        let set = usize::try_from(hash % SETS).unwrap_or_default();
-        !self.seen[set].insert(hash)
+        row.request_id.as_ref().is_some_and(|id| !self.seen.insert(self.hasher.hash_one(id)))
     }
 }
 
@@ -63,6 +50,7 @@ impl Reading {
     /// # Errors
     /// If the operating system gives no thread.
     pub(super) fn begin(mut input: Input) -> io::Result<Self> {
+        let ids = (!input.names_rows()).then(Ids::default);
         let (read, rows) = mpsc::channel(AHEAD);
         thread::Builder::new().name("input".to_owned()).spawn(move || {
             loop {
@@ -76,7 +64,7 @@ impl Reading {
                 }
             }
         })?;
-        Ok(Self { rows, position: 0, ids: Ids::default(), shared: 0 })
+        Ok(Self { rows, position: 0, ids, shared: 0 })
     }
 
     /// How many bytes were read up to the last row.
@@ -97,7 +85,8 @@ impl Reading {
         match self.rows.recv().await {
             Some(Read::Row(row, position)) => {
                 self.position = position;
-                self.shared += u64::from(self.ids.had(&row.0));
+                let is_shared = self.ids.as_mut().is_some_and(|ids| ids.had(&row.0));
+                self.shared += u64::from(is_shared);
                 Ok(Some(*row))
             }
             Some(Read::End) => Ok(None),

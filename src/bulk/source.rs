@@ -86,6 +86,9 @@ pub(super) fn recognise(mut source: impl Read + Send + 'static) -> Result<Recogn
     } else {
         let header = behind_empty_lines(text);
         let (line, ended) = first_line(header);
+        if !look.contains(&b'\n') && line.trim_ascii_end().contains(&b'\r') {
+            return Err(InputError::OldMac);
+        }
         let crlf = ended && line.last() == Some(&b'\r');
         let told = told_delimiter(line);
         if told.is_some() {

@@ -15,6 +15,12 @@ impl Problem {
     pub fn new(what: impl Into<String>, fix: impl Into<String>) -> Self {
         Self { what: what.into(), fix: fix.into() }
     }
+
+    /// Whether that is what is wrong.
+    #[must_use]
+    pub fn is(&self, what: &str) -> bool {
+        self.what == what
+    }
 }
 
 impl fmt::Display for Problem {

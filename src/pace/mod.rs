@@ -441,7 +441,11 @@ impl Pacer {
     /// Grants places; `waited` says whether they had others before them, or there are none.
     pub fn grant(&self, places: impl IntoIterator<Item = Instant>, waited: bool) {
         let mut state = self.state();
-        state.places.extend(places);
+        for place in places {
+            // A buyer's may lie before those that bulk has.
+            let behind = state.places.partition_point(|other| *other <= place);
+            state.places.insert(behind, place);
+        }
         state.waited = waited;
         drop(state);
         self.changed.send_replace(());

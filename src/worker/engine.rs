@@ -112,7 +112,7 @@ impl Engine {
 
     /// Starts a task without which no job may be served: a bug in it ends everything, as nobody would notice that it
     /// is gone.
-    fn spawn(
+    pub(super) fn spawn(
         self: &Arc<Self>,
         tasks: &mut JoinSet<()>,
         what: &'static str,

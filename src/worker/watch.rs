@@ -33,7 +33,7 @@ const BETWEEN_SWEEPS: Duration = Duration::from_secs(1);
 
 pub(super) fn spawn_all(shared: &Arc<Shared>, tasks: &mut JoinSet<()>) {
     shared.worker.engine.watch(tasks);
-    tasks.spawn(publishing(shared.clone()));
+    shared.worker.engine.spawn(tasks, "publishing", publishing(shared.clone()));
     tasks.spawn(sweep(shared.clone()));
     tasks.spawn(gauges(shared.clone()));
     let skew = shared.clone();

@@ -159,10 +159,6 @@ impl Earlier {
         EarlierLinks::of(self.layout.clone(), kept, 0)
     }
 
-    pub(in crate::bulk) const fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
     /// Whether nobody is given the links of this run.
     pub(in crate::bulk) const fn is_rehearsal(&self) -> bool {
         self.rehearses

@@ -31,10 +31,7 @@ impl EarlierLinks {
         Self { layout, files: files.into_iter(), lines: None, passed }
     }
 
-    /// The next one, and what tells the input's cells of its line from others.
-    pub(in crate::bulk) fn next_line(
-        &mut self,
-    ) -> Result<Option<(EarlierLink, Vec<u8>)>, OutputError> {
+    fn next_link(&mut self) -> Result<Option<EarlierLink>, OutputError> {
         loop {
             if let Some((path, lines, whole)) = &mut self.lines {
                 let link = self.layout.next_link(lines, *whole);
@@ -59,7 +56,7 @@ impl Iterator for EarlierLinks {
     type Item = Result<EarlierLink, OutputError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        self.next_line().transpose().map(|line| line.map(|(link, _)| link))
+        self.next_link().transpose()
     }
 }
 

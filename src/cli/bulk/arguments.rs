@@ -36,8 +36,8 @@ pub(crate) struct Arguments {
     /// Metadata of every row, as often as needed; a row's own wins.
     #[arg(long, value_name = "KEY=VALUE", value_parser = crate::cli::enqueue::pair)]
     pub(super) metadata: Vec<(String, String)>,
-    /// Comes before each row's `request_id`, or before its number where it has none. The same
-    /// prefix for the same file means the same links.
+    /// Comes before each row's `request_id`, or before one that follows from its cells where it has none: the same row
+    /// under the same prefix has the same link. Ends with `-`, `_`, `.` or `:`.
     #[arg(long, value_name = "PREFIX", value_parser = prefix)]
     pub(super) request_id_prefix: Option<String>,
     /// The campaign that the rows belong to, at most 64 characters.
@@ -133,10 +133,13 @@ impl Arguments {
 }
 
 fn prefix(text: &str) -> Result<String, String> {
-    // Numbers alone would be the ids of every other file as well.
-    if text.is_empty() {
-        Err("give at least one character".to_owned())
-    } else {
+    // `wave1` and an id of 12 would be `wave11` and one of 2.
+    if text.len() > 1 && text.ends_with(['-', '_', '.', ':']) {
         Ok(text.to_owned())
+    } else {
+        Err(format!(
+            "end it with -, so that no two prefixes and ids come to the same: {}-",
+            text.trim_end()
+        ))
     }
 }

@@ -48,7 +48,10 @@ pub(super) async fn begin(
         ));
     }
     let began_at = opened.clock.now();
-    let engine = Arc::new(engine::engine(settings, opened, health, stages.soft.clone())?);
+    let mut engine = engine::engine(settings, opened, health, stages.soft.clone())?;
+    // No row is older than this run: it is begun when its turn comes.
+    engine.journey.rules.bulk.max_age = None;
+    let engine = Arc::new(engine);
     engine.look().await;
     // Before the first outcome: whoever removes old ones is to know.
     let told = engine.tell_retention().await;

@@ -31,8 +31,9 @@ pub(super) fn run(settings: &Resolved, arguments: &Arguments) -> Outcome {
                 &format!("{}{} ({})", column.unwrap_or_default(), flaw.message, flaw.code),
             );
         } else if let Some(id) = &row.request_id {
-            let first = *lines.entry(hasher.hash_one(id)).or_insert(row.line);
-            if first != row.line {
+            let (number, first) =
+                *lines.entry(hasher.hash_one(id)).or_insert((row.number, row.line));
+            if number != row.number {
                 let text = format!(
                     "column request_id: line {first} has the same one, so both get one link, or none if they differ; give each row its own (request_id_twice)"
                 );

@@ -17,7 +17,7 @@ mod written_over;
 use std::path::Path;
 
 use super::{Failure, Outcome, block_on, resolved, resolved_without_key};
-use crate::config::check::Resolved;
+use crate::config::check::{Ledger, Resolved};
 use crate::observe::logging;
 pub(super) use arguments::Arguments;
 use sandbox::Sandbox;
@@ -33,6 +33,10 @@ pub(super) fn run(file: Option<&Path>, arguments: &Arguments) -> Outcome {
         places::check(arguments, out, None)?;
         log(&settings)?;
         return block_on(queue::run(&settings, arguments, out))?;
+    }
+    if arguments.sandbox {
+        // Before anything is written.
+        places::check(arguments, out, Some(&Ledger::File(sandbox::ledger_beside(out))))?;
     }
     block_on(async {
         let double = if arguments.sandbox { Some(Sandbox::start(arguments).await?) } else { None };

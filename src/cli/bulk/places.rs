@@ -18,6 +18,11 @@ pub(super) fn check(
         let text = format!("--out: there is no directory {}: make it first", directory.display());
         return Err(Failure::Usage(text));
     }
+    // A link that is put in the output's place would leave its target as it was.
+    if std::fs::symlink_metadata(out).is_ok_and(|about| about.is_symlink()) {
+        let text = format!("--out: {} is a symbolic link: name the file itself", out.display());
+        return Err(Failure::Usage(text));
+    }
     let mut places = vec![
         ("--out", out.to_owned()),
         ("the output while it grows", part_of(out)),

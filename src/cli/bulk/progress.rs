@@ -7,13 +7,16 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::time::Instant;
 
-use crate::bulk::{Progress, Tally};
+use crate::bulk::Progress;
 use crate::cli::{count as rows, say_error};
 
 /// How often a line is written where there is no terminal.
 const EVERY: Duration = Duration::from_secs(10);
 /// How often a bar's words change.
 const OFTEN: Duration = Duration::from_millis(200);
+
+/// So many rows that are done and not written yet are told: a few always are.
+const WORTH_TELLING: u64 = 200;
 
 /// How long ago things count for how fast they go.
 const LATELY: Duration = Duration::from_secs(30);
@@ -31,7 +34,7 @@ pub(super) struct Shown {
 #[derive(Debug, Clone, Copy)]
 struct Seen {
     at: Instant,
-    /// Rows that were not written before.
+    /// Rows that this run has done.
     fresh: u64,
     /// Bytes of the input.
     position: u64,
@@ -53,12 +56,12 @@ impl Shown {
         }
         let now = Instant::now();
         self.said = now;
-        let fresh = progress.tally.rows.saturating_sub(progress.tally.kept);
+        let fresh = (progress.tally.rows + progress.ahead).saturating_sub(progress.tally.kept);
         self.seen.push_back(Seen { at: now, fresh, position: progress.position });
         while self.seen.len() > 2 && now.duration_since(self.seen[0].at) > LATELY {
             self.seen.pop_front();
         }
-        let words = words(progress.tally, &self.seen, self.bytes, held);
+        let words = words(&progress, &self.seen, self.bytes, held);
         match &self.bar {
             Some(bar) => {
                 bar.set_position(progress.position);
@@ -88,10 +91,19 @@ fn bar(bytes: Option<u64>) -> ProgressBar {
 
 /// How many rows came to what, how fast it goes lately, and how much longer it may take then; or what is waited
 /// for.
-fn words(tally: &Tally, seen: &VecDeque<Seen>, bytes: Option<u64>, held: Option<&str>) -> String {
+fn words(
+    progress: &Progress<'_>,
+    seen: &VecDeque<Seen>,
+    bytes: Option<u64>,
+    held: Option<&str>,
+) -> String {
+    let tally = progress.tally;
     let mut words = rows(tally.rows, "row");
     for (status, rows) in &tally.statuses {
         words = format!("{words}, {rows} {status}");
+    }
+    if progress.ahead >= WORTH_TELLING {
+        words = format!("{words}, {} more done behind row {}", progress.ahead, tally.rows + 1);
     }
     if let Some(held) = held {
         return format!("{words}; waiting: {held}");
@@ -120,6 +132,7 @@ fn as_float(number: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bulk::Tally;
 
     fn seen(at: Instant, seconds: u64, fresh: u64, position: u64) -> Seen {
         Seen { at: at + Duration::from_secs(seconds), fresh, position }
@@ -128,13 +141,17 @@ mod tests {
     #[test]
     fn it_says_how_fast_it_goes_lately_and_nothing_of_a_time_that_nobody_knows() {
         let tally = Tally { rows: 1_200, ..Tally::default() };
+        let progress = Progress { tally: &tally, ahead: 0, position: 0 };
         let at = Instant::now();
         let going = [seen(at, 0, 200, 2_000), seen(at, 10, 1_200, 12_000)].into();
-        let said = words(&tally, &going, Some(72_000), None);
+        let said = words(&progress, &going, Some(72_000), None);
         assert_eq!(said, "1200 rows; 100 a second, about 1m left");
         let standing = [seen(at, 0, 1_200, 12_000), seen(at, 10, 1_200, 12_000)].into();
-        assert_eq!(words(&tally, &standing, Some(72_000), None), "1200 rows; 0 a second");
-        let held = words(&tally, &going, Some(72_000), Some("the lane is paused"));
+        assert_eq!(words(&progress, &standing, Some(72_000), None), "1200 rows; 0 a second");
+        let ahead = Progress { ahead: 579, ..progress };
+        let said = words(&ahead, &going, None, None);
+        assert_eq!(said, "1200 rows, 579 more done behind row 1201; 100 a second");
+        let held = words(&progress, &going, Some(72_000), Some("the lane is paused"));
         assert_eq!(held, "1200 rows; waiting: the lane is paused");
     }
 }

@@ -9,7 +9,7 @@ use super::Arguments;
 use crate::bulk::layout::EarlierLink;
 use crate::bulk::output::{EarlierLinks, OutputError};
 use crate::cli::{Failure, settings_without_key};
-use crate::config::check::{Ledger, Resolved};
+use crate::config::check::{Ledger, NO_KEY, Resolved};
 use crate::config::{self, Problem};
 use crate::job::{Key, Mode, RequestId};
 use crate::ledger::sqlite::inspect::Inspector;
@@ -60,13 +60,15 @@ impl Sandbox {
 /// Whoever only wants to see it needs no key.
 pub(super) fn offer(failure: Failure) -> Failure {
     match failure {
-        Failure::Configuration(mut problems) => {
+        Failure::Configuration(mut problems)
+            if problems.iter().any(|problem| problem.is(NO_KEY)) =>
+        {
             let text = "to try it without a key and without Creem";
             let fix = "add --sandbox to the same command: its links lead nowhere";
             problems.push(Problem::new(text.to_owned(), fix));
             Failure::Configuration(problems)
         }
-        other @ (Failure::Failed(_) | Failure::Usage(_)) => other,
+        other @ (Failure::Failed(_) | Failure::Usage(_) | Failure::Configuration(_)) => other,
     }
 }
 
@@ -90,18 +92,22 @@ pub(super) fn has_made_all(links: EarlierLinks, out: &Path) -> Result<bool, Outp
 
 /// Refuses a sandbox's ledger where links are to be real.
 pub(in crate::cli) fn refuse_its_ledger(ledger: &Ledger) -> Result<(), Failure> {
-    match ledger {
-        Ledger::File(path) if path.as_os_str().as_encoded_bytes().ends_with(ENDS.as_bytes()) => {
-            Err(Failure::Usage(format!(
-                "ledger.url: {} is the ledger of a sandbox, whose links lead nowhere: name another file, or unset LEDGER_URL",
-                path.display()
-            )))
-        }
-        Ledger::File(_) | Ledger::Database(_) => Ok(()),
+    let Ledger::File(path) = ledger else { return Ok(()) };
+    // By whichever name.
+    let file = std::fs::canonicalize(path).unwrap_or_else(|_| path.clone());
+    if !file.as_os_str().as_encoded_bytes().ends_with(ENDS.as_bytes()) {
+        return Ok(());
     }
+    Err(Failure::Configuration(vec![Problem::new(
+        format!(
+            "`ledger.url`: {} is the ledger of a sandbox, whose links lead nowhere",
+            path.display()
+        ),
+        "name another file, or unset LEDGER_URL",
+    )]))
 }
 
-fn ledger_beside(out: &Path) -> PathBuf {
+pub(super) fn ledger_beside(out: &Path) -> PathBuf {
     let mut ledger = out.as_os_str().to_owned();
     ledger.push(ENDS);
     ledger.into()

@@ -18,8 +18,8 @@ pub(super) fn ended(
 ) -> Outcome {
     match broken {
         Some(error) => Err(Failure::Failed(error.context(format!(
-            "stopped after {} rows; the same command goes on with {}",
-            tally.rows,
+            "stopped after {}; the same command goes on with {}",
+            count(tally.rows, "row"),
             part_of(out).display()
         )))),
         None => summary(tally, arguments, out),
@@ -27,7 +27,7 @@ pub(super) fn ended(
 }
 
 pub(super) fn interrupted(rows: u64, out: &Path) -> Failure {
-    let kept = if rows == 0 { String::new() } else { format!(" after {rows} rows") };
+    let kept = if rows == 0 { String::new() } else { format!(" after {}", count(rows, "row")) };
     Failure::Failed(anyhow!(
         "interrupted{kept}; the same command goes on with {}",
         part_of(out).display()
@@ -60,6 +60,11 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
             ". A conflict: that request_id has a link as another job, and error_message names the fields that differ: give the flags and cells of that run, or another --request-id-prefix for new links",
         );
     }
+    if tally.statuses.contains_key(Status::Unresolved.as_str()) {
+        text.push_str(
+            ". Unresolved: Creem may have made a session that nobody was given. With creem.on_unknown = \"park\" such a row is never asked for again: look for it at Creem, or give it another request_id",
+        );
+    }
     if tally.statuses.contains_key(Status::Cancelled.as_str()) {
         text.push_str(
             ". The campaign was cancelled: run the command again only if those rows are to be sold after all",
@@ -78,7 +83,7 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
     }
     if let Some((links, id)) = &tally.left {
         text = format!(
-            "{text}. {} stays as it was: no row of this run was given {} of it, for instance that of {}. Put such rows back as they were, and the same command goes on; or give another --out for a table of other rows; or remove the file if nobody was given its links",
+            "{text}. {} stays as it was: no row of this run was given {} of it, for instance that of {}. A row without a request_id of its own has a new one as soon as a cell of it is changed. Put such rows back as they were, and the same command goes on; or give another --out for a table of other rows; or remove the file if nobody was given its links",
             out.display(),
             count(*links as u64, "link"),
             printable(id, 128)

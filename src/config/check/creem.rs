@@ -8,11 +8,14 @@ use crate::creem::{Client, Options};
 use crate::job::Mode;
 use crate::job::success_url::is_loopback;
 
+/// What a run needs that is to make real links.
+pub const NO_KEY: &str = "there is no Creem API key";
+
 pub(super) fn check(settings: &Settings, problems: &mut Vec<Problem>) -> Option<Options> {
     let key = settings.creem.api_key.as_ref().filter(|key| !key.expose_secret().is_empty());
     if key.is_none() {
         problems.push(Problem::new(
-            "there is no Creem API key",
+            NO_KEY,
             "set CREEM_API_KEY, or CREEM_API_KEY_FILE to a file that holds it",
         ));
     }

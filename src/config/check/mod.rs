@@ -4,8 +4,9 @@ mod amqp;
 mod creem;
 mod job;
 mod ledger;
-
 mod worker;
+
+pub use creem::NO_KEY;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;

@@ -102,7 +102,8 @@ macro_rules! line {
 /// * `$1` the mode
 /// * `$2` most places
 /// * `$3` how long the last answer took: no place is sooner
-/// * `$4` how far ahead the first of them may lie (NULL: however far); who gets none is told when there may be one
+/// * `$4` how far ahead the first of them may lie (NULL: however far, as once after the clock was set back); who gets none
+///   is told when there may be one
 /// * `$5` for bulk, how often it gets some all the same (NULL: they are for interactive)
 /// * `$6` how far apart they are at least
 /// * `$7` how far apart they are where nobody has learned it
@@ -113,7 +114,7 @@ macro_rules! line {
 const LEASE: &str = concat!(
     "WITH learned (interval) AS (
      SELECT greatest($6::int8, coalesce(
-         (SELECT least(interval_us, 3600000000) FROM checkout_worker.rate WHERE mode = $1),
+         (SELECT least(interval_us, 1000000) FROM checkout_worker.rate WHERE mode = $1),
          $7::int8), 1)
      ), wish (interval, count) AS (
      SELECT interval, greatest(least($2::int8, $8::int8 / interval), 1) FROM learned
@@ -167,6 +168,11 @@ const LEASE: &str = concat!(
     believed!("bulk_at"),
     " <= ",
     now!(),
+    " OR ",
+    // Else the line would stay as far ahead until the clock shows what it did.
+    now!(),
+    " < b.written_at - ",
+    set_back!(),
     "
      RETURNING (SELECT count FROM wish),
          CASE WHEN $5::int8 IS NULL THEN b.interactive_next_at ELSE b.next_at END - ",

@@ -1,6 +1,6 @@
 //! What keeps a run from making a link twice, or from losing one.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Write as _;
 
 use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
@@ -196,7 +196,7 @@ async fn the_same_rows_under_other_ids_are_not_made_a_second_time() {
     assert_eq!(desk.bulk(&input, &["--request-id-prefix", "autumn-"]).await.0, 0);
     let made = desk.read("links.csv");
     let (code, said) = desk.bulk(&input, &["--request-id-prefix", "autum-"]).await;
-    assert!(code == 1 && said.contains("its first row is autumn-1"), "{said}");
+    assert!(code == 1 && said.contains("its first row is autumn-"), "{said}");
     assert_eq!((desk.read("links.csv"), desk.sessions()), (made, 2));
     // With other metadata they are other jobs.
     let flags = ["--request-id-prefix", "autumn-", "--metadata", "a=b"];
@@ -206,35 +206,61 @@ async fn the_same_rows_under_other_ids_are_not_made_a_second_time() {
 }
 
 #[tokio::test]
-async fn nobody_is_given_the_link_of_a_row_that_was_moved() {
+async fn a_row_without_an_id_keeps_its_link_wherever_it_is_and_nobody_is_given_anothers() {
     let desk = Desk::new().await;
-    let run = async |rows: &[&str]| {
+    let run = async |rows: &[&str], out: &str| {
         let lines: Vec<String> = rows.iter().map(|name| format!("{name},prod_1\n")).collect();
         let input = desk.write("in.csv", &format!("Name,product_id\n{}", lines.concat()));
-        desk.bulk(&input, &["--request-id-prefix", "autumn-"]).await
+        let out = desk.path(out).display().to_string();
+        let arguments = ["bulk", &input, "--out", &out, "--request-id-prefix", "autumn-"];
+        let (code, _, said) = command(&arguments, desk.settings.clone(), "").await;
+        (code, said)
     };
-    assert_eq!(run(&["Ada", "Bob", "Cy"]).await.0, 0);
-    let made = desk.read("links.csv");
-    let others: [(&[&str], &str); 5] = [
-        (&["Ada", "Cy"], "row 2 (line 3) had another number"),
-        (&["Cy", "Bob", "Ada"], "row 1 (line 2) had another number"),
-        (&["Bob", "Cy", "Ada"], "row 1 (line 2) had another number"),
-        // Somebody else before, or in the place of, one who was given a link.
-        (&["Ada", "Eve", "Bob", "Cy"], "row 2 (line 3) had a link when its cells were other ones"),
-        (&["Ada", "Eve", "Cy"], "row 2 (line 3) had a link when its cells were other ones"),
-    ];
-    for (rows, why) in others {
-        let (code, said) = run(rows).await;
-        assert!(code == 1 && said.contains(why), "{rows:?}: {said}");
-        assert_eq!((desk.read("links.csv"), desk.sessions()), (made.clone(), 3));
-    }
-    // New ones at the end.
-    let (code, said) = run(&["Ada", "Bob", "Cy", "Eve"]).await;
+    let links = |out: &str| -> BTreeMap<String, String> {
+        cells(&desk.read(out)).into_iter().map(|row| (row[0].clone(), row[3].clone())).collect()
+    };
+    assert_eq!(run(&["Ada", "Bob", "Cy"], "links.csv").await.0, 0);
+    let made = links("links.csv");
+    // Moved, and somebody put in between.
+    let (code, said) = run(&["Cy", "Eve", "Ada", "Bob"], "links.csv").await;
     assert_eq!((code, desk.sessions()), (0, 4), "{said}");
-    let links = |text: &str| -> Vec<String> {
-        cells(text).iter().take(3).map(|row| row[3].clone()).collect()
-    };
-    assert_eq!(links(&desk.read("links.csv")), links(&made));
+    let with_eve = links("links.csv");
+    assert!(made.iter().all(|(name, link)| with_eve[name] == *link), "{with_eve:?}");
+    assert!(!made.values().any(|link| *link == with_eve["Eve"]));
+    // The same in another file, and somebody in another one's place.
+    assert_eq!(run(&["Ada", "Fay", "Cy"], "others.csv").await.0, 0);
+    let others = links("others.csv");
+    assert_eq!((&others["Ada"], &others["Cy"]), (&made["Ada"], &made["Cy"]));
+    assert!(!with_eve.values().any(|link| *link == others["Fay"]));
+    // Who is not in the table any more keeps the file as it is.
+    let (code, said) = run(&["Ada", "Gus", "Cy"], "links.csv").await;
+    assert!(code == 1 && said.contains("links.csv stays as it was"), "{said}");
+    assert_eq!(links("links.csv"), with_eve);
+}
+
+#[tokio::test]
+async fn two_prefixes_and_ids_never_come_to_the_same() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(2));
+    for prefix in ["2026-1", "wave", "-", ""] {
+        let (code, said) = desk.bulk(&input, &["--request-id-prefix", prefix]).await;
+        assert!(code == 2 && said.contains("end it with -"), "{prefix}: {said}");
+    }
+    assert_eq!(desk.sessions(), 0);
+}
+
+#[tokio::test]
+async fn a_row_that_is_tried_again_and_again_does_not_hold_the_others() {
+    const ROWS: usize = 6_000;
+    let mut desk = Desk::new().await;
+    desk.settings.insert("CHECKOUT_WORKER__RETRY__FIRST".into(), "60s".into());
+    desk.settings.insert("CHECKOUT_WORKER__RETRY__LONGEST".into(), "60s".into());
+    desk.script(r#"{"faults":[{"request_id":"r-0","kind":"status","status":429}]}"#);
+    let input = desk.write("in.csv", &table(ROWS));
+    let process = desk.start(&input);
+    let all = || async { desk.sessions() == ROWS - 1 };
+    eventually("all others have their links", all).await;
+    process.kill().await;
 }
 
 #[tokio::test]

@@ -250,9 +250,10 @@ async fn a_link_in_another_lines_cells_is_not_renewed() {
 #[tokio::test]
 async fn no_line_is_given_the_link_of_one_whose_id_looks_like_a_renewal() {
     let desk = Desk::new().await;
-    let input = desk.write("in.csv", "product_id,Name\nprod_1,Ann\nprod_1,Bob\n");
-    assert_eq!(desk.bulk(&input, &["--request-id-prefix", "fair.r"]).await.0, 0);
-    let session = cells(&desk.read("links.csv"))[0][3].clone();
+    let text = "request_id,product_id,Name\nfair.r1,prod_1,Ann\nfair.r2,prod_1,Bob\n";
+    let input = desk.write("in.csv", text);
+    assert_eq!(desk.bulk(&input, &[]).await.0, 0);
+    let session = cells(&desk.read("links.csv"))[0][4].clone();
     assert!(desk.simulator.log().set_status(&session, "expired"));
     let (code, said) = desk.verify("links.csv", "checked.csv", &["--refresh"]).await;
     assert!(code == 1 && said.contains("more than one line is called fair or fair.rN"), "{said}");
