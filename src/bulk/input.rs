@@ -461,6 +461,25 @@ mod tests {
     }
 
     #[test]
+    fn a_quote_that_swallows_the_next_row_is_found_and_prose_is_none() {
+        let header = "request_id,product_id,City\n";
+        let swallowed = format!("{header}a,p,\"\nb,p,\"\nc,p,Oslo\n");
+        let codes = |text: &str| -> Vec<Option<&str>> {
+            let rows = rows(text.as_bytes());
+            rows.iter().map(|(_, job)| job.as_ref().err().map(|flaw| flaw.code)).collect()
+        };
+        assert_eq!(codes(&swallowed), [Some("row_swallows_rows"), None]);
+        let prose = format!("{header}a,p,\"Main Street 5\nBerlin, Mitte, Germany\"\nc,p,Oslo\n");
+        assert_eq!(codes(&prose), [None, None]);
+    }
+
+    #[test]
+    fn lines_that_end_with_cr_alone_are_refused() {
+        let error = open(b"request_id,product_id\rA,p\rB,p\r").unwrap_err();
+        assert!(matches!(error, InputError::OldMac), "{error}");
+    }
+
+    #[test]
     fn a_flaw_names_its_column_and_the_next_row_is_read() {
         let text = b"product_id,units,customer.email\nprod_1,many,\nprod_1,1,nobody\n\xff,1,\nprod_1,1,a@b.example\n";
         let rows = rows(text);

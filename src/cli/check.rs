@@ -125,7 +125,7 @@ async fn orders(ledger: &Ledger) -> Vec<(&'static str, Result<String, String>)> 
         lines.push((
             "clocks",
             Err(format!(
-                "at {at} a worker was given a job that was published {ahead} in the future: set the clocks of producers and workers by NTP, for deadlines and max_age are judged by them"
+                "at {at} a worker was given a job that was published {ahead} in the future (24h stand for any more): set the clocks of producers and workers by NTP, for deadlines and max_age are judged by them"
             )),
         ));
     }

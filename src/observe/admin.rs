@@ -122,17 +122,22 @@ async fn status(State(sources): State<Sources>) -> impl IntoResponse {
         .into_iter()
         .map(|lane| (lane.as_str().to_owned(), json!(sources.health.in_flight(lane))))
         .collect();
-    let (rate, circuit_open_for) = sources.health.calls();
+    let (rate, circuit) = sources.health.calls();
     let paused: Vec<&str> = sources.health.paused_lanes().into_iter().map(Lane::as_str).collect();
-    let because = match circuit_open_for {
+    let because = match circuit {
         Some(_) => "the circuit is open: no call is made but one now and then".to_owned(),
         None => rate.because,
     };
-    let circuit = circuit_open_for.map_or_else(
+    let circuit = circuit.map_or_else(
         || "closed".to_owned(),
         |open| {
-            let seconds = open.as_secs();
-            format!("open for {seconds} s: at least half of the last calls to Creem failed; one now and then shows whether it is back")
+            let who = if open.by_others {
+                "another worker of this ledger finds that "
+            } else {
+                ""
+            };
+            let seconds = open.time.as_secs();
+            format!("open for {seconds} s: {who}at least half of the last calls to Creem failed; one now and then shows whether it is back")
         },
     );
     Json(json!({

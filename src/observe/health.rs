@@ -19,7 +19,7 @@ struct Parts {
     ledger: Result<(), String>,
     key: Result<(), String>,
     rate: Rate,
-    circuit_open_for: Option<Duration>,
+    circuit: Option<OpenCircuit>,
     paused_lanes: Vec<Lane>,
     stopping: bool,
     next: u64,
@@ -34,13 +34,22 @@ impl Default for Parts {
             ledger: Ok(()),
             key: Ok(()),
             rate: Rate::default(),
-            circuit_open_for: None,
+            circuit: None,
             paused_lanes: Vec::new(),
             stopping: false,
             next: 0,
             in_flight: HashMap::new(),
         }
     }
+}
+
+/// A circuit that is open: at least half of the last calls to Creem failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OpenCircuit {
+    /// For how long.
+    pub time: Duration,
+    /// Whether it is another worker of the ledger that finds Creem down, and not this one.
+    pub by_others: bool,
 }
 
 /// How fast Creem is asked.
@@ -87,17 +96,17 @@ impl Health {
     }
 
     /// How fast Creem is asked, and for how long it has not been because at least half of the last calls failed.
-    pub fn set_calls(&self, rate: Rate, circuit_open_for: Option<Duration>) {
+    pub fn set_calls(&self, rate: Rate, circuit: Option<OpenCircuit>) {
         let mut parts = self.locked();
         parts.rate = rate;
-        parts.circuit_open_for = circuit_open_for;
+        parts.circuit = circuit;
     }
 
     /// See [`Health::set_calls`].
     #[must_use]
-    pub fn calls(&self) -> (Rate, Option<Duration>) {
+    pub fn calls(&self) -> (Rate, Option<OpenCircuit>) {
         let parts = self.locked();
-        (parts.rate.clone(), parts.circuit_open_for)
+        (parts.rate.clone(), parts.circuit)
     }
 
     /// The lanes that an operator has paused.

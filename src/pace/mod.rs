@@ -766,6 +766,20 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn a_place_that_lies_before_others_is_given_out_before_them() {
+        let pacer = granted();
+        let now = Instant::now();
+        let after = |millis| now + Duration::from_millis(millis);
+        // Bulk's, and then a buyer's, who overtakes.
+        pacer.grant([after(50), after(60)], true);
+        pacer.grant([after(10), after(55)], true);
+        for millis in [10, 50, 55, 60] {
+            pacer.admit(Lane::Interactive).await.come().await;
+            assert_eq!(Instant::now(), after(millis));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn what_another_worker_was_told_is_not_told_on() {
         let pacer = own(None);
         let mut told = pacer.silences();

@@ -57,8 +57,14 @@ pub(super) fn open_file(path: &Path) -> io::Result<File> {
     let mut file = File::options().create(true).append(true).open(path)?;
     // A pipe has no end to be looked at, and must not be kept open by its writer.
     if file.metadata()?.is_file() && file.metadata()?.len() > 0 {
-        let mut last = [0];
+        let mut first = [0];
         let mut end = File::open(path)?;
+        end.read_exact(&mut first)?;
+        if first != *b"{" {
+            let text = format!("{} is no log of sessions: name another file", path.display());
+            return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
+        }
+        let mut last = [0];
         end.seek(SeekFrom::End(-1))?;
         end.read_exact(&mut last)?;
         if last != *b"\n" {

@@ -311,6 +311,19 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
+    async fn bulks_share_of_places_is_the_configured_one() {
+        let interval = Duration::from_millis(10);
+        for (bulk_share, every) in [(0.05, 800), (0.2, 200), (0.5, 80)] {
+            let pacer = Pacer::shared(Limits { ceiling: Some(100.0), bulk_share });
+            let waiters = Waiters { interactive: 0, bulk: 64 };
+            let wish = wish(&pacer, interval, waiters, None).unwrap();
+            // Four places of 10 ms.
+            assert_eq!(wish.lasting, Duration::from_millis(40));
+            assert_eq!(wish.bulk_every, Some(Duration::from_millis(every)));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
     async fn silence_is_told_until_it_is_heard() {
         let (pacer, budget) = (Pacer::shared(LIMITS), Forgetful::default());
         pacer.quiet(Duration::from_secs(10));

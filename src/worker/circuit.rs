@@ -11,6 +11,7 @@ use tokio::time::Instant;
 use super::gate::{Gate, Reason};
 use crate::creem::Answer;
 use crate::job::Lane;
+use crate::observe::health::OpenCircuit;
 use crate::observe::metrics;
 use crate::pace::Pacer;
 use crate::pace::breaker::{Breaker, Change};
@@ -231,12 +232,13 @@ impl Circuit {
         self.retries().spend(lane, Instant::now())
     }
 
-    /// For how long the circuit has been open, if it is.
+    /// For how long the circuit has been open, if it is, and who has found Creem down.
     #[must_use]
-    pub fn open_for(&self) -> Option<Duration> {
+    pub fn open_for(&self) -> Option<OpenCircuit> {
         let (now, state) = (Instant::now(), self.state());
-        let by_others = state.by_others.map(|since| now.saturating_duration_since(since));
-        state.breaker.open_for(now).or(by_others)
+        let own = state.breaker.open_for(now).map(|time| OpenCircuit { time, by_others: false });
+        let others = state.by_others.map(|since| now.saturating_duration_since(since));
+        own.or(others.map(|time| OpenCircuit { time, by_others: true }))
     }
 
     /// Gives the right to be the probe whenever one is due; never ends.
@@ -298,6 +300,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn one_probe_after_another_until_creem_is_back() {
         let (circuit, gate, pacer) = open();
+        let before = pacer.explain().0;
         let work = async {
             for _ in 0..5 {
                 let probe = circuit.probe(&gate).await;
@@ -315,6 +318,8 @@ mod tests {
             () = tokio::time::sleep(Duration::from_secs(60)) => panic!("no more probes came"),
         }
         assert!(gate.is_open() && circuit.open_for().is_none());
+        let rate = pacer.explain().0;
+        assert!(rate <= before / 9.0, "it begins slowly: {rate} of {before}");
     }
 
     #[tokio::test(start_paused = true)]
@@ -367,6 +372,7 @@ mod tests {
         let circuit = Circuit::new(Duration::from_secs(10));
         circuit.hear(true, &gate, &pacer);
         assert!(gate.is_held_only_by(Reason::Circuit) && !circuit.finds_creem_down());
+        assert!(circuit.open_for().unwrap().by_others);
         circuit.hear(false, &gate, &pacer);
         assert!(gate.is_open(), "it is over when nobody says so any more");
 

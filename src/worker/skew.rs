@@ -14,9 +14,8 @@ use crate::observe::metrics;
 
 /// From here on clocks differ: AMQP timestamps are in whole seconds, and nobody's clock is perfect.
 const NOTABLE: Millis = 5_000;
-/// No clock is wrong by so much that the rest of the system works: a producer has invented that time, or
-/// counts in other units.
-const ABSURD: Millis = 24 * 3_600_000;
+/// What stands for anything longer: no clock is wrong by more, a producer has invented that time or counts in other units.
+const MOST: Millis = 24 * 3_600_000;
 /// How often what was seen is told.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 /// How often it is said in the log.
@@ -36,9 +35,9 @@ impl Skew {
     /// Takes note of a job's timestamp.
     pub(super) fn note(&self, published_at: Option<Millis>, now: Millis) {
         let Some(ahead) = published_at.map(|at| at.saturating_sub(now)) else { return };
-        if (NOTABLE..ABSURD).contains(&ahead) {
+        if ahead >= NOTABLE {
             let mut seen = self.seen();
-            seen.most = seen.most.max(ahead);
+            seen.most = seen.most.max(ahead.min(MOST));
         }
     }
 
@@ -73,5 +72,27 @@ impl Skew {
 
     fn seen(&self) -> MutexGuard<'_, Seen> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whatever_lies_in_the_future_is_noted_and_a_day_stands_for_more() {
+        let now = 1_795_370_400_000;
+        for (published_at, most) in [
+            (None, 0),
+            (Some(now - 3_600_000), 0),
+            (Some(now + NOTABLE - 1), 0),
+            (Some(now + 60_000), 60_000),
+            (Some(now * 1_000), MOST),
+            (Some(Millis::MAX), MOST),
+        ] {
+            let skew = Skew::default();
+            skew.note(published_at, now);
+            assert_eq!(skew.seen().most, most, "{published_at:?}");
+        }
     }
 }

@@ -310,6 +310,81 @@ async fn with_creem(script: &str) -> (Bench, Arc<Simulator>) {
     (bench, simulator)
 }
 
+/// A ledger in which something else happens while a claim is written.
+struct Meanwhile {
+    ledger: Prompt,
+    happens: Box<dyn Fn() + Send + Sync>,
+}
+
+impl std::fmt::Debug for Meanwhile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Meanwhile").finish_non_exhaustive()
+    }
+}
+
+impl Ledger for Meanwhile {
+    fn execute(&self, command: Command) -> BoxFuture<'static, Result<Answer, LedgerError>> {
+        let claim = matches!(command, Command::Job(JobCommand::Claim(_)));
+        let answer = self.ledger.execute(command);
+        if claim {
+            (self.happens)();
+        }
+        answer
+    }
+
+    fn standing(&self) -> BoxFuture<'static, Result<Standing, LedgerError>> {
+        self.ledger.standing()
+    }
+
+    fn identity(&self) -> &Identity {
+        self.ledger.identity()
+    }
+
+    fn orders(&self) -> BoxFuture<'static, Result<Orders, LedgerError>> {
+        self.ledger.orders()
+    }
+
+    fn sweep(&self, retention: Retention) -> BoxFuture<'static, Result<usize, LedgerError>> {
+        self.ledger.sweep(retention)
+    }
+}
+
+#[tokio::test]
+async fn a_deadline_that_passes_while_the_claim_is_written_costs_no_call() {
+    let any = ([127, 0, 0, 1], 0).into();
+    let (simulator, serve) = Simulator::start(any, SimulatorOptions::default()).await.unwrap();
+    tokio::spawn(serve);
+    let passing: Arc<std::sync::OnceLock<Arc<ManualClock>>> = Arc::default();
+    let clock = passing.clone();
+    let bench = bench_with(&simulator.url(), |ledger| {
+        let happens = move || {
+            if let Some(clock) = clock.get() {
+                clock.advance(Duration::from_secs(6));
+            }
+        };
+        Arc::new(Meanwhile { ledger: Prompt(ledger), happens: Box::new(happens) })
+    });
+    passing.set(bench.clock.clone()).unwrap();
+    let hurried = Ask { deadline: Some(START + 5_000), ..bench.ask() };
+    let (status, code) = bench.status(&hurried).await;
+    assert_eq!((status, code.as_deref()), (Status::Expired, Some("deadline_passed")));
+    assert_eq!(simulator.log().posts().len(), 0, "nobody waits for it");
+    let row = bench.row();
+    assert_eq!((row.attempts, row.ambiguous), (0, 0), "nothing was sent");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_gate_that_closes_while_a_place_is_waited_for_holds_the_call() {
+    let mut bench = bench();
+    bench.journey.pacer = Pacer::new(Limits { ceiling: Some(1.0), bulk_share: 0.05 });
+    bench.journey.pacer.admit(Lane::Interactive).await;
+    let closes = async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        bench.journey.gate.close(Reason::Key);
+    };
+    tokio::join!(bench.held("a key that is refused", bench.ask(), LONGEST_HOLD), closes);
+}
+
 const FAILS: &str = r#"{"faults":[{"request_id":"a","kind":"status","status":500}]}"#;
 
 impl Bench {

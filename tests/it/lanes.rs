@@ -81,6 +81,19 @@ async fn a_job_out_of_the_future_shows_that_clocks_differ() {
     let worker = world.worker().await;
     let mut replies = world.replies().await;
     assert!(!told(&world, &["check"]).await.contains("clocks"));
+    let before = u64::try_from(now() / 1000 - 90).unwrap();
+    world.publish(body("late"), persistent().with_timestamp(before)).await;
+    assert_eq!(next(&mut replies).await.status(), "succeeded");
+    let counted = || async {
+        let metrics = worker.get("/metrics").await.1;
+        let line = |what: &str| {
+            let name = format!("checkout_worker_latency_seconds_{what}{{lane=\"interactive\"}} ");
+            let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).map(str::to_owned);
+            line.map(|value| value.parse::<f64>().unwrap())
+        };
+        line("count") == Some(1.0) && line("sum").is_some_and(|sum| sum >= 89.0)
+    };
+    eventually("its way from the producer is measured", counted).await;
     let in_an_hour = u64::try_from(now() / 1000 + 3_600).unwrap();
     world.publish(body("early"), persistent().with_timestamp(in_an_hour)).await;
     assert_eq!(next(&mut replies).await.status(), "succeeded");
@@ -90,6 +103,8 @@ async fn a_job_out_of_the_future_shows_that_clocks_differ() {
         code == 1 && output.contains("WRONG    clocks: at 20") && output.contains("59m")
     };
     eventually("check reports it", reported).await;
+    let shown = || async { worker.get("/metrics").await.1.contains("clock_skew_seconds 3") };
+    eventually("it is a gauge, too", shown).await;
 }
 
 #[tokio::test]

@@ -84,6 +84,12 @@ async fn what_one_worker_finds_holds_all_workers_of_a_ledger() {
     soon("the other hears of it", other.logged("another worker of this ledger finds")).await;
     let says = || async { !other.get("/status").await.1.contains(r#""circuit":"closed""#) };
     eventually("its status says so", says).await;
+    let status = other.get("/status").await.1;
+    assert!(status.contains("another worker of this ledger finds that at least half"), "{status}");
+    assert!(
+        status.contains("the circuit is open: no call is made but one now and then"),
+        "{status}"
+    );
     world.publish_to(&world.queue("jobs.bulk"), body("held"), persistent()).await;
     world.script(r#"{"faults":[]}"#);
     for worker in [&finder, &other] {

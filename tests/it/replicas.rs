@@ -426,6 +426,14 @@ async fn four_workers_keep_one_budget_and_one_silence() {
     let calls: Vec<u64> =
         world.simulator.log().posts().iter().map(|post| post.arrived_us).collect();
     assert!(most_in_a_second(&calls) <= 60, "{}", most_in_a_second(&calls));
+    let metrics = workers[0].get("/metrics").await.1;
+    for line in [
+        "checkout_worker_rate_limit_per_second 60",
+        r#"checkout_worker_rate_limit_wait_seconds_count{lane="interactive"}"#,
+        r#"checkout_worker_consuming{lane="interactive"} 1"#,
+    ] {
+        assert!(metrics.contains(line), "{line}: {metrics}");
+    }
 
     // One worker is told to wait for three seconds; after one, nobody asks any more.
     world.script(
@@ -435,6 +443,11 @@ async fn four_workers_keep_one_budget_and_one_silence() {
     for n in 0..300 {
         world.job(&format!("later_{n}")).await;
     }
+    let says = || async {
+        let told = futures::future::join_all(workers.iter().map(|worker| worker.get("/status")));
+        told.await.iter().all(|(_, status)| status.contains("Creem asked for silence, for"))
+    };
+    eventually("all say why they wait", says).await;
     for _ in 0..301 {
         assert_eq!(next(&mut replies).await.status(), "succeeded");
     }

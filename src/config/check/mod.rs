@@ -273,6 +273,24 @@ mod tests {
     }
 
     #[test]
+    fn what_is_said_of_a_lane_is_that_lanes() {
+        let pairs = [
+            ("CHECKOUT_WORKER__LANES__INTERACTIVE__MAX_AGE", "15m"),
+            ("CHECKOUT_WORKER__LANES__BULK__MAX_AGE", "2d"),
+            ("CHECKOUT_WORKER__LANES__INTERACTIVE__MAX_ELAPSED", "50s"),
+            ("CHECKOUT_WORKER__LANES__BULK__MAX_ELAPSED", "5h"),
+            ("CHECKOUT_WORKER__RATE_LIMIT__BULK_SHARE", "0.25"),
+        ];
+        let resolved = with(&pairs).unwrap();
+        let rules = resolved.journey;
+        assert_eq!(rules.interactive.max_age, Some(Duration::from_mins(15)));
+        assert_eq!(rules.bulk.max_age, Some(Duration::from_hours(48)));
+        assert_eq!(rules.interactive.policy.max_elapsed, Duration::from_secs(50));
+        assert_eq!(rules.bulk.policy.max_elapsed, Duration::from_hours(5));
+        assert_eq!(resolved.limits.bulk_share.to_bits(), 0.25_f64.to_bits());
+    }
+
+    #[test]
     fn a_key_in_the_place_of_its_path_is_not_shown() {
         for (name, value) in [
             ("CHECKOUT_WORKER__AMQP__CLIENT_KEY_FILE", "-----BEGIN PRIVATE KEY-----\nMIICANARY"),

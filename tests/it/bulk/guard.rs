@@ -7,7 +7,7 @@ use creem_checkout_worker::ledger::sqlite::inspect::Inspector;
 
 use super::{Desk, cells, forget, table};
 use crate::cli::command;
-use crate::support::{eventually, soon};
+use crate::support::{Process, eventually, soon};
 
 #[tokio::test]
 async fn killed_and_started_again_it_makes_no_link_twice_but_what_the_ledger_counts() {
@@ -72,6 +72,66 @@ async fn a_paused_lane_holds_it_and_a_second_one_on_the_ledger_is_refused() {
     assert_eq!(resume.0, 0, "{resume:?}");
     assert_eq!(process.ended().await, 0);
     assert_eq!(desk.sessions(), 500);
+}
+
+#[tokio::test]
+async fn a_campaign_that_is_cancelled_gets_no_further_links() {
+    let desk = Desk::new().await;
+    desk.script(r#"{"latency_ms":50}"#);
+    let input = desk.write("in.csv", &table(1_000));
+    let arguments = desk.arguments(&input, &["--campaign", "fair"]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let mut process = Process::start(&arguments, &desk.settings);
+    soon("some calls", desk.simulator.posts_arrived(20)).await;
+    let cancel = command(&["campaign", "cancel", "fair"], desk.settings.clone(), "").await;
+    assert_eq!(cancel.0, 0, "{cancel:?}");
+    assert_eq!(process.ended().await, 1);
+    let rows = cells(&desk.read("links.csv"));
+    let of = |status: &str| rows.iter().filter(|row| row[3] == status).count();
+    assert_eq!((of("succeeded"), of("cancelled")), (desk.sessions(), 1_000 - desk.sessions()));
+    assert!(of("cancelled") > 0, "it was too late");
+    // Who runs it again wants them after all.
+    let again = command(&arguments, desk.settings.clone(), "").await;
+    assert_eq!((again.0, desk.sessions()), (0, 1_000), "{again:?}");
+}
+
+#[tokio::test]
+async fn an_output_that_is_a_symbolic_link_is_refused() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", &table(2));
+    let target = desk.write("target.csv", "");
+    std::os::unix::fs::symlink(&target, desk.path("links.csv")).unwrap();
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert!(code == 2 && said.contains("is a symbolic link"), "{said}");
+    assert_eq!((desk.sessions(), desk.read("target.csv")), (0, String::new()));
+}
+
+#[tokio::test]
+async fn the_log_of_a_sandbox_is_written_into_nothing_else() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", table(2).trim_end());
+    let text = desk.read("in.csv");
+    let notes = desk.write("notes.txt", "precious");
+    for log in [&input, &notes] {
+        let (code, said) = desk.bulk(&input, &["--sandbox", "--sandbox-log", log]).await;
+        assert!(code != 0, "{said}");
+    }
+    assert_eq!((desk.read("in.csv"), desk.read("notes.txt")), (text, "precious".to_owned()));
+}
+
+#[tokio::test]
+async fn no_row_of_a_table_is_older_than_its_run() {
+    let mut desk = Desk::new().await;
+    let settings = [
+        ("CHECKOUT_WORKER__LANES__BULK__MAX_AGE", "1s"),
+        ("CHECKOUT_WORKER__RATE_LIMIT__PER_SECOND", "4"),
+    ];
+    for (name, value) in settings {
+        desk.settings.insert(name.to_owned(), value.to_owned());
+    }
+    let input = desk.write("in.csv", &table(12));
+    let (code, said) = desk.bulk(&input, &[]).await;
+    assert_eq!((code, desk.sessions()), (0, 12), "{said}");
 }
 
 #[tokio::test]

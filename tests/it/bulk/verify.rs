@@ -261,6 +261,16 @@ async fn no_line_is_given_the_link_of_one_whose_id_looks_like_a_renewal() {
 }
 
 #[tokio::test]
+async fn links_are_looked_at_no_faster_than_calls_are_made() {
+    let (mut desk, _input) = Desk::with_links(5).await;
+    desk.settings.insert("CHECKOUT_WORKER__RATE_LIMIT__PER_SECOND".into(), "2".into());
+    let began = tokio::time::Instant::now();
+    let (code, said) = desk.verify("links.csv", "checked.csv", &[]).await;
+    assert_eq!(code, 0, "{said}");
+    assert!(began.elapsed() >= std::time::Duration::from_secs(2), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
 async fn a_mere_look_is_not_written_over_links_that_another_one_has_renewed() {
     let (desk, _input) = Desk::with_links(1).await;
     desk.set_status(&cells(&desk.read("links.csv"))[0], "expired");

@@ -661,6 +661,30 @@ async fn buyers_go_ahead_of_bulk_where_they_may_and_the_line_grows_all_the_same(
 }
 
 #[tokio::test]
+async fn bulk_goes_on_at_once_when_the_clock_was_set_back() {
+    let Some(bench) = bench("bulk_set_back").await else { return };
+    let ledger = open(bench.url()).await.unwrap();
+    let interval = Duration::from_millis(50);
+    let lease = async |wish| ledger.lease_places(Mode::Test, wish).await.unwrap();
+    let (horizon, bulk_every) =
+        (Some(Duration::from_millis(100)), Some(Duration::from_secs(3_600)));
+    let bulk = Wish { horizon, bulk_every, ..wish(2, interval) };
+    assert_eq!(lease(bulk).await.count, 2);
+    lease(wish(40, interval)).await;
+    assert_eq!(lease(bulk).await.count, 0, "two seconds are taken");
+    let client = connect(bench.url()).await;
+    let ahead = "UPDATE checkout_worker.budget
+        SET next_at = next_at + 86400000000::int8, bulk_at = bulk_at + 86400000000::int8,
+            interactive_next_at = interactive_next_at + 86400000000::int8,
+            written_at = written_at + 86400000000::int8";
+    client.batch_execute(ahead).await.unwrap();
+    let places = lease(bulk).await;
+    assert_eq!(places.count, 2, "else nothing would be written until the clock shows that day");
+    assert!(places.first < tokio::time::Instant::now() + Duration::from_secs(4));
+    assert_eq!(lease(bulk).await.count, 0, "it is as before");
+}
+
+#[tokio::test]
 async fn fleets_are_simulated_with_the_databases_arithmetic() {
     let Some(bench) = bench("arithmetic").await else { return };
     let ledger = open(bench.url()).await.unwrap();
@@ -745,7 +769,7 @@ async fn what_was_learned_is_written_once_per_version_and_places_lie_as_it_says(
         "nobody has learned anything"
     );
 
-    let taught = one.teach(Mode::Test, teaching(0, "first", 2_000)).await.unwrap();
+    let taught = one.teach(Mode::Test, teaching(0, "first", 1_000)).await.unwrap();
     assert_eq!(taught, Taught::Written);
     let late = other.teach(Mode::Test, teaching(0, "late", 1)).await.unwrap();
     let Taught::Other(learned) = late else { panic!("{late:?}") };
@@ -755,7 +779,7 @@ async fn what_was_learned_is_written_once_per_version_and_places_lie_as_it_says(
     assert_eq!((heard.version, &*heard.text), (1, "first"));
     assert_eq!(other.share(Mode::Live, nothing).await.unwrap().1, None, "another world");
     let places = other.lease_places(Mode::Test, wish).await.unwrap();
-    assert_eq!((places.count, places.interval), (10, Duration::from_secs(2)));
+    assert_eq!((places.count, places.interval), (20, Duration::from_secs(1)));
     let least = Wish { least_interval: Duration::from_secs(7), ..wish };
     let places = other.lease_places(Mode::Test, least).await.unwrap();
     assert_eq!((places.count, places.interval), (2, Duration::from_secs(7)), "a ceiling holds");
@@ -763,6 +787,10 @@ async fn what_was_learned_is_written_once_per_version_and_places_lie_as_it_says(
     let taught = other.teach(Mode::Test, teaching(1, "second", 50_000)).await.unwrap();
     assert_eq!(taught, Taught::Written);
     let places = one.lease_places(Mode::Test, wish).await.unwrap();
+    // No rate that is learned is slower than one a second, whoever wrote that.
+    assert_eq!((places.count, places.interval), (20, Duration::from_secs(1)));
+    let short = Wish { lasting: Duration::ZERO, ..wish };
+    let places = one.lease_places(Mode::Test, short).await.unwrap();
     assert_eq!(places.count, 1, "one place, however far apart they are");
     // Silence and outages are told beside it, and change nothing of it.
     one.share(Mode::Test, News { quiet: Duration::from_secs(1), ..nothing }).await.unwrap();
