@@ -6,7 +6,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use super::layout::{EarlierLink, Outcome};
 use crate::job::Status;
 
-/// See the module's text.
+/// Which `request_id` was given which session, at 16 bytes or so a link.
 #[derive(Debug, Default)]
 pub struct GivenLinks {
     hasher: RandomState,

@@ -12,7 +12,7 @@ use super::source::{Bounded, End, EndMet, Format, LOOK_AT, recognise};
 /// Largest row in bytes: with a quote left open, the rest of the file is one.
 const MAX_ROW: u64 = 1024 * 1024;
 
-/// See the module's text.
+/// Records, with the line on which each begins; one of more than 1 MiB ends the reading.
 pub(super) struct Records {
     reader: csv::Reader<Bounded>,
     bound: Arc<AtomicU64>,

@@ -8,6 +8,7 @@
 //! Interactive callers come first. Bulk takes the rest, and where both wait a small share of its own, so
 //! that it is never starved. A call that was begun, and has lost its place, is first of all.
 
+mod answers;
 pub mod breaker;
 mod kept;
 mod lately;
@@ -16,6 +17,7 @@ pub mod retry_budget;
 pub mod seen;
 pub mod together;
 pub mod usual;
+mod waiting;
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,9 +30,11 @@ use tokio::time::Instant;
 use crate::job::Lane;
 pub use lately::LATELY;
 use lately::Lately;
-use rate::{Held, Rate};
+use rate::Rate;
 use seen::Seen;
 use usual::Usual;
+pub use waiting::Waiters;
+use waiting::Waiting;
 
 /// How long after its time a place may still be used, where there is a ceiling. A ceiling's worth of places is spread over
 /// a second and this, so that no second holds more calls even if its first one is late and its last one in time.
@@ -125,40 +129,6 @@ enum Step {
     Sleep(Instant),
     /// The other lane comes first, or no place is granted yet.
     Wait,
-}
-
-/// How many callers wait for a place in each lane.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Waiters {
-    /// Somebody waits behind them.
-    pub interactive: usize,
-    /// Nobody does.
-    pub bulk: usize,
-}
-
-/// Counts a caller as long as it waits.
-struct Waiting<'a> {
-    pacer: &'a Pacer,
-    lane: usize,
-    ahead: bool,
-}
-
-impl<'a> Waiting<'a> {
-    fn new(pacer: &'a Pacer, lane: Lane, ahead: bool) -> Self {
-        let lane = index(lane);
-        pacer.waiting[lane].fetch_add(1, Ordering::Relaxed);
-        pacer.waiting_ahead.fetch_add(usize::from(ahead), Ordering::Relaxed);
-        Self { pacer, lane, ahead }
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.pacer.waiting[self.lane].fetch_sub(1, Ordering::Relaxed);
-        self.pacer.waiting_ahead.fetch_sub(usize::from(self.ahead), Ordering::Relaxed);
-        // It may have been the other lane's turn all along.
-        self.pacer.changed.send_replace(());
-    }
 }
 
 /// The right to make one call, at its time.
@@ -449,103 +419,6 @@ impl Pacer {
         state.waited = waited;
         drop(state);
         self.changed.send_replace(());
-    }
-
-    /// Creem took a call that was made at `asked`.
-    pub fn taken(&self, asked: Instant) {
-        let (now, mut state) = (Instant::now(), self.state());
-        if self.granted {
-            let first = state.rate.is_refused();
-            state.seen.take(asked, now, first);
-            self.saw.notify_one();
-        } else {
-            state.rate.taken(asked, now);
-        }
-    }
-
-    /// Creem said "slow down" to a call that was made at `asked`.
-    pub fn slow_down(&self, asked: Instant) {
-        let (now, mut state) = (Instant::now(), self.state());
-        if self.granted {
-            state.seen.refuse(asked, now);
-            self.saw.notify_one();
-        } else {
-            state.rate.slow_down(asked, now);
-        }
-    }
-
-    /// Creem said that it has too much to do, to a call that was made at `asked`.
-    pub fn overloaded(&self, asked: Instant) {
-        let (now, mut state) = (Instant::now(), self.state());
-        if self.granted {
-            state.seen.overload(asked, now);
-            self.saw.notify_one();
-        } else {
-            state.rate.overloaded(asked, now);
-        }
-    }
-
-    /// After an outage: begins slowly again.
-    pub fn restart(&self) {
-        let mut state = self.state();
-        if self.granted {
-            state.seen.restart();
-            self.saw.notify_one();
-        } else {
-            state.rate.restart(Instant::now());
-        }
-    }
-
-    /// A call has to wait for the rate.
-    fn press(&self, state: &mut State, now: Instant) {
-        if self.granted {
-            state.seen.press();
-            self.saw.notify_one();
-        } else {
-            state.rate.press(now);
-        }
-    }
-
-    /// Creem asked this worker for silence: nobody calls until it is over.
-    pub fn quiet(&self, duration: Duration) {
-        let until = Instant::now() + duration;
-        self.hear(until);
-        self.silences.send_replace(Some(until));
-    }
-
-    /// Creem asked another worker for silence.
-    pub fn hear(&self, until: Instant) {
-        let mut state = self.state();
-        state.quiet_until = state.quiet_until.max(until);
-    }
-
-    /// Most calls a second now, and what holds that where it is, in a sentence.
-    #[must_use]
-    pub fn explain(&self) -> (f64, String) {
-        let now = Instant::now();
-        let mut state = self.state();
-        if self.granted {
-            state.rate.grow(now);
-        }
-        let ceiling = self.limits.ceiling.unwrap_or(f64::MAX);
-        let per_second = state.rate.per_second().min(ceiling);
-        let silence = state.quiet_until.saturating_duration_since(now);
-        if !silence.is_zero() {
-            let seconds = silence.as_secs() + 1;
-            return (per_second, format!("Creem asked for silence, for {seconds} s more"));
-        }
-        let held = state.rate.held(now);
-        if self.granted && held != Held::Demand && state.rate.per_second() >= ceiling {
-            let text = "rate_limit.per_second is the ceiling of all workers together";
-            return (per_second, text.to_owned());
-        }
-        (per_second, held.to_string())
-    }
-
-    /// Until when Creem has asked this worker for silence, and when that changes.
-    #[must_use]
-    pub fn silences(&self) -> watch::Receiver<Option<Instant>> {
-        self.silences.subscribe()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

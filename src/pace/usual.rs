@@ -8,7 +8,7 @@ const WEIGHT: f64 = 0.125;
 /// where one takes longer.
 const DEVIATIONS: f64 = 2.0;
 
-/// See the module's text.
+/// A mean and how far off it things are, which weigh less the longer ago they were.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Usual {
     /// Seconds.

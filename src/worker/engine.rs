@@ -18,7 +18,7 @@ use crate::ledger::{Budget, LedgerError, OwnCommand, Retention};
 use crate::observe::health::{Health, Rate};
 use crate::observe::metrics;
 
-/// See the module's text.
+/// A journey, with what holds it back, and what is shared with other workers.
 #[derive(Debug)]
 pub struct Engine {
     /// Decides.
