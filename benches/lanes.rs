@@ -1,11 +1,14 @@
 //! `make bench`: whether a buyer who waits is behind a campaign, and whether a limit that nobody has
 //! configured is found and kept, and whether jobs that nobody waits for cost a call.
 //!
-//! Both against a simulated Creem at 50 ms. First: interactive jobs at a steady 20 a second, on an idle
-//! worker and then beside a backlog of bulk jobs, under a ceiling of 400 calls a second; their time from
-//! publish to reply, and how much of the ceiling is used. Second: a Creem that answers 429 above 300 calls
-//! a second, goes away for a minute and comes back. Third: the first at such a Creem, of which nobody is told, with a
-//! worker for each lane and a PostgreSQL that they share.
+//! Four runs against a simulated Creem at 50 ms:
+//!
+//! 1. Interactive jobs at a steady 20 a second, on an idle worker and then beside a backlog of bulk jobs, under a ceiling
+//!    of 400 calls a second: their time from publish to reply, and how much of the ceiling is used.
+//! 2. More bulk jobs than can be made before their deadlines: what each comes to, and whether one costs a call whose
+//!    deadline had passed.
+//! 3. A Creem that answers 429 above 300 calls a second, of which nobody is told, that goes away for a minute and comes back.
+//! 4. The first one at such a Creem, with a worker for each lane and a PostgreSQL that they share.
 
 #![expect(
     clippy::unwrap_used,
