@@ -25,6 +25,14 @@ impl ContentIds {
         let places = names.iter().enumerate();
         let mut columns: Vec<_> = places.map(|(at, name)| (name.trim().to_owned(), at)).collect();
         columns.sort();
+        // Of columns that have one name, each gets one of its own: which one it is of them.
+        for at in (1..columns.len()).rev() {
+            let same =
+                columns[..at].iter().rev().take_while(|(name, _)| *name == columns[at].0).count();
+            if same > 0 {
+                columns[at].0 = format!("{}\0{same}", columns[at].0);
+            }
+        }
         Self { columns, ..Self::default() }
     }
 
@@ -89,6 +97,8 @@ mod tests {
         // Nor is a cell another column's.
         assert_ne!(ids(&["Name", "City"], &[&["", "Bob"]])[0], first[1]);
         assert_ne!(ids(&["Name", "City"], &[&["AdaRome", ""]])[0], first[0]);
+        let unnamed = ids(&["a", "", ""], &[&["x", "Ada", ""], &["x", "", "Ada"]]);
+        assert!(!unnamed[1].ends_with("-2"), "{unnamed:?}");
     }
 
     #[test]

@@ -264,7 +264,7 @@ impl Input {
         let Ok(cells) = cells else { return (None, Err(not_utf8())) };
         let own = columns::own_id(&self.columns, &cells);
         // A column of ids that leaves one out is a mistake: the row would get another id when the next cell is mended.
-        let left_out = own.is_some_and(str::is_empty);
+        let left_out = !self.names_rows() && own.is_none_or(str::is_empty);
         let content = || self.content_ids.of_cells(record);
         let id = if left_out { None } else { self.defaults.request_id(own, content) };
         self.judge(&columns::write_job(&self.columns, &cells, &self.defaults, id.as_deref()))
@@ -453,7 +453,8 @@ mod tests {
 
     #[test]
     fn a_table_with_a_column_of_ids_names_no_row_itself() {
-        let rows = rows(b"request_id,product_id\na,prod_1\n,prod_1\n  ,prod_1\n");
+        let mut rows = rows(b"request_id,product_id\na,prod_1\n,prod_1\n  ,prod_1\n");
+        rows.extend(self::rows(b"product_id,request_id\nprod_1\n"));
         assert_eq!(wire(&rows[0]), r#"{"request_id":"c-a","product_id":"prod_1"}"#);
         for (row, job) in &rows[1..] {
             assert_eq!(job.as_ref().unwrap_err().code, "request_id_missing", "line {}", row.line);
@@ -475,8 +476,13 @@ mod tests {
 
     #[test]
     fn lines_that_end_with_cr_alone_are_refused() {
-        let error = open(b"request_id,product_id\rA,p\rB,p\r").unwrap_err();
-        assert!(matches!(error, InputError::OldMac), "{error}");
+        for text in ["request_id,product_id\rA,p\rB,p\r", "request_id,product_id,a\rA,p,\"x\ny\"\r"]
+        {
+            let error = open(text.as_bytes()).unwrap_err();
+            assert!(matches!(error, InputError::OldMac), "{error}");
+        }
+        assert!(open(b"request_id,product_id,\"a\rb\"\nA,p,\n").is_ok());
+        assert!(open(b"request_id,product_id\r").is_ok(), "a header alone");
     }
 
     #[test]

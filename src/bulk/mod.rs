@@ -76,6 +76,8 @@ pub struct Tally {
     pub whole: bool,
     /// How many links of the earlier output no row was given again, and the id of one: then that output stays.
     pub left: Option<(usize, String)>,
+    /// The same of links that interrupted runs have made for rows which the input has no more.
+    pub dropped: Option<(usize, String)>,
 }
 
 impl Tally {
@@ -137,7 +139,7 @@ where
         return Ok(tally);
     }
     if !earlier.is_rehearsal() {
-        had.note_all(earlier.cut_off())?;
+        had.note_cut_off(earlier.cut_off())?;
     }
     let mut window = Window::new(earlier.go_on()?, had, tally, at_once);
     let mut going = FuturesUnordered::new();
@@ -332,8 +334,8 @@ impl Window {
         self.output.flush()?;
         self.tally.whole = read_all && self.slots.is_empty();
         if self.tally.whole {
-            let left = self.had.left(earlier.kept_links())?;
-            self.tally.left = left.map(|(links, first)| (links, first.request_id));
+            self.tally.left = self.had.left(earlier)?;
+            self.tally.dropped = self.had.dropped(earlier)?;
             if self.tally.left.is_none() {
                 self.output.finish()?;
             }
@@ -343,7 +345,9 @@ impl Window {
 }
 
 fn taken_by(row: &Row) -> usize {
-    row.cells.as_slice().len() + ROW_TAKES
+    // Each cell has its end, and there is room for more.
+    let ends = 2 * size_of::<usize>() * row.cells.len();
+    row.cells.as_slice().len() + ends + ROW_TAKES
 }
 
 impl From<Flaw> for Outcome {

@@ -86,7 +86,7 @@ pub(super) fn recognise(mut source: impl Read + Send + 'static) -> Result<Recogn
     } else {
         let header = behind_empty_lines(text);
         let (line, ended) = first_line(header);
-        if !look.contains(&b'\n') && line.trim_ascii_end().contains(&b'\r') {
+        if !ended && begins_with_cr_line(line) {
             return Err(InputError::OldMac);
         }
         let crlf = ended && line.last() == Some(&b'\r');
@@ -151,6 +151,16 @@ fn first_line(text: &[u8]) -> (&[u8], bool) {
         }
     }
     (text, false)
+}
+
+/// Whether a line that never ends with LF ends with CR, outside of quotes, and goes on.
+fn begins_with_cr_line(line: &[u8]) -> bool {
+    let mut quoted = false;
+    let end = line.iter().position(|byte| {
+        quoted ^= *byte == b'"';
+        *byte == b'\r' && !quoted
+    });
+    end.is_some_and(|end| !line[end..].trim_ascii().is_empty())
 }
 
 /// Whatever of the usual delimiters the header has most of; pipes, where it has no other.

@@ -48,6 +48,9 @@ pub struct Session {
     pub status: String,
 }
 
+/// What each line of such a file begins with.
+const BEGINS: &[u8; 7] = b"{\"id\":\"";
+
 /// Opens a file of sessions, to go on at its end: on a line of its own, even if another process was killed in the
 /// middle of one.
 ///
@@ -57,14 +60,15 @@ pub(super) fn open_file(path: &Path) -> io::Result<File> {
     let mut file = File::options().create(true).append(true).open(path)?;
     // A pipe has no end to be looked at, and must not be kept open by its writer.
     if file.metadata()?.is_file() && file.metadata()?.len() > 0 {
-        let mut first = [0];
-        let mut end = File::open(path)?;
-        end.read_exact(&mut first)?;
-        if first != *b"{" {
+        let mut first = Vec::new();
+        File::open(path)?.take(BEGINS.len() as u64).read_to_end(&mut first)?;
+        // A torn line may be shorter.
+        if !BEGINS.starts_with(&first) {
             let text = format!("{} is no log of sessions: name another file", path.display());
             return Err(io::Error::new(io::ErrorKind::AlreadyExists, text));
         }
         let mut last = [0];
+        let mut end = File::open(path)?;
         end.seek(SeekFrom::End(-1))?;
         end.read_exact(&mut last)?;
         if last != *b"\n" {
@@ -278,11 +282,19 @@ mod tests {
     fn a_file_is_gone_on_with_on_a_line_of_its_own() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("sessions");
-        for (before, after) in [("", "{}\n"), ("{}\n", "{}\n{}\n"), ("{}\n{\"i", "{}\n{\"i\n{}\n")]
+        let line = "{\"id\":\"ch_1\"}\n";
+        for (before, line_break) in
+            [("", ""), (line, ""), ("{\"i", "\n"), ("{\"id\":\"a\"}\n{\"i", "\n")]
         {
             std::fs::write(&path, before).unwrap();
-            open_file(&path).unwrap().write_all(b"{}\n").unwrap();
+            open_file(&path).unwrap().write_all(line.as_bytes()).unwrap();
+            let after = format!("{before}{line_break}{line}");
             assert_eq!(std::fs::read_to_string(&path).unwrap(), after);
+        }
+        for other in ["{\"precious\":1}\n", "id,name\n", "SQLite format 3\0"] {
+            std::fs::write(&path, other).unwrap();
+            assert!(open_file(&path).is_err(), "{other}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), other);
         }
     }
 

@@ -144,18 +144,20 @@ impl Earlier {
         self.rehearses = true;
     }
 
-    /// The links that must not be lost, but for those in an interrupted run's part.
+    /// The output's links, which must not be lost.
     pub(in crate::bulk) fn guarded_links(&self) -> EarlierLinks {
+        if self.rehearses || self.was_rehearsed {
+            return EarlierLinks::of(self.layout.clone(), Vec::new(), 0);
+        }
+        self.links_of_output()
+    }
+
+    /// The links in lines that were cut off, as they are kept beside the part.
+    pub(in crate::bulk) fn kept_links(&self) -> EarlierLinks {
         if self.rehearses {
             return EarlierLinks::of(self.layout.clone(), Vec::new(), 0);
         }
-        self.links()
-    }
-
-    /// The same when the part is written: what was cut off from it is kept beside it.
-    pub(in crate::bulk) fn kept_links(&self) -> EarlierLinks {
-        let kept = [self.path.clone(), before_of(&self.path)];
-        let kept = kept.map(|path| LinkedFile { path, grows: false }).into();
+        let kept = vec![LinkedFile { path: before_of(&self.path), grows: false }];
         EarlierLinks::of(self.layout.clone(), kept, 0)
     }
 

@@ -25,7 +25,7 @@ pub enum OutputError {
     Io(PathBuf, io::Error),
     /// It is something else.
     #[error(
-        "{0} is there and is no output for this input (its first line differs): give another --out, or remove it"
+        "{0} is there and is no output for this input (its first line differs): give another --out, or remove it. Rows without a request_id of their own get new links where a column was added, filled or renamed"
     )]
     Foreign(PathBuf),
     /// A device, a pipe, a directory or a link.

@@ -133,13 +133,14 @@ impl Arguments {
 }
 
 fn prefix(text: &str) -> Result<String, String> {
-    // `wave1` and an id of 12 would be `wave11` and one of 2.
-    if text.len() > 1 && text.ends_with(['-', '_', '.', ':']) {
-        Ok(text.to_owned())
-    } else {
-        Err(format!(
-            "end it with -, so that no two prefixes and ids come to the same: {}-",
-            text.trim_end()
-        ))
+    let name = text.trim_end_matches(['-', '_', '.', ':', ' ']);
+    if name.is_empty() {
+        return Err("give a name that ends with -: autumn-".to_owned());
     }
+    if text.ends_with(['-', '_', '.', ':']) {
+        return Ok(text.to_owned());
+    }
+    Err(format!(
+        "end it with - (or _ . :), or {name}1 and an id of 2 would come to the same as {name} and one of 12: {name}-"
+    ))
 }

@@ -51,6 +51,13 @@ fn summary(tally: &Tally, arguments: &Arguments, out: &Path) -> Outcome {
     if arguments.sandbox {
         text.push_str(" (a sandbox: the links lead nowhere)");
     }
+    if let Some((links, id)) = &tally.dropped {
+        text = format!(
+            "{text}. An interrupted run has made {} for rows that are not in the table any more, for instance that of {}: the ledger keeps them, and nobody was given them by this file",
+            count(*links as u64, "link"),
+            printable(id, 128)
+        );
+    }
     if tally.linked() == tally.rows && tally.shared == 0 && tally.left.is_none() {
         say_error(&text);
         return Ok(());

@@ -261,6 +261,30 @@ async fn no_line_is_given_the_link_of_one_whose_id_looks_like_a_renewal() {
 }
 
 #[tokio::test]
+async fn a_row_without_an_id_of_its_own_is_renewed_as_well() {
+    let desk = Desk::new().await;
+    let input = desk.write("in.csv", "Name,product_id\nAda,prod_1\nBob,prod_1\nBob,prod_1\n");
+    let flags = ["--request-id-prefix", "autumn-", "--product", "prod_1"];
+    assert_eq!(desk.bulk(&input, &flags).await.0, 0);
+    let before = cells(&desk.read("links.csv"));
+    for row in [&before[0], &before[2]] {
+        assert!(desk.simulator.log().set_status(&row[3], "expired"));
+    }
+    let (code, said) =
+        desk.verify("links.csv", "checked.csv", &["--refresh", flags[2], flags[3]]).await;
+    assert_eq!((code, desk.sessions()), (0, 5), "{said}");
+    let after = cells(&desk.read("checked.csv"));
+    for (row, renewed) in [(0, true), (1, false), (2, true)] {
+        let (was, now) = (&before[row], &after[row]);
+        assert_eq!(now[3] != was[3], renewed, "{row}: {now:?}");
+        let id = if renewed { format!("{}.r1", was[7]) } else { was[7].clone() };
+        assert_eq!((&now[0], &now[7]), (&was[0], &id), "{row}");
+    }
+    // The table itself is as it was: it knows nothing of the new ones, and makes none again.
+    assert_eq!((desk.bulk(&input, &flags).await.0, desk.sessions()), (0, 5));
+}
+
+#[tokio::test]
 async fn links_are_looked_at_no_faster_than_calls_are_made() {
     let (mut desk, _input) = Desk::with_links(5).await;
     desk.settings.insert("CHECKOUT_WORKER__RATE_LIMIT__PER_SECOND".into(), "2".into());
