@@ -154,7 +154,12 @@ impl Stage {
         for worker in &mut self.workers {
             stop(worker).await;
         }
-        for queue in ["jobs", "jobs.bulk", "replies"] {
+        // Delay queues first, which lead to the others: the next stage has another ledger.
+        let delays = ["1s", "5s", "30s", "2m", "10m"];
+        let lanes = ["interactive", "bulk"];
+        let delayed =
+            lanes.iter().flat_map(|lane| delays.map(|delay| format!("retry.{lane}.{delay}")));
+        for queue in delayed.chain(["jobs", "jobs.bulk", "replies"].map(str::to_owned)) {
             let name = format!("{PREFIX}.{queue}");
             let channel = self.connection.create_channel().await.unwrap();
             let options = lapin::options::QueuePurgeOptions { nowait: false };
